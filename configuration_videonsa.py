@@ -1,0 +1,161 @@
+"""Configuration of VideoNSA: Qwen2.5-VL's, plus what the sparse attention of vision tokens needs.
+
+The new fields belong to the text decoder (`VideoNSATextConfig`). `VideoNSAConfig` reads and writes them too, so that
+`AutoModel.from_pretrained(repo, nsa_variant="dense", trust_remote_code=True)` works. The model is in
+`modeling_videonsa.py`.
+"""
+
+from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import (
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLTextConfig,
+    Qwen2_5_VLVisionConfig,
+)
+
+NSA_VARIANTS = ("paper", "released", "merged", "dense")
+NSA_BACKENDS = ("auto", "triton", "torch")
+
+
+class VideoNSATextConfig(Qwen2_5_VLTextConfig):
+    r"""
+    Configuration of the text decoder: that of Qwen2.5-VL and the fields of Native Sparse Attention (arXiv 2510.02295).
+
+    Args:
+        block_size (`int`, defaults to 64): Vision tokens per block, a power of two of at least 16.
+        block_count (`int`, defaults to 32): Blocks that a vision query selects, at least 3 (the first, the previous and
+            its own are always chosen). The public checkpoint's name for it, `block_counts`, is understood.
+        window_size (`int`, defaults to 256): Vision tokens in the sliding window.
+        gate_temperature (`float`, defaults to 1.0): What the logits of the gates are divided by.
+        nsa_variant (`str`, defaults to `"paper"`): What vision queries compute: `"paper"` the published method,
+            `"dense"` stock attention; `"released"` and `"merged"` are reserved.
+        nsa_backend (`str`, defaults to `"auto"`): `"triton"`, `"torch"`, or `"auto"`: Triton where it runs, else torch.
+
+    Raises:
+        ValueError: A field has a value outside of what is said above, the query heads are not a multiple of the KV
+            heads, or a layer has sliding-window attention (it drops keys that text queries must see).
+    """
+
+    model_type = "videonsa_text"
+    attribute_map = {"block_counts": "block_count"}
+    base_model_tp_plan = {**Qwen2_5_VLTextConfig.base_model_tp_plan, "layers.*.self_attn.g_proj_2": "colwise"}
+
+    block_size: int = 64
+    block_count: int = 32
+    window_size: int = 256
+    gate_temperature: float = 1.0
+    nsa_variant: str = "paper"
+    nsa_backend: str = "auto"
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        self.model_type = type(self).model_type  # a stock configuration brings its own
+        self.validate_nsa()
+
+    def validate_nsa(self):
+        """Check the fields above; runs when a configuration is made or loaded, and when a model is made of it."""
+        for name, allowed in (("nsa_variant", NSA_VARIANTS), ("nsa_backend", NSA_BACKENDS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")
+        for name, least in (("block_size", 16), ("block_count", 3), ("window_size", 1)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+        if self.block_size & (self.block_size - 1):
+            raise ValueError(f"block_size must be a power of two, got {self.block_size}")
+        if not isinstance(self.gate_temperature, int | float) or not self.gate_temperature > 0:
+            raise ValueError(f"gate_temperature must be a positive number, got {self.gate_temperature!r}")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                "num_attention_heads must be a multiple of num_key_value_heads, got "
+                f"{self.num_attention_heads} and {self.num_key_value_heads}"
+            )
+        if "sliding_attention" in self.layer_types:
+            raise ValueError(
+                "layer_types must not contain 'sliding_attention' (use_sliding_window=False): VideoNSA's text queries "
+                f"see all earlier tokens; got {self.layer_types}"
+            )
+
+    def attention_budget(self, n_tokens: int, pooled_keys: bool = False) -> float:
+        """Share of the n·(n + 1) / 2 query–key pairs of dense causal attention that vision queries compute.
+
+        Counted as in the paper: a query at index i reads min(i + 1, block_count·block_size) selected keys and
+        min(i + 1, window_size) keys of the window. At 128,000 tokens that is 3.6 % (5.1 % with the pooled keys).
+        Streams shorter than the selection exceed 100 %, since selection and window each read all of them.
+
+        Args:
+            n_tokens: length of the vision stream in tokens, at least 1.
+            pooled_keys: also count the (i + 1) // block_size pooled keys of the compression branch.
+        """
+        if n_tokens < 1:
+            raise ValueError(f"n_tokens must be at least 1, got {n_tokens}")
+        if self.nsa_variant == "dense":
+            return 1.0
+
+        def pairs(most):  # sum over i of min(i + 1, most)
+            ramp = min(n_tokens, most)
+            return ramp * (ramp + 1) // 2 + (n_tokens - ramp) * most
+
+        computed = pairs(self.block_count * self.block_size) + pairs(self.window_size)
+        if pooled_keys:
+            complete, rest = divmod(n_tokens, self.block_size)  # sum over i of (i + 1) // block_size
+            computed += complete * (complete - 1) // 2 * self.block_size + complete * (rest + 1)
+        return computed / pairs(n_tokens)
+
+
+NSA_FIELDS = ("block_size", "block_count", "window_size", "gate_temperature", "nsa_variant", "nsa_backend")
+
+
+def _text_field(name):
+    return property(
+        lambda self: getattr(self.text_config, name),
+        lambda self, value: setattr(self.text_config, name, value),
+        doc=f"`text_config.{name}`",
+    )
+
+
+class VideoNSAConfig(Qwen2_5_VLConfig):
+    r"""
+    Configuration of VideoNSA: that of Qwen2.5-VL with a [`VideoNSATextConfig`] as `text_config`.
+
+    The fields of Native Sparse Attention may be given, read and set here as well as on `text_config`, which is where
+    they are saved. A stock Qwen2.5-VL configuration loads with their defaults.
+    """
+
+    model_type = "videonsa"
+    # Both names: transformers up to 5.17 reads the first, later ones the second.
+    sub_configs = {"vision_config": Qwen2_5_VLVisionConfig, "text_config": VideoNSATextConfig}
+    sub_configs_defaults = dict(sub_configs)
+    attribute_map = {"block_counts": "block_count"}
+
+    def __post_init__(self, **kwargs):
+        nsa = {name: kwargs.pop(name) for name in (*NSA_FIELDS, *self.attribute_map) if name in kwargs}
+        super().__post_init__(**kwargs)
+        self.model_type = type(self).model_type
+        for name, value in nsa.items():
+            setattr(self, name, value)
+        self.text_config.validate_nsa()
+        self.auto_map = {
+            "AutoConfig": "configuration_videonsa.VideoNSAConfig",
+            "AutoModel": "modeling_videonsa.VideoNSAForConditionalGeneration",
+            "AutoModelForImageTextToText": "modeling_videonsa.VideoNSAForConditionalGeneration",
+            **(getattr(self, "auto_map", None) or {}),
+        }
+
+    @classmethod
+    def get_config_dict(cls, *args, **kwargs):
+        config_dict, kwargs = super().get_config_dict(*args, **kwargs)
+        if config_dict.get("model_type") == Qwen2_5_VLConfig.model_type:
+            config_dict["model_type"] = cls.model_type  # meant to load; the warning about other types would mislead
+        return config_dict, kwargs
+
+    def attention_budget(self, n_tokens: int, pooled_keys: bool = False) -> float:
+        """See [`VideoNSATextConfig.attention_budget`]."""
+        return self.text_config.attention_budget(n_tokens, pooled_keys)
+
+
+for _name in NSA_FIELDS:  # as properties, not as dataclass fields: they are saved once, in text_config
+    setattr(VideoNSAConfig, _name, _text_field(_name))
+
+
+__all__ = ["VideoNSAConfig", "VideoNSATextConfig"]
+
+VideoNSAConfig.register_for_auto_class()

@@ -1,0 +1,310 @@
+"""Turn a stock Qwen2.5-VL checkpoint into a VideoNSA repository that loads with `trust_remote_code=True`.
+
+    python examples/convert.py Qwen/Qwen2.5-VL-7B-Instruct VideoNSA-7B
+    python examples/convert.py path/to/checkpoint VideoNSA-3B --push-to-hub me/VideoNSA-3B
+
+The weights are copied shard by shard as they are, so that memory does not depend on the size of the model; new,
+untrained gates are added in shards of their own. Gates that the source has already are kept.
+"""
+
+import argparse
+import json
+import shutil
+import signal
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from huggingface_hub import HfApi, ModelCard, ModelCardData, snapshot_download
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
+from transformers import Qwen2_5_VLProcessor
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from videonsa import modeling_videonsa
+from videonsa.configuration_videonsa import VideoNSAConfig
+from videonsa.processing_videonsa import VideoNSAProcessor, VideoNSAVideoProcessor
+
+CODE_FILES = (
+    "configuration_videonsa.py",
+    "modeling_videonsa.py",
+    "nsa_torch.py",
+    "nsa_triton.py",
+    "processing_videonsa.py",
+)
+SOURCE_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "README.md", "LICENSE*"]
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+QUERY_WEIGHT = ".self_attn.q_proj.weight"
+MAX_SHARD = 2**30  # bytes of new gates per shard
+
+CARD = """
+# {name}
+
+[VideoNSA](https://arxiv.org/abs/2510.02295) on the weights of {base}: in every decoder layer vision tokens attend
+through Native Sparse Attention (blocks of {block_size} tokens, the {block_count} most important ones, a window of
+{window_size}), text tokens stay dense.
+
+{trained}
+
+```python
+import torch
+from transformers import AutoModel, AutoProcessor
+
+repo = "{name}"
+model = AutoModel.from_pretrained(repo, trust_remote_code=True, dtype="auto", device_map="auto")
+processor = AutoProcessor.from_pretrained(repo, trust_remote_code=True)
+
+messages = [{{"role": "user", "content": [
+    {{"type": "video", "video": "video.mp4"}},
+    {{"type": "text", "text": "What happens in this video?"}},
+]}}]
+inputs = processor.apply_chat_template(
+    messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+).to(model.device)
+output = model.generate(**inputs, max_new_tokens=128)
+print(processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+```
+"""
+UNTRAINED = """\
+**The gates are untrained**: fine-tune before use. Until then, `nsa_variant="dense"` in `from_pretrained` gives the
+answers of the base model."""
+TRAINED = "The gates are those of the source checkpoint."
+
+
+def convert(
+    source: str | Path,
+    output: str | Path,
+    *,
+    revision: str | None = None,
+    seed: int = 0,
+    name: str | None = None,
+    **nsa_fields,
+) -> Path:
+    """Write a VideoNSA repository to the folder `output` and return it.
+
+    Args:
+        source: folder, or id of a Hub repository, of a Qwen2.5-VL checkpoint (3B, 7B, 32B, 72B) in safetensors.
+        output: folder to make; it appears only when complete.
+        revision: branch, tag or commit of the Hub repository.
+        seed: of the new gates, N(0, 0.02) with zero bias.
+        name: what the model card calls the model; default: the folder's name.
+        **nsa_fields: fields of `VideoNSATextConfig`, such as `block_size`.
+
+    Raises:
+        FileExistsError: `output` exists and is not an empty folder.
+        ValueError: the source is no Qwen2.5-VL checkpoint in safetensors, or a shard or a field is wrong.
+    """
+    output = Path(output).resolve()
+    if output.is_file() or (output.is_dir() and any(output.iterdir())):
+        raise FileExistsError(f"output {output} exists already; name a new folder")
+    origin, source = str(source), fetch_source(source, revision)
+    config = VideoNSAConfig.from_pretrained(source, **nsa_fields)
+    config.text_config.validate_nsa()
+    shards = find_shards(source)
+
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
+    try:
+        has_gates, dtype = write_weights(shards, partial, config.text_config, seed)
+        config.architectures = ["VideoNSAForConditionalGeneration"]
+        config.dtype = dtype
+        config.save_pretrained(partial)
+        write_processor(source, partial)
+        for file in ("generation_config.json", "LICENSE"):
+            if (source / file).is_file():
+                shutil.copyfile(source / file, partial / file)
+        for file in CODE_FILES:
+            shutil.copyfile(Path(modeling_videonsa.__file__).with_name(file), partial / file)
+        write_card(source, partial, config, base=origin, name=name or output.name, trained=has_gates)
+        partial.chmod(0o755)  # mkdtemp makes it private
+        partial.replace(output)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return output
+
+
+def fetch_source(source: str | Path, revision: str | None) -> Path:
+    """The local folder of a checkpoint, downloaded first where `source` is the id of a Hub repository."""
+    if Path(source).is_dir():
+        files, folder = sorted(p.name for p in Path(source).iterdir()), Path(source)
+    else:
+        files, folder = HfApi().list_repo_files(str(source), revision=revision), None
+    if not any(file.endswith(".safetensors") for file in files):
+        pickles = [file for file in files if file.endswith(PICKLES)]
+        found = f"only {', '.join(pickles)}" if pickles else "no weights"
+        raise ValueError(
+            f"source {source} holds {found}; safetensors are needed. Rewrite a pickle checkpoint that you trust by "
+            f"Qwen2_5_VLForConditionalGeneration.from_pretrained({str(source)!r}, use_safetensors=False)"
+            ".save_pretrained(folder) and convert that folder"
+        )
+    folder = folder or Path(snapshot_download(str(source), revision=revision, allow_patterns=SOURCE_PATTERNS))
+    kind = json.loads((folder / "config.json").read_text()).get("model_type") if "config.json" in files else None
+    if kind != "qwen2_5_vl":
+        raise ValueError(f"source {source} must be a Qwen2.5-VL checkpoint (model_type qwen2_5_vl), got {kind}")
+    return folder
+
+
+def find_shards(source: Path) -> dict[Path, dict[str, torch.Size]]:
+    """The weight files with their keys and shapes, each opened once so that a damaged one is found before copying."""
+    index = source / SAFE_WEIGHTS_INDEX_NAME
+    if (source / SAFE_WEIGHTS_NAME).is_file():
+        weight_map = None
+        files = [source / SAFE_WEIGHTS_NAME]
+    elif index.is_file():
+        weight_map = json.loads(index.read_text())["weight_map"]
+        files = [source / file for file in sorted(set(weight_map.values()))]
+    else:
+        raise ValueError(f"source {source} has neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}")
+    shards = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as shard:
+                shards[file] = {key: torch.Size(shard.get_slice(key).get_shape()) for key in shard.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"shard {file} is missing or damaged: {error}") from error
+    absent = set(weight_map or ()) - {key for keys in shards.values() for key in keys}
+    if absent:
+        raise ValueError(f"{index} names {len(absent)} weights that its shards lack, such as {min(absent)}")
+    return shards
+
+
+def write_weights(shards, folder: Path, text_config, seed: int) -> tuple[bool, torch.dtype]:
+    """Copy the shards, add gates and the index; returns whether there were gates already, and the weights' dtype."""
+    shapes = {key: shape for keys in shards.values() for key, shape in keys.items()}
+    layers = sorted(
+        (key.removesuffix("q_proj.weight") for key in shapes if key.endswith(QUERY_WEIGHT)),
+        key=lambda prefix: int(prefix.split(".")[-3]),
+    )
+    if len(layers) != text_config.num_hidden_layers:
+        raise ValueError(f"the weights have {len(layers)} decoder layers, config.json {text_config.num_hidden_layers}")
+    first = next(file for file, keys in shards.items() if f"{layers[0]}q_proj.weight" in keys)
+    with safe_open(first, framework="pt") as shard:
+        dtype = shard.get_slice(f"{layers[0]}q_proj.weight")[:1].dtype
+
+    hidden, heads = text_config.hidden_size, text_config.num_attention_heads
+    gated = [layer for layer in layers if f"{layer}g_proj_1.weight" in shapes]
+    if gated and gated != layers:
+        raise ValueError(f"the weights have gates in {len(gated)} of {len(layers)} decoder layers")
+    per_layer = {
+        "g_proj_1.weight": (hidden, hidden),
+        "g_proj_1.bias": (hidden,),
+        "g_proj_2.weight": (3 * heads, hidden),
+        "g_proj_2.bias": (3 * heads,),
+    }
+    layer_bytes = sum(torch.Size(shape).numel() for shape in per_layer.values()) * dtype.itemsize
+    step = max(1, MAX_SHARD // layer_bytes)
+    gate_shards = [] if gated else [layers[i : i + step] for i in range(0, len(layers), step)]
+
+    count, weight_map = len(shards) + len(gate_shards), {}
+    names = iter([f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)])
+    total = sum(file.stat().st_size for file in shards)
+    gate_bytes = 0 if gated else layer_bytes * len(layers)
+    with tqdm(total=total + gate_bytes, unit="B", unit_scale=True, desc="weights", disable=None) as bar:
+        for file, keys in shards.items():
+            name = next(names)
+            with file.open("rb") as reader, (folder / name).open("wb") as writer:
+                while part := reader.read(2**24):
+                    bar.update(writer.write(part))
+            weight_map.update(dict.fromkeys(keys, name))
+        generator = torch.Generator().manual_seed(seed)
+        for part in gate_shards:
+            name = next(names)
+            gates = {
+                layer + key: (
+                    torch.zeros(shape)
+                    if key.endswith("bias")
+                    else torch.empty(shape).normal_(0, 0.02, generator=generator)
+                ).to(dtype)
+                for layer in part
+                for key, shape in per_layer.items()
+            }
+            save_file(gates, folder / name, metadata={"format": "pt"})
+            weight_map.update(dict.fromkeys(gates, name))
+            bar.update(layer_bytes * len(part))
+    index = {"metadata": {"total_size": total + gate_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+    return bool(gated), dtype
+
+
+def write_processor(source: Path, folder: Path) -> None:
+    """The source's tokenizer, chat template and image processor with VideoNSA's video processor."""
+    stock = Qwen2_5_VLProcessor.from_pretrained(source)
+    video = stock.video_processor
+    kept = ("patch_size", "temporal_patch_size", "merge_size", "image_mean", "image_std", "resample")
+    VideoNSAProcessor(
+        image_processor=stock.image_processor,
+        tokenizer=stock.tokenizer,
+        video_processor=VideoNSAVideoProcessor(**{key: getattr(video, key) for key in kept}),
+        chat_template=stock.chat_template,
+    ).save_pretrained(folder)
+
+
+def write_card(source: Path, folder: Path, config, *, base: str, name: str, trained: bool) -> None:
+    """A short model card; the licence is the base model's, as its own card states it."""
+    card = source / "README.md"
+    stated = ModelCard.load(card).data.to_dict() if card.is_file() else {}
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="video-text-to-text",
+        tags=["videonsa", "sparse-attention", "custom_code"],
+        base_model=None if Path(base).exists() else base,
+        **{key: stated[key] for key in ("license", "license_name", "license_link") if key in stated},
+    )
+    text = CARD.format(
+        name=name,
+        base=Path(base).name if Path(base).exists() else base,
+        trained=TRAINED if trained else UNTRAINED,
+        **{key: getattr(config, key) for key in ("block_size", "block_count", "window_size")},
+    )
+    (folder / "README.md").write_text(f"---\n{data.to_yaml()}\n---\n{text}")
+
+
+def push(folder: Path, repo_id: str, private: bool) -> str:
+    """Upload the folder as a new Hub repository and return its address."""
+    url = HfApi().create_repo(repo_id, private=private, exist_ok=False)
+    HfApi().upload_folder(repo_id=url.repo_id, folder_path=folder, commit_message="Add VideoNSA")
+    return str(url)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", help="folder or Hub id of a Qwen2.5-VL checkpoint in safetensors")
+    parser.add_argument("output", help="folder to make")
+    parser.add_argument("--revision", help="branch, tag or commit of the Hub repository")
+    parser.add_argument("--block-size", type=int, default=64, help="vision tokens per block (default 64)")
+    parser.add_argument("--block-count", type=int, default=32, help="blocks that a vision query selects (default 32)")
+    parser.add_argument("--window-size", type=int, default=256, help="vision tokens in the window (default 256)")
+    parser.add_argument("--gate-temperature", type=float, default=1.0, help="divides the gates' logits (default 1)")
+    parser.add_argument("--seed", type=int, default=0, help="of the new gates (default 0)")
+    parser.add_argument("--push-to-hub", metavar="REPO_ID", help="also upload the result as this new Hub repository")
+    parser.add_argument("--private", action="store_true", help="make the Hub repository private")
+    args = parser.parse_args()
+
+    # A polite kill must clean up as Ctrl-C does.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
+    try:
+        if args.push_to_hub and HfApi().repo_exists(args.push_to_hub):
+            raise FileExistsError(f"Hub repository {args.push_to_hub} exists already; name a new one")
+        output = convert(
+            args.source,
+            args.output,
+            revision=args.revision,
+            seed=args.seed,
+            name=args.push_to_hub,
+            block_size=args.block_size,
+            block_count=args.block_count,
+            window_size=args.window_size,
+            gate_temperature=args.gate_temperature,
+        )
+    except (OSError, ValueError) as error:
+        sys.exit(f"convert.py: {error}")
+    print(f"wrote {output}")
+    if args.push_to_hub:
+        print(f"pushed to {push(output, args.push_to_hub, args.private)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""A miniature Qwen2.5-VL checkpoint and a short clip, made on the spot: what the demo and the tests run on.
+
+The checkpoint has the real architecture (vision tower with windows, multimodal rotary, grouped-query attention with a
+group of 7), a byte-level tokenizer with Qwen's special tokens and a chat template of the same format, all saved by
+the stock classes. Its weights are random: `convert.py` turns it into VideoNSA exactly as it would the 7B.
+"""
+
+import math
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLProcessor,
+    Qwen2VLImageProcessor,
+    Qwen2VLVideoProcessor,
+)
+
+SPECIAL_TOKENS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+
+CHAT_TEMPLATE = """\
+{%- if messages[0].role != 'system' %}{{ '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}{% endif %}
+{%- for message in messages %}
+    {{- '<|im_start|>' + message.role + '\\n' }}
+    {%- if message.content is string %}{{ message.content }}{% else %}
+        {%- for part in message.content %}
+            {%- if part.type == 'image' %}{{ '<|vision_start|><|image_pad|><|vision_end|>' }}
+            {%- elif part.type == 'video' %}{{ '<|vision_start|><|video_pad|><|vision_end|>' }}
+            {%- else %}{{ part.text }}{% endif %}
+        {%- endfor %}
+    {%- endif %}
+    {{- '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per byte, then Qwen's special tokens: any text round-trips with a vocabulary of 263."""
+    vocab = {byte: i for i, byte in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", padding_side="left"
+    )
+
+
+def make_config(
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    hidden_size: int = 224,
+    num_hidden_layers: int = 4,
+    num_attention_heads: int = 7,
+    num_key_value_heads: int = 1,
+    vision_hidden_size: int = 96,
+) -> Qwen2_5_VLConfig:
+    """Stock configuration of a few million parameters; the head dimension must be a multiple of 16."""
+    half = hidden_size // num_attention_heads // 2
+    token_id = tokenizer.convert_tokens_to_ids
+    return Qwen2_5_VLConfig(
+        text_config={
+            "vocab_size": 8 * math.ceil(len(tokenizer) / 8),
+            "hidden_size": hidden_size,
+            "intermediate_size": 2 * hidden_size,
+            "num_hidden_layers": num_hidden_layers,
+            "num_attention_heads": num_attention_heads,
+            "num_key_value_heads": num_key_value_heads,
+            "max_position_embeddings": 131072,
+            "initializer_range": 0.06,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1000.0,
+                "mrope_section": [half // 8, half // 8, half - 2 * (half // 8)],
+            },
+            "bos_token_id": None,
+            "eos_token_id": token_id("<|im_end|>"),
+            "pad_token_id": token_id("<|endoftext|>"),
+        },
+        vision_config={
+            "depth": 2,
+            "hidden_size": vision_hidden_size,
+            "intermediate_size": 2 * vision_hidden_size,
+            "num_heads": 4,
+            "window_size": 112,
+            "fullatt_block_indexes": [1],
+            "out_hidden_size": hidden_size,
+            "tokens_per_second": 2,
+        },
+        image_token_id=token_id("<|image_pad|>"),
+        video_token_id=token_id("<|video_pad|>"),
+        vision_start_token_id=token_id("<|vision_start|>"),
+        vision_end_token_id=token_id("<|vision_end|>"),
+        tie_word_embeddings=True,
+    )
+
+
+def make_stock_checkpoint(folder: str | Path, *, seed: int = 0, **config_kwargs) -> Path:
+    """Write a random-weight stock Qwen2.5-VL repository (weights, tokenizer, processor) to `folder` and return it."""
+    folder = Path(folder)
+    tokenizer = make_tokenizer()
+    config = make_config(tokenizer, **config_kwargs)
+    torch.manual_seed(seed)
+    model = Qwen2_5_VLForConditionalGeneration(config)
+    # An untrained model would sample placeholders, which no image or video stands behind.
+    model.generation_config = GenerationConfig(
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        suppress_tokens=[config.image_token_id, config.video_token_id],
+    )
+    model.save_pretrained(folder)
+    Qwen2_5_VLProcessor(
+        image_processor=Qwen2VLImageProcessor(),
+        tokenizer=tokenizer,
+        video_processor=Qwen2VLVideoProcessor(),
+        chat_template=CHAT_TEMPLATE,
+    ).save_pretrained(folder)
+    return folder
+
+
+def make_clip(
+    path: str | Path,
+    *,
+    seconds: float = 8.0,
+    fps: int = 8,
+    width: int = 224,
+    height: int = 224,
+    codec: str = "libx264",
+) -> Path:
+    """Encode a clip (H.264 by default) of a disc circling over a slow gradient; returns `path`."""
+    y, x = np.mgrid[:height, :width]
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=fps)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        for i in range(round(seconds * fps)):
+            angle = 2 * np.pi * i / (4 * fps)
+            cx, cy = width * (0.5 + 0.3 * np.cos(angle)), height * (0.5 + 0.3 * np.sin(angle))
+            image = np.stack([x * 200 // width, y * 200 // height, np.full_like(x, 3 * i % 256)], -1).astype(np.uint8)
+            image[(x - cx) ** 2 + (y - cy) ** 2 < (height / 8) ** 2] = (230, 60, 40)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode())
+    return Path(path)

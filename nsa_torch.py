@@ -1,0 +1,313 @@
+"""Native Sparse Attention in plain PyTorch: the specification, the oracle of the kernels, and the CPU path.
+
+A *stream* is the packed sequence of one sample's vision tokens; block j holds its indices [j * block_size,
+(j + 1) * block_size). Every function takes packed samples and works through chunks of queries, so that no more than
+`MAX_SCORES` attention scores exist at once, in training too (chunks are recomputed in the backward pass).
+`nsa_triton.py` has the same functions as kernels; `modeling_videonsa.py` calls whichever fits the device.
+"""
+
+from itertools import pairwise
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+MAX_SCORES = 2**25  # attention scores held at once, over all heads: 128 MB in fp32
+
+
+def nsa_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    gates: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    *,
+    cu_seqlens_k: torch.Tensor | None = None,
+    block_size: int = 64,
+    block_count: int = 32,
+    window_size: int = 256,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """Gated sum of the compression, selection and window branches (arXiv 2510.02295 §3; arXiv 2502.11089 eq. 5).
+
+    Args:
+        q: [N, H, D] queries of all samples one after another; bf16, fp16 or fp32 (fp64 for checks).
+        k, v: [M, G, D] keys and values, same dtype; query head h reads KV head h // (H / G).
+        gates: [N, H, 3] after the sigmoid, in the order compression, selection, window.
+        cu_seqlens: int32 [B + 1], where each sample's queries start and end in N.
+        cu_seqlens_k: the same for the keys, when samples have fewer queries than keys; a sample's queries are then
+            the last tokens of its stream. Default: `cu_seqlens`.
+        block_size: tokens per block, a power of two of at least 16.
+        block_count: blocks that a query selects, at least 3 (the first, the previous and its own are always chosen).
+        window_size: keys in the sliding window, the query's own included.
+        scale: factor on q·k, default D ** -0.5.
+
+    Returns:
+        [N, H, D] in the dtype of q. Differentiable in q, k, v and gates; the choice of blocks carries no gradient.
+
+    Raises:
+        ValueError: an argument has a wrong shape, dtype, device or value; the message names it.
+    """
+    check_arguments(q, k, v, cu_seqlens, cu_seqlens_k, gates=gates, window_size=window_size)
+    dtype, q, k, v = q.dtype, _accumulate(q), _accumulate(k), _accumulate(v)
+    lengths = {"cu_seqlens": cu_seqlens, "cu_seqlens_k": cu_seqlens_k}
+    blocking = {"block_size": block_size, "scale": scale}
+    o_cmp, lse = compressed_attention(q, k, v, **lengths, **blocking)
+    blocks = select_blocks(q, k, lse, **lengths, **blocking, block_count=block_count)
+    o_slc, _ = selected_attention(q, k, v, blocks, **lengths, **blocking)
+    o_win, _ = window_attention(q, k, v, **lengths, window_size=window_size, scale=scale)
+    g_cmp, g_slc, g_win = gates.to(q.dtype).unsqueeze(-1).unbind(-2)  # 3 x [N, H, 1]
+    return (g_cmp * o_cmp + g_slc * o_slc + g_win * o_win).to(dtype)
+
+
+def compressed_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    *,
+    cu_seqlens_k: torch.Tensor | None = None,
+    block_size: int = 64,
+    scale: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention over block means: softmax(q·k̃ᵀ) ṽ over the blocks that end at or before the query.
+
+    Arguments and errors as in `nsa_attention`. Where no block is visible, o is 0 and lse is -inf.
+
+    Returns:
+        o [N, H, D] in the dtype of q, and lse [N, H], natural log, fp32 (fp64 for fp64 inputs), without gradient.
+    """
+    check_arguments(q, k, v, cu_seqlens, cu_seqlens_k, block_size=block_size)
+
+    def attend(q, k, v, first):
+        i = _stream_index(q, first)
+        k, v = (_block_means(x[: first + len(q)], block_size) for x in (k, v))
+        visible = torch.arange(len(k), device=q.device) < ((i + 1) // block_size)[:, None]
+        return _softmax_attention(q, k, v, visible[None], scale)
+
+    return _over_chunks(attend, q, k, v, cu_seqlens, cu_seqlens_k, lambda n: n // block_size)
+
+
+@torch.no_grad()
+def select_blocks(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    lse: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    *,
+    cu_seqlens_k: torch.Tensor | None = None,
+    block_size: int = 64,
+    block_count: int = 32,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """The blocks each query reads: {0, c - 1, c} for own block c, then the most important others.
+
+    The importance of a block before c is its compression probability summed over the query heads of the KV head
+    (arXiv 2502.11089 eq. 8-10), which therefore share the choice. Ties go to the lower index.
+
+    Args:
+        lse: [N, H] from `compressed_attention`; the others as in `nsa_attention`.
+
+    Returns:
+        int32 [G, N, block_count], ascending, padded with -1 where fewer blocks are available.
+    """
+    check_arguments(q, k, None, cu_seqlens, cu_seqlens_k, lse=lse, block_size=block_size, block_count=block_count)
+
+    def choose(q, k, lse, first):
+        own = _stream_index(q, first)[:, None] // block_size  # [C, 1]
+        block = torch.arange((first + len(q) - 1) // block_size + 1, device=q.device)
+        means = _block_means(k[: first + len(q)], block_size)
+        log_p = _scores(q, means, scale) - lse.unflatten(1, (k.shape[1], -1)).transpose(0, 1).unsqueeze(-1)
+        importance = log_p.exp().sum(2)  # [G, C, blocks], over the heads of a group
+        importance = torch.nn.functional.pad(importance, (0, len(block) - len(means)))  # own block may be incomplete
+        importance = importance.masked_fill(block >= own, -torch.inf)
+        importance = importance.masked_fill((block == 0) | (block == own) | (block == own - 1), torch.inf)
+        best = importance.sort(dim=-1, descending=True, stable=True)
+        chosen = best.indices.masked_fill(best.values == -torch.inf, len(block))[..., :block_count].sort(-1).values
+        chosen = chosen.masked_fill(chosen == len(block), -1)
+        return torch.nn.functional.pad(chosen, (0, block_count - chosen.shape[-1]), value=-1).int()
+
+    chunks = _chunks(cu_seqlens, cu_seqlens_k, lambda n: _rows(q, n // block_size + 1))
+    q, k = _accumulate(q), _accumulate(k)
+    with torch.autocast(q.device.type, enabled=False):
+        parts = [choose(q[rows], k[keys], lse[rows], first) for rows, keys, first in chunks]
+    return torch.cat([q.new_empty(k.shape[1], 0, block_count, dtype=torch.int32), *parts], dim=1)
+
+
+def selected_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    blocks: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    *,
+    cu_seqlens_k: torch.Tensor | None = None,
+    block_size: int = 64,
+    scale: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention over the keys at or before the query inside its chosen blocks.
+
+    Args:
+        blocks: int32 [G, N, any] block indices of each query within its own sample, -1 for none; the others, and
+            what is returned, as in `compressed_attention`.
+    """
+    check_arguments(q, k, v, cu_seqlens, cu_seqlens_k, blocks=blocks, block_size=block_size)
+
+    def attend(q, k, v, first, blocks):
+        i, n = _stream_index(q, first), first + len(q)
+        count = (n - 1) // block_size + 1
+        index = blocks.long().masked_fill((blocks < 0) | (blocks >= count), count)
+        chosen = blocks.new_zeros(*blocks.shape[:2], count + 1, dtype=torch.bool).scatter_(2, index, True)[..., :count]
+        visible = chosen.repeat_interleave(block_size, -1)[..., :n] & (torch.arange(n, device=q.device) <= i[:, None])
+        return _softmax_attention(q, k[:n], v[:n], visible, scale)
+
+    return _over_chunks(attend, q, k, v, cu_seqlens, cu_seqlens_k, lambda n: n, blocks=blocks)
+
+
+def window_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    *,
+    cu_seqlens_k: torch.Tensor | None = None,
+    window_size: int = 256,
+    scale: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention over the last `window_size` keys, the query's own included; returns as `compressed_attention`."""
+    check_arguments(q, k, v, cu_seqlens, cu_seqlens_k, window_size=window_size)
+    span = max(window_size, 64)  # queries per chunk: as many as the window has keys, so that half the scores count
+
+    def attend(q, k, v, first):
+        i = _stream_index(q, first)[:, None]
+        start, stop = max(0, first - window_size + 1), first + len(q)
+        j = torch.arange(start, stop, device=q.device)
+        return _softmax_attention(q, k[start:stop], v[start:stop], ((j <= i) & (j > i - window_size))[None], scale)
+
+    return _over_chunks(attend, q, k, v, cu_seqlens, cu_seqlens_k, lambda n: min(n, 2 * span), max_rows=span)
+
+
+def check_arguments(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor | None,
+    cu_seqlens: torch.Tensor,
+    cu_seqlens_k: torch.Tensor | None = None,
+    *,
+    gates: torch.Tensor | None = None,
+    lse: torch.Tensor | None = None,
+    blocks: torch.Tensor | None = None,
+    block_size: int | None = None,
+    block_count: int | None = None,
+    window_size: int | None = None,
+) -> None:
+    """Raise a ValueError that names the first argument which does not fit the others."""
+    if q.ndim != 3 or not q.is_floating_point():
+        raise ValueError(f"q must be a floating-point tensor [tokens, heads, dim], got {q.dtype} {list(q.shape)}")
+    n, heads, dim = q.shape
+    if k.ndim != 3 or k.shape[2] != dim:
+        raise ValueError(f"k must be [tokens, kv heads, {dim}] like q {list(q.shape)}, got {list(k.shape)}")
+    groups = k.shape[1]
+    if groups == 0 or heads % groups:
+        raise ValueError(f"the heads of q must be a multiple of the heads of k, got {heads} and {groups}")
+    if v is not None and v.shape != k.shape:
+        raise ValueError(f"v must have the shape of k, {list(k.shape)}, got {list(v.shape)}")
+    for name, x in (("k", k), ("v", v)):
+        if x is not None and (x.dtype != q.dtype or x.device != q.device):
+            raise ValueError(f"{name} must be {q.dtype} on {q.device} like q, got {x.dtype} on {x.device}")
+    if gates is not None and (gates.shape != (n, heads, 3) or gates.device != q.device):
+        raise ValueError(f"gates must be {[n, heads, 3]} on {q.device}, got {list(gates.shape)} on {gates.device}")
+    if lse is not None and lse.shape != (n, heads):
+        raise ValueError(f"lse must be {[n, heads]}, got {list(lse.shape)}")
+    if blocks is not None and (blocks.ndim != 3 or blocks.shape[:2] != (groups, n) or blocks.dtype != torch.int32):
+        raise ValueError(f"blocks must be int32 [{groups}, {n}, count], got {blocks.dtype} {list(blocks.shape)}")
+    if block_size is not None and (block_size < 16 or block_size & (block_size - 1)):
+        raise ValueError(f"block_size must be a power of two of at least 16, got {block_size}")
+    if block_count is not None and block_count < 3:
+        raise ValueError(f"block_count must be at least 3 (first, previous and own block), got {block_count}")
+    if window_size is not None and window_size < 1:
+        raise ValueError(f"window_size must be at least 1, got {window_size}")
+    _check_lengths("cu_seqlens", cu_seqlens, n, "q")
+    if cu_seqlens_k is not None:
+        _check_lengths("cu_seqlens_k", cu_seqlens_k, len(k), "k")
+        if cu_seqlens_k.shape != cu_seqlens.shape or (cu_seqlens_k.diff() < cu_seqlens.diff()).any():
+            raise ValueError(
+                "cu_seqlens_k must describe the samples of cu_seqlens, each with at least as many keys as queries, "
+                f"got {cu_seqlens_k.tolist()} and {cu_seqlens.tolist()}"
+            )
+    elif len(k) != n:
+        raise ValueError(f"k must have {n} tokens like q where cu_seqlens_k is not given, got {len(k)}")
+
+
+def _check_lengths(name: str, cu_seqlens: torch.Tensor, n: int, counted: str) -> None:
+    if cu_seqlens.dtype != torch.int32 or cu_seqlens.ndim != 1 or len(cu_seqlens) < 1:
+        raise ValueError(f"{name} must be int32 [samples + 1], got {cu_seqlens.dtype} {list(cu_seqlens.shape)}")
+    values = cu_seqlens.tolist()
+    if values[0] != 0 or values[-1] != n or values != sorted(values):
+        raise ValueError(f"{name} must rise from 0 to the {n} tokens of {counted}, got {values}")
+
+
+def _accumulate(x: torch.Tensor) -> torch.Tensor:
+    """x in the dtype that softmax and sums are computed in."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _stream_index(q: torch.Tensor, first: int) -> torch.Tensor:
+    return torch.arange(first, first + len(q), device=q.device)
+
+
+def _block_means(x: torch.Tensor, block_size: int) -> torch.Tensor:
+    """[n, G, D] -> [complete blocks, G, D]"""
+    count = len(x) // block_size
+    return x[: count * block_size].unflatten(0, (count, block_size)).mean(1)
+
+
+def _scores(q: torch.Tensor, k: torch.Tensor, scale: float | None) -> torch.Tensor:
+    """q [C, H, D], k [m, G, D] -> [G, C, H / G, m]"""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return torch.einsum("cgrd,mgd->gcrm", q.unflatten(1, (k.shape[1], -1)), k) * scale
+
+
+def _softmax_attention(q, k, v, visible, scale):
+    """q [C, H, D], k and v [m, G, D], visible bool [G or 1, C, m] -> o [C, H, D], lse [C, H]."""
+    scores = _scores(q, k, scale).masked_fill(~visible.unsqueeze(2), -torch.inf)
+    lse = scores.logsumexp(-1)  # [G, C, r]
+    p = (scores - lse.masked_fill(lse == -torch.inf, 0).unsqueeze(-1)).exp()  # all 0 where nothing is visible
+    o = torch.einsum("gcrm,mgd->cgrd", p, v)
+    return o.flatten(1, 2), lse.detach().transpose(0, 1).flatten(1)
+
+
+def _rows(q: torch.Tensor, keys_per_query: int) -> int:
+    """How many queries fit into `MAX_SCORES`."""
+    return max(1, MAX_SCORES // (q.shape[1] * max(1, keys_per_query)))
+
+
+def _chunks(cu_seqlens, cu_seqlens_k, rows) -> list[tuple[slice, slice, int]]:
+    """(queries, keys of their sample, stream index of the first query) for chunks of rows(number of keys) queries."""
+    cu_seqlens, cu_seqlens_k = cu_seqlens.tolist(), (cu_seqlens if cu_seqlens_k is None else cu_seqlens_k).tolist()
+    chunks = []
+    for (start, stop), (key_start, key_stop) in zip(pairwise(cu_seqlens), pairwise(cu_seqlens_k), strict=True):
+        first = key_stop - key_start - (stop - start)
+        step = rows(key_stop - key_start)
+        for a in range(start, stop, step):
+            chunks.append((slice(a, min(a + step, stop)), slice(key_start, key_stop), first + a - start))
+    return chunks
+
+
+def _over_chunks(attend, q, k, v, cu_seqlens, cu_seqlens_k, keys_per_query, max_rows=None, blocks=None):
+    """Run attend(q, k, v, first[, blocks]) -> (o, lse) chunk by chunk and join what it gives."""
+
+    def rows(n):
+        fit = _rows(q, keys_per_query(n))
+        return fit if max_rows is None else min(fit, max_rows)
+
+    chunks = _chunks(cu_seqlens, cu_seqlens_k, rows)
+    scores = sum((r.stop - r.start) * keys_per_query(s.stop - s.start) for r, s, _ in chunks) * q.shape[1]
+    recompute = scores > MAX_SCORES and torch.is_grad_enabled()
+    dtype, q, k, v = q.dtype, _accumulate(q), _accumulate(k), _accumulate(v)
+    outs = [(q[:0], q.new_empty(0, q.shape[1]))]
+    with torch.autocast(q.device.type, enabled=False):
+        for r, s, first in chunks:
+            args = (q[r], k[s], v[s], first) + (() if blocks is None else (blocks[:, r],))
+            outs.append(checkpoint(attend, *args, use_reentrant=False) if recompute else attend(*args))
+    o, lse = zip(*outs, strict=True)
+    return torch.cat(o).to(dtype), torch.cat(lse)

@@ -1,0 +1,418 @@
+"""convert.py and demo.py as a user runs them, on checkpoints and clips that the project makes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import Qwen2_5_VLForConditionalGeneration
+
+import convert
+import tiny
+from videonsa.configuration_videonsa import VideoNSAConfig
+from videonsa.modeling_videonsa import VideoNSAForConditionalGeneration
+
+ROOT = Path(__file__).resolve().parents[1]
+REAL_CLIP = ROOT.parent / "shared/clips/v_TpB_zMG3XBA.mp4"
+SIZES = {"hidden_size": 112, "num_hidden_layers": 2, "vision_hidden_size": 64}
+NSA = {"block_size": 16, "block_count": 3, "window_size": 20}
+
+
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory):
+    return tiny.make_stock_checkpoint(tmp_path_factory.mktemp("stock") / "Qwen2.5-VL-tiny", **SIZES)
+
+
+@pytest.fixture(scope="module")
+def repository(stock, tmp_path_factory):
+    return convert.convert(stock, tmp_path_factory.mktemp("out") / "VideoNSA-tiny", **NSA)
+
+
+def run(script, *args, cwd=None, **env):
+    """Run a script of examples/, or a snippet, in a fresh process without a terminal."""
+    command = [str(ROOT / "examples" / script)] if script.endswith(".py") else ["-c", script]
+    return subprocess.run(
+        [sys.executable, *command, *map(str, args)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT / "examples"), "HF_HUB_OFFLINE": "1", **env},
+    )
+
+
+def rewrite_config(folder, change):
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(change(config) or config))
+
+
+def flat_config(config):
+    """The layout of the published checkpoints: text fields at the top, old names for dtype and rotary settings."""
+    text = config.pop("text_config")
+    rope = text.pop("rope_parameters")
+    for name in ("model_type", "layer_types", "dtype"):
+        text.pop(name, None)
+    vision = {
+        name: config["vision_config"][name] for name in config["vision_config"] if name not in ("model_type", "dtype")
+    }
+    return {
+        **text,
+        **config,
+        "torch_dtype": config.pop("dtype"),
+        "vision_config": vision,
+        "rope_theta": rope["rope_theta"],
+        "rope_scaling": {"type": "mrope", "mrope_section": rope["mrope_section"]},
+        "sliding_window": 32768,
+        "use_sliding_window": False,
+        "max_window_layers": 28,
+        "tie_word_embeddings": config["tie_word_embeddings"],
+    }
+
+
+@pytest.mark.parametrize("layout", ["single file", "shards", "flat config", "new keys", "bf16"])
+def test_convert_keeps_every_weight_and_adds_only_gates(stock, tmp_path, layout):
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        stock, dtype=torch.bfloat16 if layout == "bf16" else torch.float32
+    )
+    source = tmp_path / "source"
+    model.save_pretrained(
+        source,
+        max_shard_size="200KB" if layout in ("shards", "flat config") else "5GB",
+        save_original_format=layout != "new keys",
+    )
+    for file in ("tokenizer.json", "tokenizer_config.json", "processor_config.json", "chat_template.jinja"):
+        (source / file).write_bytes((stock / file).read_bytes())
+    if layout == "flat config":
+        rewrite_config(source, flat_config)
+    if layout in ("shards", "flat config"):
+        assert len(list(source.glob("*.safetensors"))) > 2
+
+    output = convert.convert(source, tmp_path / "out", **NSA)
+    converted, info = VideoNSAForConditionalGeneration.from_pretrained(output, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert converted.dtype == model.dtype == converted.model.language_model.layers[0].self_attn.g_proj_1.weight.dtype
+    weights = converted.state_dict()
+    for key, weight in model.state_dict().items():
+        assert torch.equal(weights.pop(key), weight), key
+    assert len(weights) == 4 * SIZES["num_hidden_layers"]
+    for key, gate in weights.items():
+        assert "g_proj_" in key
+        assert gate.count_nonzero() == 0 if key.endswith("bias") else abs(gate.float().std() - 0.02) < 2e-3
+    config = json.loads((output / "config.json").read_text())
+    assert config["model_type"] == "videonsa"
+    assert config["architectures"] == ["VideoNSAForConditionalGeneration"]
+    assert {name: config["text_config"][name] for name in NSA} == NSA
+    assert config["text_config"]["rope_parameters"]["mrope_section"] == [1, 1, 6]
+
+
+def test_convert_writes_code_processor_generation_config_and_card(stock, repository):
+    files = {path.name for path in repository.iterdir()}
+    assert {*convert.CODE_FILES, "config.json", "processor_config.json", "tokenizer.json", "README.md"} <= files
+    assert (repository / "generation_config.json").read_text() == (stock / "generation_config.json").read_text()
+    for file in convert.CODE_FILES:
+        assert (repository / file).read_text() == (ROOT / file).read_text()
+    auto_map = json.loads((repository / "config.json").read_text())["auto_map"]
+    for name in ("AutoModel", "AutoModelForImageTextToText"):
+        assert auto_map[name] == "modeling_videonsa.VideoNSAForConditionalGeneration"
+    card = (repository / "README.md").read_text()
+    assert card.startswith("---\n") and "VideoNSA-tiny" in card and "gates are untrained" in card
+    compile(card.split("```python\n")[1].split("```")[0], "card", "exec")
+    index = json.loads((repository / "model.safetensors.index.json").read_text())["weight_map"]
+    assert set(index.values()) == {path.name for path in repository.glob("*.safetensors")}
+
+
+@pytest.mark.parametrize(
+    ("hidden_size", "heads", "kv_heads", "layers", "tied"),
+    [(2048, 16, 2, 36, True), (3584, 28, 4, 28, False), (5120, 40, 8, 64, False), (8192, 64, 8, 80, False)],
+    ids=["3B", "7B", "32B", "72B"],
+)
+def test_published_configurations_give_the_shapes_of_their_sizes(tmp_path, hidden_size, heads, kv_heads, layers, tied):
+    published = {
+        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+        "model_type": "qwen2_5_vl",
+        "hidden_size": hidden_size,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "num_hidden_layers": layers,
+        "intermediate_size": 4 * hidden_size,
+        "max_position_embeddings": 128000,
+        "rope_theta": 1000000.0,
+        "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+        "sliding_window": 32768,
+        "use_sliding_window": False,
+        "max_window_layers": layers,
+        "tie_word_embeddings": tied,
+        "torch_dtype": "bfloat16",
+        "vision_config": {
+            "out_hidden_size": hidden_size,
+            "hidden_size": 1280,
+            "tokens_per_second": 2,
+            "window_size": 112,
+        },
+    }
+    (tmp_path / "config.json").write_text(json.dumps(published))
+    config = VideoNSAConfig.from_pretrained(tmp_path)
+    with torch.device("meta"):
+        model = VideoNSAForConditionalGeneration(config)
+    attention = model.model.language_model.layers[layers - 1].self_attn
+    assert attention.g_proj_1.weight.shape == (hidden_size, hidden_size)
+    assert attention.g_proj_2.weight.shape == (3 * heads, hidden_size)
+    assert attention.num_key_value_groups == heads // kv_heads and attention.head_dim == 128
+    assert (config.block_size, config.block_count, config.window_size) == (64, 32, 256)
+    assert config.vision_config.tokens_per_second == 2 and config.tie_word_embeddings == tied
+
+
+def test_convert_splits_the_gates_of_large_models_into_shards(stock, tmp_path, monkeypatch):
+    monkeypatch.setattr(convert, "MAX_SHARD", 1)
+    output = convert.convert(stock, tmp_path / "out")
+    assert len(list(output.glob("*.safetensors"))) == 1 + SIZES["num_hidden_layers"]
+    _, info = VideoNSAForConditionalGeneration.from_pretrained(output, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+
+
+def test_convert_keeps_gates_that_the_source_has(stock, tmp_path):
+    source = tmp_path / "source"
+    model = VideoNSAForConditionalGeneration.from_pretrained(stock)
+    with torch.no_grad():
+        model.model.language_model.layers[1].self_attn.g_proj_2.bias.fill_(3.0)
+    model.save_pretrained(source)
+    for file in ("tokenizer.json", "tokenizer_config.json", "processor_config.json", "chat_template.jinja"):
+        (source / file).write_bytes((stock / file).read_bytes())
+    rewrite_config(source, lambda config: config.update(model_type="qwen2_5_vl", block_counts=5))
+    output = convert.convert(source, tmp_path / "out")
+    converted = VideoNSAForConditionalGeneration.from_pretrained(output)
+    assert converted.model.language_model.layers[1].self_attn.g_proj_2.bias.eq(3.0).all()
+    assert converted.config.block_count == 5
+    assert "those of the source" in (output / "README.md").read_text()
+
+
+def test_convert_memory_does_not_grow_with_the_model(stock, tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    for path in stock.iterdir():
+        if path.suffix != ".safetensors":
+            (source / path.name).write_bytes(path.read_bytes())
+    shards = {"a.safetensors": load_file(stock / "model.safetensors")}
+    shards |= {f"{name}.safetensors": {name: torch.zeros(2**26)} for name in "bc"}  # 256 MB each
+    for file, tensors in shards.items():
+        save_file(tensors, source / file)
+    weight_map = {key: file for file, tensors in shards.items() for key in tensors}
+    (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    measure = (
+        "import sys, resource, convert; before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
+        "convert.convert(*sys.argv[1:]); print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)"
+    )
+    done = run(measure, source, tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 200  # MB, of 512 MB of weights
+    for path in [*source.glob("*"), *(tmp_path / "out").glob("*.safetensors")]:
+        path.unlink()
+
+
+def remove_weights(folder):
+    (folder / "model.safetensors").unlink()
+
+
+def pickle_weights(folder):
+    remove_weights(folder)
+    (folder / "pytorch_model.bin").write_bytes(b"pickle")
+
+
+def truncate_weights(folder):
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
+
+
+def lose_a_shard(folder):
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    weight_map = {"x": "model-00001-of-00002.safetensors", "y": "model-00002-of-00002.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def other_model(folder):
+    rewrite_config(folder, lambda config: config.update(model_type="qwen2_vl"))
+
+
+def more_layers(folder):
+    rewrite_config(folder, lambda config: config["text_config"].update(num_hidden_layers=3, layer_types=None))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (remove_weights, "no weights"),
+        (pickle_weights, "pytorch_model.bin; safetensors are needed. Rewrite"),
+        (truncate_weights, "model.safetensors is missing or damaged"),
+        (lose_a_shard, "model-00002-of-00002.safetensors is missing or damaged"),
+        (other_model, "must be a Qwen2.5-VL checkpoint"),
+        (more_layers, "2 decoder layers, config.json 3"),
+    ],
+)
+def test_convert_refuses_a_bad_source_and_leaves_nothing(stock, tmp_path, damage, message):
+    source = tmp_path / "source"
+    source.mkdir()
+    for path in stock.iterdir():
+        (source / path.name).write_bytes(path.read_bytes())
+    damage(source)
+    with pytest.raises(ValueError, match=message):
+        convert.convert(source, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_convert_refuses_to_overwrite_and_bad_settings(stock, repository, tmp_path):
+    before = sorted((path.name, path.stat().st_mtime_ns) for path in repository.iterdir())
+    done = run("convert.py", stock, repository)
+    assert done.returncode == 1 and "exists already" in done.stderr and "Traceback" not in done.stderr
+    assert sorted((path.name, path.stat().st_mtime_ns) for path in repository.iterdir()) == before
+    done = run("convert.py", stock, tmp_path / "out", "--block-size", 24)
+    assert done.returncode == 1 and "block_size must be a power of two, got 24" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_convert_leaves_nothing(stock, tmp_path, number):
+    wait = (
+        "import sys, time, convert; convert.write_processor = lambda *_: time.sleep(60);"
+        "sys.argv = ['convert.py', *sys.argv[1:]]; convert.main()"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", wait, str(stock), str(tmp_path / "out")],
+        env={**os.environ, "PYTHONPATH": str(ROOT / "examples")},
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob(".out-*/model.safetensors.index.json")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert list(tmp_path.glob(".out-*"))
+    process.send_signal(number)
+    assert process.wait(timeout=60) != 0
+    assert not list(tmp_path.iterdir())
+
+
+def test_convert_pushes_to_a_new_hub_repository_only(stock, tmp_path, monkeypatch, capsys):
+    calls = []
+
+    class Hub:
+        def repo_exists(self, repo_id):
+            return repo_id == "me/taken"
+
+        def create_repo(self, repo_id, private, exist_ok):
+            calls.append((repo_id, private, exist_ok))
+            return type("Url", (), {"repo_id": repo_id, "__str__": lambda _: f"https://hub/{repo_id}"})()
+
+        def upload_folder(self, repo_id, folder_path, commit_message):
+            calls.append((repo_id, sorted(path.name for path in Path(folder_path).iterdir())))
+
+    monkeypatch.setattr(convert, "HfApi", Hub)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["convert.py", str(stock), str(tmp_path / "a"), "--push-to-hub", "me/taken"])
+    with pytest.raises(SystemExit, match="me/taken exists already"):
+        convert.main()
+    assert not calls and not list(tmp_path.iterdir())
+    monkeypatch.setattr(
+        sys, "argv", ["convert.py", str(stock), str(tmp_path / "a"), "--push-to-hub", "me/new", "--private"]
+    )
+    convert.main()
+    assert calls[0] == ("me/new", True, False)
+    assert {"config.json", "modeling_videonsa.py", "README.md"} <= set(calls[1][1])
+    assert 'repo = "me/new"' in (tmp_path / "a/README.md").read_text()
+    assert "https://hub/me/new" in capsys.readouterr().out
+
+
+FRESH = """
+import json, sys
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
+
+folder, clip, again = sys.argv[1:]
+config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+autos = (AutoModel, AutoModelForImageTextToText)
+models = [auto.from_pretrained(folder, trust_remote_code=True).eval() for auto in autos]
+messages = [{"role": "user", "content": [{"type": "video", "video": clip}, {"type": "text", "text": "What?"}]}]
+inputs = processor.apply_chat_template(
+    messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+)
+with torch.no_grad():
+    logits = [model(**inputs).logits for model in models]
+assert torch.equal(*logits)
+answer = models[0].generate(**inputs, max_new_tokens=4)
+assert answer.shape[1] == inputs["input_ids"].shape[1] + 4
+for thing in (config, processor, *models):
+    assert type(thing).__module__.startswith("transformers_modules"), type(thing)
+    assert "VideoNSA" in type(thing).__name__
+models[0].save_pretrained(again)
+processor.save_pretrained(again)
+print(json.dumps([logits[0].double().sum().item(), answer.tolist(), inputs["video_grid_thw"].tolist()]))
+"""
+
+
+def test_a_repository_loads_in_fresh_processes_saves_and_loads_again(repository, tmp_path):
+    clip = tiny.make_clip(tmp_path / "clip.mp4", seconds=4)
+    results = []
+    for i, folder in enumerate((repository, tmp_path / "again-0")):
+        env = {"HF_MODULES_CACHE": str(tmp_path / f"modules-{i}"), "PYTHONPATH": ""}
+        done = run(FRESH, folder, clip, tmp_path / f"again-{i}", cwd=tmp_path, **env)
+        assert done.returncode == 0, done.stderr
+        results.append(json.loads(done.stdout))
+    assert results[0] == results[1]
+    assert results[0][2] == [[8, 16, 16]]
+
+
+def test_the_demo_without_arguments_reports_what_it_did():
+    done = run("demo.py", "--max-new-tokens", 5)
+    assert done.returncode == 0, done.stderr
+    lines = {line.split(maxsplit=1)[0]: line for line in done.stdout.splitlines() if line.strip()}
+    assert "UNTRAINED" in lines["model"]
+    assert "8.0 s of 224 × 224; read 32 frames of 224 × 224 at 4.00 fps" in lines["video"]
+    assert "1,024 vision" in lines["tokens"]
+    pairs = 1024 * 1025 / 2
+    selected, window = (n * (n + 1) / 2 + (1024 - n) * n for n in (8 * 16, 64))
+    assert f"{(selected + window) / pairs:.1%} of the query" in lines["budget"]
+    assert "answer" in lines and "first token after" in lines["time"]
+
+
+def test_the_demo_runs_a_repository_on_a_given_video_in_either_variant(repository, tmp_path):
+    clip = tiny.make_clip(tmp_path / "clip.mp4", seconds=3, fps=6, width=160, height=96)
+    answers = []
+    for variant in ("paper", "dense"):
+        done = run(
+            "demo.py", "--model", repository, "--video", clip, "--variant", variant,
+            "--question", "Where is it?", "--max-new-tokens", 3, "--device", "cpu",
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert f"nsa_variant={variant}" in done.stdout and "Where is it?" in done.stdout
+        assert "read 12 frames of 168 × 84 at 4.00 fps" in done.stdout  # 96 rounds to 3 * 28 = 84, 160 to 6 * 28
+        assert f"{6 * 3 * 6:,} vision" in done.stdout
+        answers.append(done.stdout)
+    assert "100.0% of the query" in answers[1]
+
+
+@pytest.mark.skipif(not REAL_CLIP.exists(), reason="the real clip lies beside the repository only on some machines")
+def test_the_demo_reads_a_real_clip(repository):
+    done = run("demo.py", "--model", repository, "--video", REAL_CLIP, "--max-new-tokens", 1)
+    assert done.returncode == 0, done.stderr
+    assert "of 398 × 224; read 490 frames of 280 × 168 at 2.99 fps" in done.stdout
+    assert f"{245 * 6 * 10:,} vision" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--video", "no-such-file.mp4"], "no-such-file.mp4"),
+        (["--variant", "sparse"], "nsa_variant must be one of"),
+        (["--variant", "released"], "not implemented"),
+        (["--model", "{stock}"], "make one with: python examples/convert.py"),
+    ],
+)
+def test_the_demo_explains_what_is_wrong(stock, arguments, message):
+    done = run("demo.py", *(argument.format(stock=stock) for argument in arguments))
+    assert done.returncode == 1
+    assert message in done.stderr and "Traceback" not in done.stderr
