@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 OLDEST := .venv-oldest
-OLDEST_VERSIONS := torch==2.11.0 torchvision==0.26.0 transformers==5.17.0
+OLDEST_VERSIONS := torch==2.11.0 torchvision==0.26.0 transformers==5.17.0 av==16.0.0
 
 .PHONY: help demo test test-oldest lint clean
 

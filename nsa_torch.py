@@ -51,12 +51,14 @@ def nsa_attention(
     dtype, q, k, v = q.dtype, _accumulate(q), _accumulate(k), _accumulate(v)
     lengths = {"cu_seqlens": cu_seqlens, "cu_seqlens_k": cu_seqlens_k}
     blocking = {"block_size": block_size, "scale": scale}
-    o_cmp, lse = compressed_attention(q, k, v, **lengths, **blocking)
-    blocks = select_blocks(q, k, lse, **lengths, **blocking, block_count=block_count)
-    o_slc, _ = selected_attention(q, k, v, blocks, **lengths, **blocking)
-    o_win, _ = window_attention(q, k, v, **lengths, window_size=window_size, scale=scale)
     g_cmp, g_slc, g_win = gates.to(q.dtype).unsqueeze(-1).unbind(-2)  # 3 x [N, H, 1]
-    return (g_cmp * o_cmp + g_slc * o_slc + g_win * o_win).to(dtype)
+    o, lse = compressed_attention(q, k, v, **lengths, **blocking)
+    out = g_cmp * o
+    blocks = select_blocks(q, k, lse, **lengths, **blocking, block_count=block_count)
+    o, _ = selected_attention(q, k, v, blocks, **lengths, **blocking)
+    out = out + g_slc * o  # branch by branch, so that not all are held at once
+    o, _ = window_attention(q, k, v, **lengths, window_size=window_size, scale=scale)
+    return (out + g_win * o).to(dtype)
 
 
 def compressed_attention(

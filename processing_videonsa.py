@@ -68,8 +68,6 @@ class VideoNSAVideoProcessor(Qwen2VLVideoProcessor):
     size = {"shortest_edge": 28 * 28, "longest_edge": 224 * 224}  # pixels per frame; at most 64 tokens per two frames
     do_sample_frames = True
     cap_pixels_per_frame = False
-    # The name that the processor of transformers 5.17 asks for.
-    get_number_of_video_patches = Qwen2VLVideoProcessor.get_num_of_video_patches
 
     def preprocess(self, videos, **kwargs) -> BatchFeature:
         """Returns `pixel_values_videos` [patches, 1176] and `video_grid_thw` [videos, 3], the patches along t, h, w.
@@ -347,9 +345,9 @@ class VideoFile:
             raise ValueError(f"{path}: no frames in its video stream")
         self.pts = [packet.pts for packet in packets]  # in ticks
         self.times = (np.array(self.pts) - self.pts[0]) * tick
-        mean = self.times[-1] / (len(packets) - 1) if len(packets) > 1 else 1 / rate
-        self.duration = float(self.times[-1] + (packets[-1].duration * tick or mean))
-        if abs(len(packets) / rate - self.duration) < ROUNDING:
+        last = packets[-1].duration * tick or (np.median(np.diff(self.times)) if len(packets) > 1 else 1 / rate)
+        self.duration = float(self.times[-1] + last)
+        if abs(self.duration - len(packets) / rate) < ROUNDING:
             self.duration = len(packets) / rate
 
     def __len__(self) -> int:

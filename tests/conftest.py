@@ -29,16 +29,70 @@ def stock_checkpoint(tmp_path_factory):
 
 
 @pytest.fixture
+def published_config():
+    """The configuration of Qwen2.5-VL-7B-Instruct as published: flat, written by transformers 4.41."""
+    return {
+        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+        "attention_dropout": 0.0,
+        "bos_token_id": 151643,
+        "eos_token_id": 151645,
+        "vision_start_token_id": 151652,
+        "vision_end_token_id": 151653,
+        "vision_token_id": 151654,
+        "image_token_id": 151655,
+        "video_token_id": 151656,
+        "hidden_act": "silu",
+        "hidden_size": 3584,
+        "initializer_range": 0.02,
+        "intermediate_size": 18944,
+        "max_position_embeddings": 128000,
+        "max_window_layers": 28,
+        "model_type": "qwen2_5_vl",
+        "num_attention_heads": 28,
+        "num_hidden_layers": 28,
+        "num_key_value_heads": 4,
+        "rms_norm_eps": 1e-06,
+        "rope_theta": 1000000.0,
+        "sliding_window": 32768,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "transformers_version": "4.41.2",
+        "use_cache": True,
+        "use_sliding_window": False,
+        "vision_config": {
+            "depth": 32,
+            "hidden_act": "silu",
+            "hidden_size": 1280,
+            "intermediate_size": 3420,
+            "num_heads": 16,
+            "in_chans": 3,
+            "out_hidden_size": 3584,
+            "patch_size": 14,
+            "spatial_merge_size": 2,
+            "spatial_patch_size": 14,
+            "window_size": 112,
+            "fullatt_block_indexes": [7, 15, 23, 31],
+            "tokens_per_second": 2,
+            "temporal_patch_size": 2,
+        },
+        "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+        "vocab_size": 152064,
+    }
+
+
+@pytest.fixture
 def run_fresh(tmp_path):
     """Runs a program as a user would who has only a model folder: a new process somewhere else, an empty cache of
     remote code, and this repository nowhere on the path. Returns what it printed."""
 
     def run(program: str, *args) -> str:
-        cache = {"HF_HOME": str(tmp_path / "home"), "HF_MODULES_CACHE": str(tmp_path / "home" / "modules")}
+        home = tmp_path / "home"
+        cache = {"HF_HOME": str(home), "HF_MODULES_CACHE": str(home / "modules"), "HF_HUB_OFFLINE": "1"}
+        inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         result = subprocess.run(
             [sys.executable, "-c", program, *map(str, args)],
             cwd=tmp_path,
-            env={**{k: v for k, v in os.environ.items() if k != "PYTHONPATH"}, **cache, "HF_HUB_OFFLINE": "1"},
+            env={**inherited, **cache, "OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,
         )

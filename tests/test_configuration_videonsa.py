@@ -5,6 +5,7 @@ from fractions import Fraction
 
 import pytest
 from transformers import Qwen2_5_VLConfig
+
 from videonsa.configuration_videonsa import NSA_FIELDS, VideoNSAConfig, VideoNSATextConfig
 
 DEFAULTS = {
@@ -34,58 +35,6 @@ def save(config: dict, folder):
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     return folder
-
-
-def published(**extra):
-    """The configuration of Qwen2.5-VL-7B-Instruct as published: flat, written by transformers 4.41."""
-    return {
-        "architectures": ["VideoNSAForConditionalGeneration"],
-        "attention_dropout": 0.0,
-        "bos_token_id": 151643,
-        "eos_token_id": 151645,
-        "vision_start_token_id": 151652,
-        "vision_end_token_id": 151653,
-        "vision_token_id": 151654,
-        "image_token_id": 151655,
-        "video_token_id": 151656,
-        "hidden_act": "silu",
-        "hidden_size": 3584,
-        "initializer_range": 0.02,
-        "intermediate_size": 18944,
-        "max_position_embeddings": 128000,
-        "max_window_layers": 28,
-        "model_type": "qwen2_5_vl",
-        "num_attention_heads": 28,
-        "num_hidden_layers": 28,
-        "num_key_value_heads": 4,
-        "rms_norm_eps": 1e-06,
-        "rope_theta": 1000000.0,
-        "sliding_window": 32768,
-        "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16",
-        "transformers_version": "4.41.2",
-        "use_cache": True,
-        "use_sliding_window": False,
-        "vision_config": {
-            "depth": 32,
-            "hidden_act": "silu",
-            "hidden_size": 1280,
-            "intermediate_size": 3420,
-            "num_heads": 16,
-            "in_chans": 3,
-            "out_hidden_size": 3584,
-            "patch_size": 14,
-            "spatial_merge_size": 2,
-            "spatial_patch_size": 14,
-            "window_size": 112,
-            "fullatt_block_indexes": [7, 15, 23, 31],
-            "tokens_per_second": 2,
-            "temporal_patch_size": 2,
-        },
-        "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
-        "vocab_size": 152064,
-        **extra,
-    }
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -137,13 +86,13 @@ def test_fields_are_saved_once_in_the_text_config(tmp_path):
 
 
 @pytest.mark.parametrize("place", ["top level", "text_config", "flat"])
-def test_names_of_the_public_checkpoint_are_understood_wherever_they_stand(tmp_path, place):
+def test_names_of_the_public_checkpoint_are_understood_wherever_they_stand(tmp_path, published_config, place):
     legacy = {"block_counts": 8, "window_size": 100}
     text = {"hidden_size": 112, "num_attention_heads": 7, "num_key_value_heads": 1, "num_hidden_layers": 2}
     config = {
         "top level": {"text_config": text, **legacy},
         "text_config": {"text_config": {**text, **legacy}},
-        "flat": published(**legacy, **text),
+        "flat": {**published_config, **legacy, **text},
     }[place]
     loaded = VideoNSAConfig.from_pretrained(save({"model_type": "qwen2_5_vl", **config}, tmp_path))
     assert fields(loaded) == {**DEFAULTS, "block_count": 8, "window_size": 100}
@@ -152,8 +101,8 @@ def test_names_of_the_public_checkpoint_are_understood_wherever_they_stand(tmp_p
     assert loaded.vision_config.window_size == 112
 
 
-def test_published_flat_configuration_keeps_its_values(tmp_path):
-    config = VideoNSAConfig.from_pretrained(save(published(), tmp_path))
+def test_published_flat_configuration_keeps_its_values(tmp_path, published_config):
+    config = VideoNSAConfig.from_pretrained(save(published_config, tmp_path))
     text = config.text_config
     assert (text.hidden_size, text.num_attention_heads, text.num_key_value_heads) == (3584, 28, 4)
     assert text.rope_parameters["mrope_section"] == [16, 24, 24]

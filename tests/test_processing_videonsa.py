@@ -1,0 +1,650 @@
+"""From a video in any form to model inputs: which frames, at which times, with which pixels, in how many tokens.
+
+The clips made here are flat: frame i is grey level 8 + 3i, so that a sampled frame can be told from its pixels.
+"""
+
+import functools
+import http.server
+import inspect
+import itertools
+import struct
+import subprocess
+import sys
+import threading
+import wave
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+import transformers
+from packaging import version
+from PIL import Image
+from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, AutoVideoProcessor, Qwen2VLVideoProcessor
+from transformers.dynamic_module_utils import check_imports, get_imports
+from transformers.video_utils import VideoMetadata
+
+import tiny
+import videonsa.processing_videonsa as processing
+from videonsa.processing_videonsa import VideoNSAProcessor, VideoNSAVideoProcessor, register_qwen_vl_utils_reader
+
+REAL_CLIP = Path(__file__).resolve().parents[2] / "shared/clips/v_TpB_zMG3XBA.mp4"
+B_FRAMES = {"bf": "2", "x264-params": "b-adapt=0:scenecut=0"}
+FAST_START = {"movflags": "faststart"}
+PAPER_SIZE = {"shortest_edge": 28 * 28, "longest_edge": 224 * 224}
+needs_real_clip = pytest.mark.skipif(not REAL_CLIP.exists(), reason=f"{REAL_CLIP} is not here")
+
+
+@pytest.fixture(scope="session")
+def processor(tmp_path_factory) -> VideoNSAProcessor:
+    stock = tiny.make_stock_checkpoint(tmp_path_factory.mktemp("stock"), hidden_size=112, num_hidden_layers=1)
+    return VideoNSAProcessor(
+        image_processor=AutoImageProcessor.from_pretrained(stock),
+        tokenizer=AutoTokenizer.from_pretrained(stock),
+        video_processor=VideoNSAVideoProcessor(),
+        chat_template=tiny.CHAT_TEMPLATE,
+    )
+
+
+@pytest.fixture(scope="session")
+def clips(tmp_path_factory) -> Path:
+    """A folder with `clip.mp4`: H.264, 8 s of 64 frames, 224 x 224."""
+    folder = tmp_path_factory.mktemp("clips")
+    tiny.make_clip(folder / "clip.mp4")
+    return folder
+
+
+def encode(path, frames=32, fps=8, *, times=None, width=56, height=56, codec="libx264", container=None, options=None):
+    """Encode flat frames at a constant rate, or at `times` in milliseconds; returns `path`."""
+    with av.open(str(path), "w", options=container or {}) as output:
+        stream = output.add_stream(codec, rate=fps, options=options or {})
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        if times is not None:
+            stream.codec_context.time_base = Fraction(1, 1000)
+        for i in range(frames if times is None else len(times)):
+            image = np.full((height, width, 3), 8 + 3 * i % 240, np.uint8)
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+            if times is not None:
+                frame.pts, frame.time_base = times[i], Fraction(1, 1000)
+            output.mux(stream.encode(frame))
+        output.mux(stream.encode())
+    return path
+
+
+def packets(path) -> list[av.Packet]:
+    with av.open(str(path)) as container:
+        return [packet for packet in container.demux(video=0) if packet.size]
+
+
+def decode(path) -> torch.Tensor:
+    """All frames of a file, uint8 [frames, 3, H, W]."""
+    with av.open(str(path)) as container:
+        frames = [torch.from_numpy(frame.to_ndarray(format="rgb24")) for frame in container.decode(video=0)]
+    return torch.stack(frames).permute(0, 3, 1, 2)
+
+
+def process(processor, video, **kwargs):
+    """Features of one video by the video processor, and its metadata."""
+    features = processor.video_processor(video, return_tensors="pt", return_metadata=True, **kwargs)
+    return features, features["video_metadata"][0]
+
+
+def shown(processor, video, **kwargs) -> list[int]:
+    """Indices of the flat frames that the model gets to see, told from their grey levels."""
+    features, _ = process(processor, video, do_rescale=False, do_normalize=False, **kwargs)
+    t, h, w = features["video_grid_thw"][0].tolist()
+    grey = features["pixel_values_videos"].float().view(t, h * w, 3, 2, 14 * 14).mean((1, 2, 4)).flatten()
+    return ((grey - 8) / 3).round().int().tolist()
+
+
+def chat(processor, *videos, images=(), **processor_kwargs):
+    """Model inputs of a one-turn conversation."""
+    content = [{"type": "video", "video": video} for video in videos]
+    content += [{"type": "image", "image": image} for image in images] + [{"type": "text", "text": "What happens?"}]
+    return processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs=processor_kwargs,
+    )
+
+
+def pil_frames(count, width=64, height=48) -> list[Image.Image]:
+    return [Image.new("RGB", (width, height), (8 + 3 * i,) * 3) for i in range(count)]
+
+
+class TestSampling:
+    def test_a_file_is_sampled_at_four_frames_per_second(self, processor, clips):
+        features, metadata = process(processor, clips / "clip.mp4")
+        assert features["video_grid_thw"].tolist() == [[16, 16, 16]]
+        assert features["pixel_values_videos"].shape == (16 * 16 * 16, 3 * 2 * 14 * 14)
+        assert metadata.frames_indices == list(range(0, 64, 2))
+        assert metadata.timestamps == [k / 4 for k in range(32)]
+        assert (metadata.fps, metadata.total_num_frames, metadata.duration) == (8, 64, 8)
+        assert (metadata.width, metadata.height, metadata.video_backend) == (224, 224, "pyav")
+        assert metadata.sampled_fps == 4
+
+    @needs_real_clip
+    def test_the_real_clip_gives_the_numbers_worked_out_by_hand(self, processor):
+        inputs = chat(processor, str(REAL_CLIP), return_metadata=True)
+        duration = 491 / 3
+        assert inputs["video_grid_thw"].tolist() == [[245, 12, 20]]
+        assert (inputs["input_ids"] == processor.video_token_id).sum() == 14_700
+        assert inputs["second_per_grid_ts"].item() == pytest.approx(2 * duration / 490)
+        metadata = inputs["video_metadata"][0]
+        assert metadata.frames_indices == [k * 491 // 490 for k in range(490)]
+        assert metadata.timestamps == pytest.approx([(k * 491 // 490) / 3 for k in range(490)])
+
+    @pytest.mark.parametrize("fps", [3, 8, 24, 29.97, 60])
+    def test_constant_frame_rate_follows_the_stock_rule(self, processor, fps):
+        stock = Qwen2VLVideoProcessor(min_frames=2, max_frames=4096)
+        for total in [*range(2, 150), 491, 1000, 5000, 100_000]:
+            metadata = VideoMetadata(total, fps=fps)
+            ours = processor.video_processor.sample_frames(metadata).tolist()
+            # The stock class steps by a float32, which at times comes to one index too many.
+            theirs = stock.sample_frames(metadata, fps=4).tolist()
+            assert ours == theirs[: len(ours)] and len(theirs) - len(ours) in (0, 1)
+            assert ours == [k * total // len(ours) for k in range(len(ours))]
+
+    @pytest.mark.parametrize(
+        ("frames", "request_", "expected"),
+        [
+            (32, {}, 16),
+            (32, {"fps": 2}, 8),
+            (32, {"fps": 100}, 32),
+            (27, {}, 12),  # 3.375 s: 13, rounded down
+            (27, {"fps": 8}, 26),
+            (32, {"fps": 0.01}, 2),
+            (32, {"max_frames": 5}, 4),
+            (32, {"fps": 1, "min_frames": 9}, 8),
+            (32, {"num_frames": 6}, 6),
+            (32, {"num_frames": 7}, 8),
+            (32, {"num_frames": 1}, 2),
+            (3, {"num_frames": 3}, 2),
+            (3, {}, 2),
+            (1, {}, 1),
+            (32, {"do_sample_frames": False}, 32),
+            (27, {"do_sample_frames": False}, 27),
+        ],
+    )
+    def test_the_number_of_frames_is_even_and_within_bounds(self, processor, tmp_path, frames, request_, expected):
+        features, metadata = process(processor, encode(tmp_path / "clip.mp4", frames), **request_)
+        assert len(metadata.frames_indices) == len(metadata.timestamps) == expected
+        assert features["video_grid_thw"][0, 0] == (expected + 1) // 2
+
+    def test_a_video_beyond_the_budget_is_sampled_more_sparsely(self, processor):
+        hours = VideoMetadata(3 * 3600 * 30, fps=30)
+        indices = processor.video_processor.sample_frames(hours)
+        assert len(indices) == 4096 and indices[-1] == 4095 * len(range(3 * 3600 * 30)) // 4096
+
+    def test_no_frame_is_lost_to_the_rounding_of_times(self, processor):
+        sample = processor.video_processor.sample_frames
+        assert len(sample(VideoMetadata(48, fps=48 / 1.999))) == 8  # two seconds, in whole milliseconds
+        times = {"frames_indices": [0, 1, 2, 3], "frame_times": [0, 0.9, 1.0, 1.1]}
+        metadata = processing.SampledVideoMetadata(4, fps=4 / 1.2, duration=1.2, **times)
+        assert sample(metadata, num_frames=4).tolist() == [0, 0, 0, 1]  # as a float, 3 * 1.2 / 4 is less than 0.9
+
+    def test_num_frames_set_on_the_processor_replaces_fps(self, clips):
+        video_processor = VideoNSAVideoProcessor(num_frames=8)
+        assert video_processor(clips / "clip.mp4")["video_grid_thw"][0, 0] == 4
+        assert video_processor(clips / "clip.mp4", fps=1)["video_grid_thw"][0, 0] == 4
+        assert video_processor(clips / "clip.mp4", num_frames=4)["video_grid_thw"][0, 0] == 2
+
+
+class TestTimes:
+    @pytest.mark.parametrize("name", ["clip.mp4", "clip.mkv", "clip.avi", "clip.ts", "clip.h264", "clip.flv"])
+    def test_frames_stored_out_of_order_are_shown_in_order(self, processor, tmp_path, name):
+        path = encode(tmp_path / name, options=B_FRAMES)
+        if name in ("clip.mp4", "clip.mkv"):
+            stored = [packet.pts for packet in packets(path)]
+            assert stored != sorted(stored)
+        assert shown(processor, path) == list(range(0, 32, 2))
+        assert process(processor, path)[1].timestamps == pytest.approx([k / 4 for k in range(16)])
+
+    @pytest.mark.parametrize("fps", [24, 30, Fraction(30000, 1001)])
+    def test_matroska_without_frame_count_and_in_whole_milliseconds(self, processor, tmp_path, fps):
+        path = encode(tmp_path / "clip.mkv", 72, fps)
+        with av.open(str(path)) as container:
+            assert container.streams.video[0].frames == 0
+        count = int(72 / fps * 4) // 2 * 2
+        _, metadata = process(processor, path)
+        assert metadata.frames_indices == [k * 72 // count for k in range(count)]
+        assert metadata.sampled_fps == pytest.approx(count / (72 / fps))
+        assert metadata.timestamps == pytest.approx([k * 72 // count / fps for k in range(count)], abs=1e-3)
+
+    @pytest.mark.parametrize(
+        ("suffix", "duration", "expected"),
+        [
+            (".mp4", 11, [0, 10, 12, 14, 16, 18]),  # at 0, 1.83, 3.67, 5.5, 7.33 and 9.17 s
+            (".mkv", 10.125, [0, 10, 12, 14, 15, 17]),  # at 0, 1.69, 3.38, 5.06, 6.75 and 8.44 s
+        ],
+    )
+    def test_variable_frame_rate_is_sampled_by_time(self, processor, tmp_path, suffix, duration, expected):
+        # Ten frames in the first second, then one at each second; for how long the last one stays, the muxers differ.
+        times = [*range(0, 1000, 100), *range(1000, 10_001, 1000)]
+        path = encode(tmp_path / f"clip{suffix}", times=times)
+        _, everything = process(processor, path, do_sample_frames=False)
+        assert everything.timestamps == pytest.approx([time / 1000 for time in times])
+        assert everything.duration == pytest.approx(duration)
+        _, metadata = process(processor, path, num_frames=6)
+        assert metadata.frames_indices == shown(processor, path, num_frames=6) == expected
+        assert metadata.timestamps == pytest.approx([times[i] / 1000 for i in expected])
+        assert metadata.sampled_fps == pytest.approx(6 / duration)
+
+    def test_a_frame_that_stays_on_screen_is_shown_again(self, processor, tmp_path):
+        path = encode(tmp_path / "clip.mkv", times=[0, 100, 200, 300, 1000, 1100, 5000, 5100])
+        assert shown(processor, path) == [0, 3, 5, 5, 5, 5, 5, 5]  # every 0.65 s
+
+    @pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".ts"])
+    def test_time_starts_at_the_first_frame(self, processor, tmp_path, suffix):
+        path = encode(tmp_path / f"clip{suffix}", times=[1600 + 125 * i for i in range(32)])
+        assert packets(path)[0].pts > 0
+        _, metadata = process(processor, path)
+        assert metadata.timestamps == pytest.approx([k / 4 for k in range(16)])
+        assert shown(processor, path) == list(range(0, 32, 2))
+
+    def test_frames_cut_by_an_edit_list_are_not_counted(self, processor, tmp_path):
+        data = bytearray(encode(tmp_path / "clip.mp4", options={"bf": "0"}).read_bytes())
+        edit = data.index(b"elst") + 12
+        duration, start = struct.unpack(">Ii", data[edit : edit + 8])
+        with av.open(str(tmp_path / "clip.mp4")) as container:
+            second = int(1 / container.streams.video[0].time_base)
+        data[edit : edit + 8] = struct.pack(">Ii", duration // 2, start + second)
+        (tmp_path / "trimmed.mp4").write_bytes(data)
+        assert shown(processor, tmp_path / "trimmed.mp4") == list(range(8, 24, 2))
+
+    def test_a_recording_that_starts_between_key_frames_begins_at_the_first(self, processor, tmp_path):
+        options = {"g": "8", "bf": "0", "x264-params": "scenecut=0"}
+        path = encode(tmp_path / "clip.ts", fps=25, options=options)
+        (tmp_path / "cut.ts").write_bytes(path.read_bytes()[9 * 188 :])
+        keys = [packet.is_keyframe for packet in packets(tmp_path / "cut.ts")]
+        assert not keys[0] and any(keys)
+        assert shown(processor, tmp_path / "cut.ts", do_sample_frames=False) == list(range(8, 32))
+
+    def test_the_model_gets_the_seconds_of_a_temporal_patch(self, processor, tmp_path):
+        paths = [encode(tmp_path / "a.mp4", 27), encode(tmp_path / "b.mkv", times=[0, 500, 1000, 6000])]
+        inputs = chat(processor, *paths)
+        metadata = [process(processor, path)[1] for path in paths]
+        assert inputs["second_per_grid_ts"].tolist() == pytest.approx([2 * 3.375 / 12, 2 * metadata[1].duration / 4])
+        assert chat(processor, paths[0], fps=1)["second_per_grid_ts"].item() == pytest.approx(2 * 3.375 / 2)
+
+
+class TestPixels:
+    @pytest.mark.parametrize(("width", "height"), [(224, 224), (398, 226), (102, 38), (640, 360)])
+    def test_they_are_those_of_the_stock_class_fed_with_the_same_frames(self, processor, tmp_path, width, height):
+        path = tiny.make_clip(tmp_path / "clip.mp4", seconds=2, width=width, height=height)
+        self.check(processor, path, 16, 8)
+
+    @needs_real_clip
+    def test_they_are_those_of_the_stock_class_on_the_real_clip(self, processor):
+        self.check(processor, REAL_CLIP, 491, 3, num_frames=24)
+
+    def check(self, processor, path, total, fps, **kwargs):
+        stock = Qwen2VLVideoProcessor(size=PAPER_SIZE, min_frames=2, cap_pixels_per_frame=False)
+        theirs = stock(
+            decode(path),
+            video_metadata=[{"total_num_frames": total, "fps": fps}],
+            do_sample_frames=True,
+            **(kwargs or {"fps": 4}),
+        )
+        ours, metadata = process(processor, path, **kwargs)
+        assert torch.equal(ours["video_grid_thw"], theirs["video_grid_thw"])
+        assert torch.equal(ours["pixel_values_videos"], theirs["pixel_values_videos"])
+        # The same frames as a list and as an array, sampled already.
+        frames = decode(path)[metadata.frames_indices]
+        for video in (list(frames), frames, frames.permute(0, 2, 3, 1).numpy()):
+            again, _ = process(processor, video)
+            assert torch.equal(again["pixel_values_videos"], theirs["pixel_values_videos"])
+
+    def test_frames_are_resized_only_where_asked(self, processor, tmp_path):
+        path = encode(tmp_path / "clip.mp4", 8, width=112, height=56)
+        assert process(processor, path, do_resize=False)[0]["video_grid_thw"].tolist() == [[2, 4, 8]]
+        small = {"shortest_edge": 28 * 28, "longest_edge": 2 * 28 * 28}
+        assert process(processor, path, size=small)[0]["video_grid_thw"].tolist() == [[2, 2, 4]]
+
+    def test_the_stock_cap_on_the_pixels_of_a_whole_video_still_works(self, clips):
+        video_processor = VideoNSAVideoProcessor(cap_pixels_per_frame=True, max_video_tokens=512)
+        stock = Qwen2VLVideoProcessor(size=PAPER_SIZE, cap_pixels_per_frame=True, max_video_tokens=512)
+        ours = video_processor(clips / "clip.mp4")
+        theirs = stock(decode(clips / "clip.mp4")[::2])
+        assert ours["video_grid_thw"].tolist() == theirs["video_grid_thw"].tolist() != [[16, 16, 16]]
+        assert torch.equal(ours["pixel_values_videos"], theirs["pixel_values_videos"])
+
+    def test_a_stream_that_changes_its_size_keeps_the_first_one(self, processor, tmp_path):
+        parts = [encode(tmp_path / f"{w}.h264", 8, width=w, height=w) for w in (56, 112)]
+        (tmp_path / "clip.h264").write_bytes(b"".join(part.read_bytes() for part in parts))
+        features, _ = process(processor, tmp_path / "clip.h264", do_sample_frames=False)
+        assert features["video_grid_thw"].tolist() == [[8, 4, 4]]
+
+    def test_full_size_frames_are_never_held_together(self, tmp_path):
+        path = encode(tmp_path / "clip.mp4", 240, width=1280, height=720, codec="mpeg4")  # 660 MB of frames
+        script = f"""
+            import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import conftest
+            import resource, torch; torch.set_num_threads(1)
+            from videonsa.processing_videonsa import VideoNSAVideoProcessor
+            process = VideoNSAVideoProcessor(fps=8, size={{"shortest_edge": 28 * 28, "longest_edge": 8 * 28 * 28}})
+            process({str(path)!r}, num_frames=2)
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            assert process({str(path)!r})["video_grid_thw"][0, 0] == 120
+            print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+        """
+        done = subprocess.run([sys.executable, "-c", inspect.cleandoc(script)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert int(done.stdout) < 150  # MB; the patches, 18 MB of floats, are held a few times
+
+
+class TestForms:
+    @pytest.mark.parametrize("form", [str, Path, lambda path: f"file://{path}"])
+    def test_a_file_may_be_a_path_or_a_url(self, processor, tmp_path, form):
+        path = encode(tmp_path / "a clip.mp4")
+        assert shown(processor, form(path)) == list(range(0, 32, 2))
+        assert chat(processor, form(path))["video_grid_thw"].tolist() == [[8, 4, 4]]
+        inputs = processor(text="<|video_pad|>", videos=form(path), return_tensors="pt")
+        assert inputs["input_ids"].shape == (1, 8 * 2 * 2)
+
+    def test_a_file_url_may_be_quoted(self, processor, tmp_path):
+        path = encode(tmp_path / "a clip.mp4", 8)
+        assert shown(processor, path.as_uri()) == [0, 2, 4, 6]
+
+    def test_a_file_may_be_on_a_server(self, processor, clips, monkeypatch):
+        class Handler(http.server.SimpleHTTPRequestHandler):
+            def log_message(self, *_):
+                pass
+
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        handler = functools.partial(Handler, directory=str(clips))
+        with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            url = f"http://127.0.0.1:{server.server_port}"
+            assert chat(processor, f"{url}/clip.mp4")["video_grid_thw"].tolist() == [[16, 16, 16]]
+            with pytest.raises(ValueError, match="404"):
+                chat(processor, f"{url}/missing.mp4")
+            server.shutdown()
+
+    @pytest.mark.parametrize("form", ["pil", "paths", "arrays", "array", "tensor"])
+    def test_frames_count_as_sampled_at_four_per_second(self, processor, tmp_path, form):
+        frames = pil_frames(8)
+        arrays = [np.array(frame) for frame in frames]
+        for i, frame in enumerate(frames):
+            frame.save(tmp_path / f"{i}.png")
+        video = {
+            "pil": frames,
+            "paths": [tmp_path / "0.png", *(f"{tmp_path}/{i}.png" for i in range(1, 7)), f"file://{tmp_path}/7.png"],
+            "arrays": arrays,
+            "array": np.stack(arrays),
+            "tensor": torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2),
+        }[form]
+        assert shown(processor, video) == list(range(8))
+        inputs = chat(processor, video)
+        assert inputs["video_grid_thw"].tolist() == [[4, 4, 4]]
+        assert inputs["second_per_grid_ts"].tolist() == [0.5]
+        assert chat(processor, video, fps=2)["second_per_grid_ts"].tolist() == [1]
+        assert shown(processor, video, num_frames=4) == [0, 2, 4, 6]
+        assert chat(processor, video, num_frames=4)["second_per_grid_ts"].tolist() == [1]
+
+    def test_an_odd_number_of_frames_is_kept(self, processor):
+        inputs = chat(processor, pil_frames(7))
+        assert inputs["video_grid_thw"].tolist() == [[4, 4, 4]]
+        assert inputs["second_per_grid_ts"].tolist() == [0.5]
+
+    @pytest.mark.parametrize("as_list", [False, True])
+    def test_frames_with_metadata_are_sampled_by_it(self, processor, as_list):
+        video = torch.stack([torch.full((3, 56, 56), 8 + 3 * i, dtype=torch.uint8) for i in range(32)])
+        video = list(video) if as_list else video
+        metadata = {"total_num_frames": 32, "fps": 16}
+        assert shown(processor, video, video_metadata=[metadata]) == list(range(0, 32, 4))
+        assert shown(processor, video, video_metadata=metadata, num_frames=2) == [0, 16]
+        assert shown(processor, video, video_metadata=metadata, do_sample_frames=False) == list(range(32))
+        with pytest.raises(ValueError, match="of 64 frames, the video has 32"):
+            process(processor, video, video_metadata=[{"total_num_frames": 64, "fps": 16}])
+        with pytest.raises(ValueError, match="1 videos, but 2 entries"):
+            process(processor, video, video_metadata=[metadata, metadata])
+        sampled = {"total_num_frames": 320, "fps": 10, "frames_indices": list(range(0, 320, 10))}
+        inputs = chat(processor, video, video_metadata=[[sampled]], do_sample_frames=False)
+        assert inputs["second_per_grid_ts"].tolist() == [2]
+
+    def test_a_batch_may_mix_them(self, processor, clips):
+        frames = np.zeros((6, 60, 90, 3), np.uint8)
+        videos = [[pil_frames(4), clips / "clip.mp4"], [frames, str(clips / "clip.mp4")]]
+        text = ["<|video_pad|> and <|video_pad|>", "<|video_pad|><|video_pad|>"]
+        inputs = processor(text=text, videos=videos, padding=True, return_tensors="pt", return_metadata=True)
+        assert inputs["video_grid_thw"].tolist() == [[2, 4, 4], [16, 16, 16], [3, 4, 6], [16, 16, 16]]
+        assert inputs["pixel_values_videos"].shape[0] == inputs["video_grid_thw"].prod(-1).sum()
+        assert inputs["second_per_grid_ts"].tolist() == [0.5] * 4
+        assert [len(metadata.frames_indices) for metadata in inputs["video_metadata"]] == [4, 32, 6, 32]
+        assert (inputs["input_ids"] == processor.video_token_id).sum(1).tolist() == [8 + 1024, 18 + 1024]
+
+    def test_other_things_are_not_videos(self, processor):
+        for thing in (None, 3, {"video": "clip.mp4"}, np.zeros((3, 3)), [None]):
+            with pytest.raises(ValueError, match="not a video"):
+                process(processor, thing)
+        with pytest.raises(ValueError, match="no video"):
+            process(processor, [])
+        with pytest.raises(ValueError, match="frame 1 is"):
+            process(processor, [torch.zeros(3, 56, 56), torch.zeros(3, 112, 56)])
+
+
+class TestChat:
+    def test_every_video_gets_its_placeholders(self, processor, clips, tmp_path):
+        inputs = chat(processor, clips / "clip.mp4", pil_frames(4), encode(tmp_path / "small.mp4", 16))
+        assert inputs["video_grid_thw"].tolist() == [[16, 16, 16], [2, 4, 4], [4, 4, 4]]
+        runs = [len(list(run)) for token, run in itertools.groupby(inputs["input_ids"][0].tolist()) if token == 262]
+        assert processor.video_token_id == 262 and runs == [1024, 8, 16]
+        assert (inputs["mm_token_type_ids"] == 2).sum() == sum(runs)
+
+    def test_images_keep_the_stock_path(self, processor, tmp_path):
+        image = pil_frames(1, 448, 448)[0]
+        inputs = chat(processor, encode(tmp_path / "clip.mp4", 16), images=[image])
+        assert inputs["image_grid_thw"].tolist() == [[1, 32, 32]]
+        assert (inputs["input_ids"] == processor.image_token_id).sum() == 256
+        only_image = chat(processor, images=[image])
+        assert torch.equal(only_image["pixel_values"], inputs["pixel_values"])
+        assert "pixel_values_videos" not in only_image
+
+    def test_text_alone_works(self, processor):
+        inputs = chat(processor)
+        assert set(inputs) == {"input_ids", "attention_mask", "mm_token_type_ids"}
+        assert not inputs["mm_token_type_ids"].any()
+
+    def test_a_padded_batch_holds_what_each_prompt_gives_alone(self, processor, clips):
+        turns = [[{"type": "video", "video": clips / "clip.mp4"}], [{"type": "video", "video": pil_frames(6)}], []]
+        conversations = [[{"role": "user", "content": [*turn, {"type": "text", "text": "Hm?"}]}] for turn in turns]
+        template = functools.partial(
+            processor.apply_chat_template, tokenize=True, return_dict=True, return_tensors="pt"
+        )
+        batch = template(conversations, processor_kwargs={"padding": True})
+        assert batch["video_grid_thw"].tolist() == [[16, 16, 16], [3, 4, 4]]
+        for conversation, ids, mask in zip(conversations, batch["input_ids"], batch["attention_mask"], strict=True):
+            assert torch.equal(ids[mask.bool()], template(conversation)["input_ids"][0])
+
+    def test_sampling_and_size_can_be_set_in_the_call(self, processor, clips):
+        clip = clips / "clip.mp4"
+        assert chat(processor, clip, fps=1)["video_grid_thw"].tolist() == [[4, 16, 16]]
+        assert chat(processor, clip, num_frames=6)["video_grid_thw"].tolist() == [[3, 16, 16]]
+        assert chat(processor, clip, max_frames=4)["video_grid_thw"].tolist() == [[2, 16, 16]]
+        assert chat(processor, clip, videos_kwargs={"fps": 1})["video_grid_thw"].tolist() == [[4, 16, 16]]
+        size = {"shortest_edge": 28 * 28, "longest_edge": 112 * 112}
+        assert chat(processor, clip, videos_kwargs={"size": size})["video_grid_thw"].tolist() == [[16, 8, 8]]
+
+    def test_the_number_of_tokens_can_be_told_beforehand(self, processor):
+        assert processor.video_processor.get_num_of_video_patches(32, 720, 1280, {}) == 16 * 12 * 20
+        sizes = {"image_sizes": [(448, 448)], "video_sizes": [(32, 224, 224)]}
+        if version.parse(transformers.__version__) < version.parse("5.23"):
+            del sizes["video_sizes"]  # which the stock class of 5.17 cannot count: it calls a method that is not there
+        counts = processor._get_num_multimodal_tokens(**sizes)
+        assert counts.num_image_tokens == [256]
+        assert counts.num_video_tokens == ([1024] if "video_sizes" in sizes else None)
+
+    def test_it_warns_of_nothing(self, processor, clips, recwarn, capfd):
+        chat(processor, clips / "clip.mp4", return_metadata=True)
+        assert not recwarn.list and "Qwen2VL" not in capfd.readouterr().err
+
+
+class TestErrors:
+    def test_fps_and_num_frames_exclude_each_other(self, processor, clips):
+        for call in (chat, process):
+            with pytest.raises(ValueError, match="`fps` or `num_frames`, not both"):
+                call(processor, clips / "clip.mp4", fps=2, num_frames=8)
+        with pytest.raises(ValueError, match="not both"):
+            chat(processor, clips / "clip.mp4", videos_kwargs={"fps": 2, "num_frames": 8})
+
+    @pytest.mark.parametrize(
+        ("request_", "message"),
+        [
+            ({"fps": 0}, "fps must be a positive number, got 0"),
+            ({"fps": -1.5}, "fps must be a positive number, got -1.5"),
+            ({"fps": [2.0]}, "fps must be a positive number"),
+            ({"num_frames": 0}, "num_frames must be a positive integer, got 0"),
+            ({"num_frames": -2}, "num_frames must be a positive integer, got -2"),
+            ({"num_frames": 65}, "num_frames=65 is more than the 64 frames"),
+            ({"max_frames": 1}, "max_frames=1 cannot hold the 2 frames"),
+        ],
+    )
+    def test_a_request_that_no_video_can_meet(self, processor, clips, request_, message):
+        for call in (chat, process):
+            with pytest.raises(ValueError, match=message):
+                call(processor, clips / "clip.mp4", **request_)
+
+    def test_a_missing_file(self, processor, tmp_path):
+        for video in (tmp_path / "missing.mp4", f"file://{tmp_path}/missing.mp4"):
+            with pytest.raises(FileNotFoundError, match="missing.mp4: no such video file"):
+                chat(processor, video)
+        with pytest.raises(ValueError, match="missing.png"):
+            chat(processor, [f"{tmp_path}/missing.png"])
+
+    def test_files_that_are_no_videos(self, processor, tmp_path):
+        (tmp_path / "text.mp4").write_text("This is not a video. " * 100)
+        (tmp_path / "empty.mp4").touch()
+        with wave.open(str(tmp_path / "sound.wav"), "wb") as sound:
+            sound.setparams((1, 2, 16_000, 0, "NONE", ""))
+            sound.writeframes(bytes(32_000))
+        messages = {
+            "text.mp4": "text.mp4: cannot be read as a video",
+            "empty.mp4": "empty.mp4: the file is empty",
+            "sound.wav": "sound.wav: no video stream, only audio",
+            ".": "cannot be read as a video: .*directory",
+        }
+        for name, message in messages.items():
+            with pytest.raises(ValueError, match=message):
+                chat(processor, tmp_path / name)
+
+    def test_the_cover_of_a_song_is_not_its_video(self, processor, tmp_path):
+        with av.open(str(tmp_path / "song.m4a"), "w", format="mp4") as output:
+            song, cover = output.add_stream("aac", rate=16_000), output.add_stream("mjpeg", rate=1)
+            cover.width, cover.height, cover.pix_fmt = 64, 64, "yuvj420p"
+            cover.disposition = av.stream.Disposition.attached_pic.value
+            picture = av.VideoFrame.from_ndarray(np.zeros((64, 64, 3), np.uint8), format="rgb24")
+            output.mux(cover.encode(picture) + cover.encode())
+            for i in range(16):
+                sound = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+                sound.sample_rate, sound.pts = 16_000, 1024 * i
+                output.mux(song.encode(sound))
+            output.mux(song.encode())
+        with pytest.raises(ValueError, match="song.m4a: no video stream, only audio"):
+            chat(processor, tmp_path / "song.m4a")
+
+    @pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+    def test_a_file_that_ends_early(self, processor, tmp_path, suffix):
+        path = tiny.make_clip(tmp_path / f"clip{suffix}", width=64, height=64)
+        if suffix == ".mp4":  # with its index in front, as for the web, half a file can be opened
+            with av.open(str(path)) as whole, av.open(str(tmp_path / "web.mp4"), "w", options=FAST_START) as output:
+                stream = output.add_stream_from_template(whole.streams.video[0])
+                for packet in whole.demux(video=0):
+                    if packet.size:
+                        packet.stream = stream
+                        output.mux(packet)
+            path = tmp_path / "web.mp4"
+        data = path.read_bytes()
+        cut = tmp_path / f"cut{suffix}"
+        cut.write_bytes(data[: len(data) * 3 // 4])
+        with pytest.raises(ValueError, match=rf"cut{suffix}: truncated after \d\.\d of 8\.0 s \(\d+ frames\)"):
+            chat(processor, cut)
+
+    def test_frames_that_cannot_be_decoded(self, processor, tmp_path):
+        path = encode(tmp_path / "clip.mp4", options=B_FRAMES)
+        data = bytearray(path.read_bytes())
+        last = packets(path)[16:]
+        for packet in last:
+            data[packet.pos : packet.pos + packet.size] = bytes(packet.size)
+        (tmp_path / "damaged.mp4").write_bytes(data)
+        with pytest.raises(ValueError, match=r"damaged.mp4: truncated or damaged, \d of 16 frames could be decoded"):
+            chat(processor, tmp_path / "damaged.mp4")
+        for packet in packets(path):
+            data[packet.pos : packet.pos + packet.size] = bytes(packet.size)
+        (tmp_path / "damaged.mp4").write_bytes(data)
+        with pytest.raises(ValueError, match="truncated or damaged, 0 of 16 frames could be decoded"):
+            chat(processor, tmp_path / "damaged.mp4")
+
+
+class TestHub:
+    def test_it_is_saved_and_loaded_with_its_settings(self, processor, tmp_path, clips):
+        settings = {"fps": 2, "max_frames": 12, "size": {"shortest_edge": 784, "longest_edge": 112 * 112}}
+        VideoNSAProcessor(
+            processor.image_processor, processor.tokenizer, VideoNSAVideoProcessor(**settings), tiny.CHAT_TEMPLATE
+        ).save_pretrained(tmp_path)
+        assert (tmp_path / "processing_videonsa.py").read_text() == Path(processing.__file__).read_text()
+        for load in (AutoProcessor, VideoNSAProcessor):
+            loaded = load.from_pretrained(tmp_path, trust_remote_code=True)
+            assert type(loaded).__name__ == "VideoNSAProcessor"
+            assert type(loaded.video_processor).__name__ == "VideoNSAVideoProcessor"
+            assert loaded.video_processor.max_frames == 12 and loaded.video_processor.cap_pixels_per_frame is False
+            assert chat(loaded, clips / "clip.mp4")["video_grid_thw"].tolist() == [[6, 8, 8]]
+        alone = AutoVideoProcessor.from_pretrained(tmp_path, trust_remote_code=True)
+        assert alone(clips / "clip.mp4", num_frames=2)["video_grid_thw"].tolist() == [[1, 8, 8]]
+
+    def test_as_remote_code_it_needs_nothing_but_what_is_installed_with_it(self):
+        assert check_imports(processing.__file__) == []
+        assert "qwen_vl_utils" not in get_imports(processing.__file__)
+
+
+class TestQwenVlUtils:
+    @pytest.fixture(autouse=True)
+    def reader(self, monkeypatch):
+        vision_process = pytest.importorskip("qwen_vl_utils.vision_process")
+        monkeypatch.setattr(vision_process, "VIDEO_READER_BACKENDS", dict(vision_process.VIDEO_READER_BACKENDS))
+        monkeypatch.setattr(vision_process, "get_video_reader_backend", lambda: "torchvision")
+        register_qwen_vl_utils_reader()
+        self.read = vision_process.VIDEO_READER_BACKENDS["torchvision"]
+        self.process_vision_info = vision_process.process_vision_info
+
+    def test_the_complete_way_from_messages_to_model_inputs(self, processor, clips):
+        video = {"type": "video", "video": f"file://{clips}/clip.mp4", "fps": 4, "min_pixels": 784, "max_pixels": 50176}
+        messages = [{"role": "user", "content": [video, {"type": "text", "text": "What happens?"}]}]
+        text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        images, videos, video_kwargs = self.process_vision_info(
+            messages, return_video_kwargs=True, return_video_metadata=True
+        )
+        videos, metadata = map(list, zip(*videos, strict=True))
+        inputs = processor(
+            text=text,
+            images=images,
+            videos=videos,
+            video_metadata=metadata,
+            do_resize=False,
+            return_tensors="pt",
+            **video_kwargs,
+        )
+        assert inputs["video_grid_thw"].tolist() == [[16, 16, 16]]
+        assert inputs["second_per_grid_ts"].tolist() == [0.5]
+        assert (inputs["input_ids"] == processor.video_token_id).sum() == 1024
+
+    @pytest.mark.parametrize(
+        ("element", "first", "last", "count"),
+        [
+            ({"fps": 4}, 0, 63, 32),
+            ({"nframes": 10}, 0, 63, 10),
+            ({"fps": 4, "max_frames": 6}, 0, 63, 6),
+            ({"fps": 0.1, "min_frames": 4}, 0, 63, 4),
+            ({"fps": 4, "video_start": 2, "video_end": 4}, 16, 32, 8),
+        ],
+    )
+    def test_its_elements_are_honoured(self, clips, element, first, last, count):
+        video, metadata, fps = self.read({"video": str(clips / "clip.mp4"), **element})
+        assert video.dtype == torch.uint8 and video.shape == (count, 3, 224, 224)
+        assert (metadata["frames_indices"][0], metadata["frames_indices"][-1]) == (first, last)
+        assert metadata["fps"] == 8 and metadata["total_num_frames"] == last - first + 1
+        assert fps == pytest.approx(count / (last - first + 1) * 8)
+        assert torch.equal(video, decode(clips / "clip.mp4")[metadata["frames_indices"]])
