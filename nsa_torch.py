@@ -1,8 +1,8 @@
 """Native Sparse Attention in plain PyTorch: the specification, the oracle of the kernels, and the CPU path.
 
 A *stream* is the packed sequence of one sample's vision tokens; block j holds its indices [j * block_size,
-(j + 1) * block_size). Every function takes packed samples and works through chunks of queries, so that no more than
-`MAX_SCORES` attention scores exist at once, in training too (chunks are recomputed in the backward pass).
+(j + 1) * block_size). Every function takes packed samples and works through chunks of queries of at most
+`MAX_SCORES` attention scores, in training too (chunks are recomputed in the backward pass).
 `nsa_triton.py` has the same functions as kernels; `modeling_videonsa.py` calls whichever fits the device.
 """
 
@@ -11,7 +11,7 @@ from itertools import pairwise
 import torch
 from torch.utils.checkpoint import checkpoint
 
-MAX_SCORES = 2**25  # attention scores held at once, over all heads: 128 MB in fp32
+MAX_SCORES = 2**25  # attention scores of a chunk, over all heads; 128 MB in fp32, of which about five are in use
 
 
 def nsa_attention(
@@ -201,8 +201,12 @@ def check_arguments(
     block_size: int | None = None,
     block_count: int | None = None,
     window_size: int | None = None,
+    read_lengths: bool = True,
 ) -> None:
-    """Raise a ValueError that names the first argument which does not fit the others."""
+    """Raise a ValueError that names the first argument which does not fit the others.
+
+    read_lengths: check the values of cu_seqlens, too, which waits for the device that they are on.
+    """
     if q.ndim != 3 or not q.is_floating_point():
         raise ValueError(f"q must be a floating-point tensor [tokens, heads, dim], got {q.dtype} {list(q.shape)}")
     n, heads, dim = q.shape
@@ -228,10 +232,11 @@ def check_arguments(
         raise ValueError(f"block_count must be at least 3 (first, previous and own block), got {block_count}")
     if window_size is not None and window_size < 1:
         raise ValueError(f"window_size must be at least 1, got {window_size}")
-    _check_lengths("cu_seqlens", cu_seqlens, n, "q")
+    _check_lengths("cu_seqlens", cu_seqlens, n, "q", read_lengths)
     if cu_seqlens_k is not None:
-        _check_lengths("cu_seqlens_k", cu_seqlens_k, len(k), "k")
-        if cu_seqlens_k.shape != cu_seqlens.shape or (cu_seqlens_k.diff() < cu_seqlens.diff()).any():
+        _check_lengths("cu_seqlens_k", cu_seqlens_k, len(k), "k", read_lengths)
+        same_samples = cu_seqlens_k.shape == cu_seqlens.shape
+        if not same_samples or (read_lengths and (cu_seqlens_k.diff() < cu_seqlens.diff()).any()):
             raise ValueError(
                 "cu_seqlens_k must describe the samples of cu_seqlens, each with at least as many keys as queries, "
                 f"got {cu_seqlens_k.tolist()} and {cu_seqlens.tolist()}"
@@ -240,10 +245,10 @@ def check_arguments(
         raise ValueError(f"k must have {n} tokens like q where cu_seqlens_k is not given, got {len(k)}")
 
 
-def _check_lengths(name: str, cu_seqlens: torch.Tensor, n: int, counted: str) -> None:
+def _check_lengths(name: str, cu_seqlens: torch.Tensor, n: int, counted: str, read: bool) -> None:
     if cu_seqlens.dtype != torch.int32 or cu_seqlens.ndim != 1 or len(cu_seqlens) < 1:
         raise ValueError(f"{name} must be int32 [samples + 1], got {cu_seqlens.dtype} {list(cu_seqlens.shape)}")
-    values = cu_seqlens.tolist()
+    values = cu_seqlens.tolist() if read else [0, n]
     if values[0] != 0 or values[-1] != n or values != sorted(values):
         raise ValueError(f"{name} must rise from 0 to the {n} tokens of {counted}, got {values}")
 
@@ -284,14 +289,18 @@ def _rows(q: torch.Tensor, keys_per_query: int) -> int:
 
 
 def _chunks(cu_seqlens, cu_seqlens_k, rows) -> list[tuple[slice, slice, int]]:
-    """(queries, keys of their sample, stream index of the first query) for chunks of rows(number of keys) queries."""
+    """(queries, keys of their sample, stream index of the first query) for chunks; rows(keys reached) queries fit."""
     cu_seqlens, cu_seqlens_k = cu_seqlens.tolist(), (cu_seqlens if cu_seqlens_k is None else cu_seqlens_k).tolist()
     chunks = []
     for (start, stop), (key_start, key_stop) in zip(pairwise(cu_seqlens), pairwise(cu_seqlens_k), strict=True):
         first = key_stop - key_start - (stop - start)
-        step = rows(key_stop - key_start)
-        for a in range(start, stop, step):
-            chunks.append((slice(a, min(a + step, stop)), slice(key_start, key_stop), first + a - start))
+        a = start
+        while a < stop:
+            seen = first + a - start
+            # By the keys that a chunk reaches, so that chunks are of one size: malloc cannot reuse ever growing ones.
+            step = min(rows(seen + min(rows(seen + 1), stop - a)), stop - a)
+            chunks.append((slice(a, a + step), slice(key_start, key_stop), seen))
+            a += step
     return chunks
 
 
@@ -303,7 +312,8 @@ def _over_chunks(attend, q, k, v, cu_seqlens, cu_seqlens_k, keys_per_query, max_
         return fit if max_rows is None else min(fit, max_rows)
 
     chunks = _chunks(cu_seqlens, cu_seqlens_k, rows)
-    scores = sum((r.stop - r.start) * keys_per_query(s.stop - s.start) for r, s, _ in chunks) * q.shape[1]
+    sizes = [(r.stop - r.start, first) for r, _, first in chunks]
+    scores = sum(n * keys_per_query(first + n) for n, first in sizes) * q.shape[1]
     recompute = scores > MAX_SCORES and torch.is_grad_enabled()
     dtype, q, k, v = q.dtype, _accumulate(q), _accumulate(k), _accumulate(v)
     outs = [(q[:0], q.new_empty(0, q.shape[1]))]
