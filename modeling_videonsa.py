@@ -175,10 +175,10 @@ class VideoNSAAttention(Qwen2_5_VLAttention):
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
+        k = k.to(v.dtype)  # under autocast the rotary factors are fp32
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
-        q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast the rotary factors are fp32
-        q = q.transpose(1, 2).flatten(0, 1)  # [batch * length, heads, dim]
+        q = q.to(v.dtype).transpose(1, 2).flatten(0, 1)  # [batch * length, heads, dim]
         output = q.new_zeros(q.shape)  # padding stays 0
 
         queries, rows, positions = vision_layout.queries, vision_layout.key_rows, vision_layout.key_positions
@@ -198,7 +198,7 @@ class VideoNSAAttention(Qwen2_5_VLAttention):
             scale=self.scaling,
         )
         for chunk in vision_layout.text_chunks(self.num_key_value_groups):
-            output[chunk.queries] = self._dense(q[chunk.queries], k, v, chunk)
+            output[chunk.queries] = self._dense(q[chunk.queries], k, v, chunk).to(output.dtype)
         if vision_layout.gates is not None:
             all_gates = gates.new_zeros(len(q), *gates.shape[1:]).index_copy(0, queries, gates)
             vision_layout.gates.append(all_gates.unflatten(0, (batch, length)))
@@ -263,6 +263,11 @@ class VideoNSATextModel(Qwen2_5_VLTextModel):
             vision_mask = torch.cat([self._cached_vision_mask(past_key_values, past, vision_mask), vision_mask], 1)
             kwargs["vision_layout"] = self._layout(vision_mask, past, attention_mask, position_ids, output_gates)
             attention_mask = dict.fromkeys(("full_attention", "sliding_attention"))  # "prepared": no [S, S] mask
+        elif getattr(past_key_values, "vision_mask", None) is not None and not torch.compiler.is_compiling():
+            # What comes after the cached tokens is text now, also where a longer cache was cut back or reset.
+            mask = past_key_values.vision_mask
+            kept = torch.arange(mask.shape[1], device=mask.device) < past_key_values.get_seq_length()
+            past_key_values.vision_mask = mask & kept
         outputs = super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -295,7 +300,7 @@ class VideoNSATextModel(Qwen2_5_VLTextModel):
                 got = list(getattr(attention_mask, "shape", [])) or type(attention_mask).__name__
                 raise ValueError(f"attention_mask must be [batch, cached + new tokens] = {[batch, total]}, got {got}")
             valid = attention_mask.to(vision_mask.device, torch.bool)
-        elif past == 0 and position_ids is not None and len(position_ids) == 4:
+        elif past == 0 and position_ids is not None and position_ids.ndim == 3 and len(position_ids) == 4:
             # Samples packed into a row: its text positions (the first of four) start anew with each.
             text_positions = position_ids[0].expand(batch, -1)
             starts = text_positions.diff(dim=1, prepend=text_positions[:, :1] - 1) != 1
@@ -347,7 +352,29 @@ class VideoNSAModel(Qwen2_5_VLModel):
             output_gates=gates,
             **kwargs,
         )
+        cache = getattr(outputs, "past_key_values", None)
+        if cache is not None and not hasattr(cache, "rope_deltas"):
+            cache.rope_deltas = self.rope_deltas
         return _with_gates(outputs, gates) if output_gates is True else outputs
+
+    def compute_3d_position_ids(self, *args, past_key_values=None, inputs_embeds, mm_token_type_ids=None, **kwargs):
+        """As in Qwen2.5-VL, but later tokens are offset by what their own cache, not the last call, came to."""
+        if past_key_values is None or past_key_values.get_seq_length() == 0:
+            self.rope_deltas = None
+        elif mm_token_type_ids is not None and mm_token_type_ids[:, -inputs_embeds.shape[1] :].any():
+            raise ValueError("position_ids must be given for images and videos that come over a cache: get_rope_index")
+        else:
+            self.rope_deltas = getattr(past_key_values, "rope_deltas", self.rope_deltas)
+        positions = super().compute_3d_position_ids(
+            *args,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            mm_token_type_ids=mm_token_type_ids,
+            **kwargs,
+        )
+        if past_key_values is not None:
+            past_key_values.rope_deltas = self.rope_deltas
+        return positions
 
     def token_types(self, input_ids: torch.LongTensor) -> torch.Tensor:
         """Modality of each token: 0 text, 1 image, 2 video."""
@@ -386,7 +413,7 @@ class VideoNSAModel(Qwen2_5_VLModel):
             if len(input_ids) > 1 or int(past_key_values.get_seq_length()) == 0:
                 continue
             n_new = int((input_ids == getattr(self.config, f"{kind}_token_id")).sum())
-            drop = next(i for i in range(len(sizes) + 1) if sum(sizes[i:]) <= n_new)
+            drop = next((i for i in range(len(sizes) + 1) if sum(sizes[i:]) == n_new), 0)  # 0: stock finds the mistake
             if output is not None:
                 encoded[kind] = type(output)(pooler_output=output.pooler_output[drop:]) if drop < len(sizes) else None
             elif drop < len(sizes):
@@ -451,8 +478,8 @@ class VideoNSAModel(Qwen2_5_VLModel):
                                 f"are left for {'no further grid' if grid is None else grid}"
                             )
                         t, h, w = (torch.arange(n) for n in (grid[0], grid[1] // merge, grid[2] // merge))
-                        if kind == 2:  # whole units; the margin undoes float32 seconds just below one
-                            t = (t * tokens_per_second * next(seconds, 1.0) + 1e-4).floor().long()
+                        if kind == 2:  # whole units; the margin undoes float32 seconds just below their value
+                            t = (t.double() * (tokens_per_second * next(seconds, 1.0) * (1 + 1e-7))).floor().long()
                         part = torch.cartesian_prod(t, h, w).T
                     parts.append(part + start)
                     left -= part.shape[1]
@@ -494,9 +521,15 @@ class VideoNSAForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
         ids = ids if ids.shape[1] > 0 else inputs_tensor
         if model_kwargs.get("mm_token_type_ids") is None and not ids.is_floating_point():
             model_kwargs = {**model_kwargs, "mm_token_type_ids": self.model.token_types(ids)}
+        cache = model_kwargs.get("past_key_values")
         if any(model_kwargs.get(name) is not None for name in ("image_grid_thw", "video_grid_thw")):
             self.model.rope_deltas = None  # those of an earlier call, which 5.17 would use for a new video
-        return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
+        else:
+            self.model.rope_deltas = getattr(cache, "rope_deltas", self.model.rope_deltas)
+        positions = super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
+        if cache is not None:
+            cache.rope_deltas = self.model.rope_deltas
+        return positions
 
 
 def _with_gates(outputs, gates: list):
