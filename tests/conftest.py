@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -16,6 +17,15 @@ spec = importlib.machinery.ModuleSpec("videonsa", None, is_package=True)
 spec.submodule_search_locations = [str(ROOT)]
 sys.modules["videonsa"] = importlib.util.module_from_spec(spec)
 sys.path.insert(0, str(ROOT / "examples"))
+
+
+def pytest_configure(config):
+    """Without a GPU, kernels run in triton's interpreter; the variable is read when triton is imported."""
+    if importlib.util.find_spec("triton") and not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"
+        import interpreter
+
+        interpreter.install()
 
 
 @pytest.fixture(scope="session")

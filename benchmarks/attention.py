@@ -1,0 +1,188 @@
+"""Time of one attention layer, forward: the branches of Native Sparse Attention, all of it, and dense attention.
+
+    python benchmarks/attention.py                          # 4K ... 256K tokens in the shape of the 7B
+    python benchmarks/attention.py --lengths 64K 128K --overlaps 0.8 0.9
+
+What users call is what is measured: the functions of `nsa_triton.py` (on a GPU) and `nsa_torch.py` (on a CPU, and up
+to 8K tokens on a GPU), against every dense kernel there is, in the same run. README.md says what a figure includes.
+"""
+
+import argparse
+import functools
+import importlib.util
+import warnings
+
+import torch
+from common import DTYPES, add_options, append_rows, environment, measure, parse_length, print_table
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from videonsa import nsa_torch, nsa_triton
+
+SDPA_BACKENDS = ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
+FLASH_PACKAGES = {"FlashAttention-2": "flash_attn", "FlashAttention-3": "flash_attn_interface"}
+SMALL = 8192  # tokens up to which kernels run that are slow, or hold all scores: nsa_torch and SDPA's MATH
+TILE = 16  # adjacent queries whose blocks are united: what a tile of nsa_triton holds for 28 query and 4 KV heads
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    lengths = [2**i for i in range(12, 19)]
+    parser.add_argument("--lengths", type=parse_length, nargs="+", default=lengths, help="tokens (4K ... 256K)")
+    parser.add_argument("--overlaps", type=float, nargs="*", default=[0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.96],
+                        help="of the blocks of neighbouring queries, besides random queries (%(default)s)")  # fmt: skip
+    for name, default in (
+        ("heads", 28), ("kv-heads", 4), ("head-dim", 128), ("block-size", 64), ("block-count", 32), ("window-size", 256)
+    ):  # fmt: skip
+        parser.add_argument(f"--{name}", type=int, default=default, help="(%(default)s)")
+    add_options(parser)
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    shape = ("dtype", "heads", "kv_heads", "head_dim", "block_size", "block_count", "window_size")
+    same = {"benchmark": "attention", **environment(device, args.date), **{name: getattr(args, name) for name in shape}}
+    print(", ".join(f"{name} {value}" for name, value in same.items() if value is not None))
+    for tokens in args.lengths:
+        rows = measure_length(tokens, device, args)
+        dense_ms = min((row["ms"] for row in rows if row["part"] == "dense" and "ms" in row), default=None)
+        for row in rows:
+            if dense_ms is not None and "ms" in row:
+                row["speedup"] = round(dense_ms / row["ms"], 3)  # over the fastest dense kernel of this run
+        columns = ("part", "kernel", "selection", "overlap", "union", "ms", "ms_low", "ms_high", "peak_mb", "speedup")
+        print(f"\n{tokens:,} tokens")
+        print_table(columns, [row for row in rows if "ms" in row])
+        for row in rows:
+            if "skipped" in row:
+                print(f"skipped: {row['part']} {row['kernel']}: {row['skipped']}")
+        append_rows(args.output / "attention.json", [{**same, "tokens": tokens, **row} for row in rows])
+
+
+@torch.no_grad()
+def measure_length(tokens: int, device: torch.device, args: argparse.Namespace) -> list[dict]:
+    """Rows for all dense kernels, branches, and selections at one length."""
+    torch.manual_seed(0)
+    new = functools.partial(torch.randn, dtype=DTYPES[args.dtype], device=device)
+    token = new(tokens, args.heads, args.head_dim)
+    frame = new(-(-tokens // args.block_size), args.heads, args.head_dim)
+    k, v = (new(tokens, args.kv_heads, args.head_dim) for _ in range(2))
+    gates = new(tokens, args.heads, 3).sigmoid()
+    cu_seqlens = torch.tensor([0, tokens], dtype=torch.int32, device=device)
+    timed = functools.partial(measure, device=device, seconds=args.seconds)
+
+    def queries(noise: float) -> torch.Tensor:
+        """What the queries of a block have in common, and what each has of its own: noise 1 is random."""
+        common = frame.repeat_interleave(args.block_size, 0)[:tokens]
+        return common.mul_((1 - noise**2) ** 0.5).add_(token, alpha=noise)
+
+    def choose(module, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        _, lse = module.compressed_attention(q, k, v, cu_seqlens, block_size=args.block_size)
+        blocking = {"block_size": args.block_size, "block_count": args.block_count}
+        return lse, module.select_blocks(q, k, lse, cu_seqlens, **blocking)
+
+    def branches(module, q, lse, blocks) -> dict:
+        block_size = {"block_size": args.block_size}
+        blocking, window = {**block_size, "block_count": args.block_count}, {"window_size": args.window_size}
+        return {
+            "compressed": lambda: module.compressed_attention(q, k, v, cu_seqlens, **block_size),
+            "select": lambda: module.select_blocks(q, k, lse, cu_seqlens, **blocking),
+            "selected": lambda: module.selected_attention(q, k, v, blocks, cu_seqlens, **block_size),
+            "window": lambda: module.window_attention(q, k, v, cu_seqlens, **window),
+            "whole": lambda: module.nsa_attention(q, k, v, gates, cu_seqlens, **blocking, **window),
+        }
+
+    rows = dense_rows(queries(1.0), k, v, timed)
+    modules = {"triton": nsa_triton} if nsa_triton.available(k) else {}
+    if not modules or tokens <= SMALL:
+        modules["torch"] = nsa_torch
+    for name, module in modules.items():
+        q = queries(1.0)
+        lse, blocks = choose(module, q)
+        selection = {"selection": "random", **statistics_of(blocks)}
+        for part, call in branches(module, q, lse, blocks).items():
+            row = {"part": part, "kernel": name, **({} if part in ("compressed", "window") else selection)}
+            rows.append({**row, **timed(call)})
+
+    name, module = next(iter(modules.items()))
+    for target in args.overlaps:
+        if selection["overlap"] is None or target <= selection["overlap"]:
+            continue  # there is no choice, or random selections overlap more than that
+        q = queries(noise_for(target, lambda noise: statistics_of(choose(module, queries(noise))[1])["overlap"]))
+        lse, blocks = choose(module, q)
+        correlated = {"selection": f"overlap {target}", **statistics_of(blocks)}
+        for part, call in branches(module, q, lse, blocks).items():
+            if part in ("selected", "whole"):
+                rows.append({"part": part, "kernel": name, **correlated, **timed(call)})
+    return rows
+
+
+def dense_rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, timed) -> list[dict]:
+    """Causal attention of all queries by each kernel alone; q [tokens, heads, dim], k and v [tokens, kv heads, dim].
+
+    Backends of SDPA get KV heads as they are where they can (enable_gqa), else repeated beforehand: the note says so,
+    and neither time nor memory counts that.
+    """
+    repeated = [x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v)]
+    kernels = {}
+    for name in SDPA_BACKENDS:
+        if name != "MATH" or len(q) <= SMALL:
+            kernels[f"sdpa {name}"] = [
+                (note, functools.partial(_sdpa, getattr(SDPBackend, name), *(x.transpose(0, 1)[None] for x in tensors)))
+                for note, tensors in ((None, (q, k, v)), ("KV heads repeated beforehand", (q, *repeated)))
+            ]
+    for name, package in FLASH_PACKAGES.items():
+        if q.is_cuda and importlib.util.find_spec(package):
+            kernels[name] = [(None, functools.partial(_flash_attention, package, *(x[None] for x in (q, k, v))))]
+    rows = []
+    for name, calls in kernels.items():
+        for note, call in calls:
+            row = {"part": "dense", "kernel": name}
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # what about these tensors a backend cannot do
+                    row |= {"note": note, **timed(call)}
+                break
+            except (RuntimeError, ImportError) as error:
+                row["skipped"] = str(error).split("\n")[0]
+        rows.append(row)
+    return rows
+
+
+def _sdpa(backend, q, k, v):
+    with sdpa_kernel(backend):
+        return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] > k.shape[1])
+
+
+def _flash_attention(package, q, k, v):
+    return importlib.import_module(package).flash_attn_func(q, k, v, causal=True)
+
+
+def statistics_of(blocks: torch.Tensor) -> dict:
+    """Of blocks [groups, tokens, count]: `union`, the mean number of different blocks that `TILE` adjacent queries
+    chose, and `overlap`, the mean Jaccard overlap of a query's blocks with the next one's, both having had a choice
+    (more blocks behind them than they may take); None if no query had one."""
+    groups, tokens, count = blocks.shape
+    tiles = torch.nn.functional.pad(blocks, (0, 0, 0, -tokens % TILE), value=-1).view(groups, -1, TILE * count)
+    number = _different(blocks)
+    union = _different(torch.cat([blocks[:, :-1], blocks[:, 1:]], -1))
+    both = number[:, :-1] + number[:, 1:] - union
+    choice = blocks[:, :-1].amax(-1) >= count  # the own block is the last one
+    overlap = round((both / union)[choice].mean().item(), 4) if choice.any() else None
+    return {"union": round(_different(tiles).float().mean().item(), 2), "overlap": overlap}
+
+
+def _different(blocks: torch.Tensor) -> torch.Tensor:
+    """How many different blocks there are along the last dimension, -1 not counted."""
+    blocks = blocks.sort(-1).values
+    return (blocks[..., :1] >= 0).sum(-1) + ((blocks[..., 1:] >= 0) & (blocks.diff(dim=-1) != 0)).sum(-1)
+
+
+def noise_for(target: float, overlap) -> float:
+    """The noise of the queries for which overlap(noise) is `target`, by bisection on its logarithm."""
+    low, high = -10.0, 0.0
+    for _ in range(10):
+        middle = (low + high) / 2
+        low, high = (middle, high) if overlap(2**middle) > target else (low, middle)
+    return 2 ** ((low + high) / 2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""Draw the results of attention.py and prefill.py: one PNG for each JSON file, of its latest run.
+
+    python benchmarks/plot.py                               # results/*.json -> results/*.png
+    python benchmarks/plot.py --input my/results --date 2026-01-31
+
+Needs matplotlib. Nothing is computed here beyond what the rows say; README.md says what they mean.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--input", type=Path, default=RESULTS, help="folder of the JSON files (benchmarks/results)")
+    parser.add_argument("--output", type=Path, help="folder of the PNGs (that of the JSON files)")
+    parser.add_argument("--date", help="of the run to draw (the latest)")
+    args = parser.parse_args()
+    output = args.output or args.input
+    output.mkdir(parents=True, exist_ok=True)
+    drawn = 0
+    for name, draw in (("attention", draw_attention), ("prefill", draw_prefill)):
+        path = args.input / f"{name}.json"
+        if not path.exists():
+            continue
+        rows = json.loads(path.read_text())
+        date = args.date or max(row["date"] for row in rows)
+        rows = [row for row in rows if row["date"] == date and "ms" in row]
+        if not rows:
+            sys.exit(f"plot.py: no figures of {date} in {path}")
+        figure = draw(rows)
+        shown = ("hardware", "power_limit_w", "sm_clock_mhz", "torch", "triton", "commit", "date")
+        about = ", ".join(f"{key} {rows[0][key]}" for key in shown if rows[0].get(key) is not None)
+        figure.suptitle(f"{name}: {about}", fontsize=8)
+        figure.savefig(output / f"{name}.png", dpi=150)
+        print(output / f"{name}.png")
+        drawn += 1
+    if not drawn:
+        sys.exit(f"plot.py: neither attention.json nor prefill.json in {args.input}")
+
+
+def draw_attention(rows: list[dict]):
+    """Dense kernels and the whole, the branches at random selections, and what overlap is worth."""
+    figure, axes = plt.subplots(1, 3, figsize=(18, 6), layout="constrained")
+    for row_filter, style in (
+        (lambda row: row["part"] == "dense", "--"),
+        (lambda row: row["part"] == "whole", "-"),
+    ):
+        lines(axes[0], filter(row_filter, rows), ("part", "kernel", "selection"), "tokens", "ms", style)
+    branches = (row for row in rows if row["part"] != "dense" and row.get("selection", "random") == "random")
+    lines(axes[1], branches, ("part", "kernel"), "tokens", "ms")
+    selected = (row for row in rows if row["part"] == "selected" and row["overlap"] is not None)
+    lines(axes[2], selected, ("tokens", "kernel"), "overlap", "ms")
+    label(axes[0], "whole layer and dense attention, forward", "tokens", "ms")
+    label(axes[1], "branches, random selections", "tokens", "ms")
+    label(axes[2], "selected attention", "overlap of neighbours' blocks (Jaccard, measured)", "ms", by_length=False)
+    return figure
+
+
+def draw_prefill(rows: list[dict]):
+    """Time to first token, memory, decoding."""
+    figure, axes = plt.subplots(1, 3, figsize=(18, 6), layout="constrained")
+    for axis, value, title in (
+        (axes[0], "ms", "time to first token"),
+        (axes[1], "peak_mb", "peak memory of the prefill beyond the weights"),
+        (axes[2], "decode_tokens_per_s", "decoding"),
+    ):
+        measured = (row for row in rows if row[value] is not None)
+        lines(axis, measured, ("model", "kernel"), "tokens", value)
+        label(axis, title, "vision tokens", {"peak_mb": "MB", "ms": "ms"}.get(value, "tokens/s"))
+    return figure
+
+
+def lines(axis, rows, keys: tuple[str, ...], x: str, y: str, style: str = "-") -> None:
+    """One line for each combination of values that the rows have under the keys."""
+    groups = {}
+    for row in rows:
+        name = " ".join(str(row[key]) for key in keys if row.get(key) is not None)
+        groups.setdefault(name, []).append((row[x], row[y]))
+    for name, points in groups.items():
+        axis.plot(*zip(*sorted(points), strict=True), style, marker="o", markersize=4, label=name)
+
+
+def label(axis, title: str, x: str, y: str, by_length: bool = True) -> None:
+    axis.set(title=title, xlabel=x, ylabel=y)
+    if by_length:
+        lengths = sorted({tokens for line in axis.lines for tokens in line.get_xdata()})
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(lengths, [f"{n // 1024}K" if n % 1024 == 0 else str(n) for n in lengths])
+    if y == "tokens/s":
+        axis.set_ylim(bottom=0)
+    else:
+        axis.set_yscale("log")
+    axis.grid(True, which="both", alpha=0.3)
+    if axis.lines:
+        axis.legend(fontsize=8)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""Compiles the kernels for a GPU that is not there and reads what came out: registers, spills, shared memory, wgmma.
+
+    python tests/offline.py 90 [CASE ...]
+
+prints, for compute capability 9.0, a JSON list with a row per case and kernel. The public functions are called as
+users call them, on CPU tensors; each launch is turned into a compilation with the specialisation that the same
+arguments would get on the GPU. Needs neither a driver nor nvcc: ptxas and cuobjdump are in triton's wheel.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+# name: dtype, head dim, query heads, KV heads, block size, block count
+CASES = {
+    "7B bf16": (torch.bfloat16, 128, 28, 4, 64, 32),
+    "7B fp32": (torch.float32, 128, 28, 4, 64, 32),
+    "fp16 dim 80 group 16 block 128": (torch.float16, 80, 16, 1, 128, 8),
+    "bf16 dim 32 group 1 block 16": (torch.bfloat16, 32, 2, 2, 16, 5),
+}
+SHARED_MEMORY = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}  # bytes per program
+LENGTH = 131072  # tokens; their memory is reserved, not touched
+
+
+class Driver:
+    """As much of triton's driver as a compilation asks for."""
+
+    def __init__(self, capability: int):
+        from triton.backends.compiler import GPUTarget
+
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device=None):
+        return 0
+
+    def get_active_torch_device(self):
+        return torch.device("cpu")
+
+
+def compile_all(capability: int, names) -> list[dict]:
+    import triton
+    from triton.runtime.driver import driver
+
+    from videonsa import nsa_triton
+
+    driver.set_active(Driver(capability))
+    nsa_triton._can_launch = lambda device: True
+    nsa_triton._capability = lambda device: divmod(capability, 10)
+    run, compiled = triton.JITFunction.run, []
+
+    def compile_only(self, *args, grid, warmup, **options):
+        compiled.append((self.__name__, run(self, *args, grid=grid, warmup=True, **options)))
+
+    triton.JITFunction.run = compile_only
+    rows = []
+    for name in names:
+        dtype, dim, heads, groups, block_size, block_count = CASES[name]
+        q = torch.zeros(LENGTH, heads, dim, dtype=dtype)
+        k = torch.zeros(LENGTH, groups, dim, dtype=dtype)
+        gates = torch.zeros(LENGTH, heads, 3, dtype=dtype)
+        cu_seqlens = torch.tensor([0, LENGTH], dtype=torch.int32)
+        compiled.clear()
+        nsa_triton.nsa_attention(q, k, k.clone(), gates, cu_seqlens, block_size=block_size, block_count=block_count)
+        seen = dict(compiled)
+        rows += [{"case": name, "kernel": kernel, **read(binary)} for kernel, binary in seen.items()]
+    return rows
+
+
+def read(kernel) -> dict:
+    """What the compiled kernel uses; `arrivals`, per loop with wgmma, is how often it waits for operands to be ready:
+    once per dot, unless ptxas serialised its wgmma."""
+    import triton
+
+    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage, sass = (
+            subprocess.run([cuobjdump, option, file.name], check=True, capture_output=True, text=True).stdout
+            for option in ("-res-usage", "-sass")
+        )
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+    code = [(int(a, 16), text) for a, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", sass)]
+    loops = [
+        (int(target[1], 16), address)
+        for address, text in code
+        if "BRA" in text and (target := re.search(r"0x([0-9a-f]+)", text)) and int(target[1], 16) < address
+    ]
+    arrivals = []
+    for start, end in loops:
+        body = [text for address, text in code if start <= address <= end]
+        if any("HGMMA" in text for text in body):
+            arrivals.append(sum("WARPGROUP.ARRIVE" in text for text in body))
+    return {
+        "registers": registers,
+        "stack": stack,
+        "spills": sum(bool(re.search(r"\b(LDL|STL)\b", text)) for _, text in code),
+        "shared": kernel.metadata.shared,
+        "warps": kernel.metadata.num_warps,
+        "instructions": len(code),
+        "wgmma": sum("HGMMA" in text for _, text in code),
+        "arrivals": arrivals,
+    }
+
+
+if __name__ == "__main__":
+    import conftest  # noqa: F401  (makes `videonsa` importable)
+
+    print(json.dumps(compile_all(int(sys.argv[1]), sys.argv[2:] or CASES), indent=1))
