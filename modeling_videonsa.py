@@ -183,13 +183,11 @@ class VideoNSAAttention(Qwen2_5_VLAttention):
 
         queries, rows, positions = vision_layout.queries, vision_layout.key_rows, vision_layout.key_positions
         gates = self.gates(hidden_states.flatten(0, 1)[queries])  # [N, heads, 3]
+        sparse_inputs = (q[queries], k[rows, :, positions], v[rows, :, positions], gates)  # k, v [M, groups, dim]
         config, triton = self.config, self.config.nsa_backend == "triton"
-        triton = triton or (config.nsa_backend == "auto" and triton_available(q.device))
+        triton = triton or (config.nsa_backend == "auto" and triton_available(*sparse_inputs))
         output[queries] = (nsa_attention_triton if triton else nsa_attention_torch)(
-            q[queries],
-            k[rows, :, positions],  # [M, groups, dim]
-            v[rows, :, positions],
-            gates,
+            *sparse_inputs,
             vision_layout.cu_seqlens,
             cu_seqlens_k=vision_layout.cu_seqlens_k,
             block_size=config.block_size,

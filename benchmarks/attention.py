@@ -90,7 +90,7 @@ def measure_length(tokens: int, device: torch.device, args: argparse.Namespace) 
         }
 
     rows = dense_rows(queries(1.0), k, v, timed)
-    modules = {"triton": nsa_triton} if nsa_triton.available(k) else {}
+    modules = {"triton": nsa_triton} if device.type == "cuda" else {}
     if not modules or tokens <= SMALL:
         modules["torch"] = nsa_torch
     for name, module in modules.items():

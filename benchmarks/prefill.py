@@ -19,7 +19,6 @@ from transformers.utils import logging
 
 from videonsa.configuration_videonsa import VideoNSAConfig
 from videonsa.modeling_videonsa import VideoNSAForConditionalGeneration
-from videonsa.nsa_triton import available as triton_available
 
 FRAME_PAIR = (1, 16, 16)  # grid of patches of two frames of 224 x 224, which become 64 tokens
 TEXT_BEFORE = 16  # tokens: the system prompt
@@ -32,7 +31,8 @@ def main() -> None:
     parser.add_argument("--question", type=int, default=32, help="text tokens after the video (%(default)s)")
     parser.add_argument("--new-tokens", type=int, default=32, help="decoding steps (%(default)s)")
     parser.add_argument("--attention", default="sdpa", help="what the stock model runs (%(default)s)")
-    parser.add_argument("--backend", default="auto", help="nsa_backend (%(default)s)")
+    backend = "triton" if torch.cuda.is_available() else "torch"
+    parser.add_argument("--backend", default=backend, choices=("triton", "torch"), help="nsa_backend (%(default)s)")
     for name, default in (("layers", 28), ("hidden", 3584), ("heads", 28), ("kv-heads", 4)):
         parser.add_argument(f"--{name}", type=int, default=default, help="(%(default)s)")
     add_options(parser)
@@ -44,8 +44,7 @@ def main() -> None:
     same = {"benchmark": "prefill", **environment(device, args.date), **{name: getattr(args, name) for name in shape}}
     logging.set_verbosity_error()
     models = make_models(args, device)
-    triton = args.backend == "triton" or (args.backend == "auto" and triton_available(torch.empty(0, device=device)))
-    kernels = {"VideoNSA": "triton" if triton else "torch", "Qwen2.5-VL": args.attention}
+    kernels = {"VideoNSA": args.backend, "Qwen2.5-VL": args.attention}
     same["weights_mb"] = round(sum(p.numel() * p.element_size() for p in models["VideoNSA"].parameters()) / 1e6)
     print(", ".join(f"{name} {value}" for name, value in same.items() if value is not None))
     for tokens in args.lengths:

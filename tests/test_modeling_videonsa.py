@@ -1364,11 +1364,12 @@ def test_variants_to_come_are_refused_by_name(checkpoints, variant):
         VideoNSAForConditionalGeneration.from_pretrained(checkpoints["1 KV head"], nsa_variant=variant)
 
 
-def test_triton_backend_says_what_is_missing(small):
+def test_triton_backend_gives_what_torch_gives_and_says_that_it_cannot_train(small):
+    expected = logits(small, make_inputs(VIDEO))
     small.config.nsa_backend = "triton"
-    with pytest.raises(NotImplementedError, match="Triton kernels are not part of this release.*torch"):
-        logits(small, make_inputs(VIDEO))
-    logits(small, make_inputs(TEXT))  # nothing sparse, nothing missing
+    torch.testing.assert_close(logits(small, make_inputs(VIDEO)), expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(NotImplementedError, match="no backward pass yet"):
+        small(**make_inputs(VIDEO))
 
 
 def test_auto_backend_is_torch_on_cpu(small):
