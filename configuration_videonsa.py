@@ -77,16 +77,23 @@ class VideoNSATextConfig(Qwen2_5_VLTextConfig):
     def attention_budget(self, n_tokens: int, pooled_keys: bool = False) -> float:
         """Share of the n·(n + 1) / 2 query–key pairs of dense causal attention that vision queries compute.
 
-        Counted as in the paper: a query at index i reads min(i + 1, block_count·block_size) selected keys and
-        min(i + 1, window_size) keys of the window. At 128,000 tokens that is 3.6 % (5.1 % with the pooled keys).
-        Streams shorter than the selection exceed 100 %, since selection and window each read all of them.
+        Counted as in the paper, which takes the own block for a whole one: a query at index i reads up to
+        min(i + 1, block_count·block_size) selected keys and min(i + 1, window_size) keys of the window. At 128,000
+        tokens that is 3.6 % (5.1 % with the pooled keys; 3.5 % without the keys of the own block that are yet to
+        come). Streams shorter than the selection exceed 100 %, since selection and window each read all of them.
 
         Args:
             n_tokens: length of the vision stream in tokens, at least 1.
             pooled_keys: also count the (i + 1) // block_size pooled keys of the compression branch.
+
+        Raises:
+            ValueError: n_tokens is below 1.
+            NotImplementedError: the variant is neither "paper" nor "dense".
         """
         if n_tokens < 1:
             raise ValueError(f"n_tokens must be at least 1, got {n_tokens}")
+        if self.nsa_variant not in ("paper", "dense"):
+            raise NotImplementedError(f"attention_budget does not know nsa_variant={self.nsa_variant!r} yet")
         if self.nsa_variant == "dense":
             return 1.0
 
@@ -105,11 +112,16 @@ NSA_FIELDS = ("block_size", "block_count", "window_size", "gate_temperature", "n
 
 
 def _text_field(name):
-    return property(
-        lambda self: getattr(self.text_config, name),
-        lambda self, value: setattr(self.text_config, name, value),
-        doc=f"`text_config.{name}`",
-    )
+    def set_field(self, value):
+        before = getattr(self.text_config, name)
+        setattr(self.text_config, name, value)
+        try:
+            self.text_config.validate_nsa()
+        except ValueError:
+            setattr(self.text_config, name, before)
+            raise
+
+    return property(lambda self: getattr(self.text_config, name), set_field, doc=f"`text_config.{name}`")
 
 
 class VideoNSAConfig(Qwen2_5_VLConfig):
@@ -132,7 +144,6 @@ class VideoNSAConfig(Qwen2_5_VLConfig):
         self.model_type = type(self).model_type
         for name, value in nsa.items():
             setattr(self, name, value)
-        self.text_config.validate_nsa()
         self.auto_map = {
             "AutoConfig": "configuration_videonsa.VideoNSAConfig",
             "AutoModel": "modeling_videonsa.VideoNSAForConditionalGeneration",

@@ -6,6 +6,7 @@ attention module, rotary positions by the rule of the Qwen2-VL paper, and loadin
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -63,10 +64,10 @@ class VisionLayout:
     valid: torch.Tensor | None  # bool [batch, total], False for padding
     length: int  # new tokens per row
     total: int  # cached and new tokens per row
-    gates: list[torch.Tensor] | None = None  # where the layers leave their gates, if asked to
+    keep_gates: Callable[[torch.Tensor], None] | None = None  # takes the gates of a layer, if they are asked for
 
     @classmethod
-    def make(cls, vision, length, valid=None, starts=None, gates=None) -> "VisionLayout":
+    def make(cls, vision, length, valid=None, starts=None, keep_gates=None) -> "VisionLayout":
         """From vision bool [batch, total], of which the last `length` tokens of each row are new; valid bool [batch,
         total] is False for padding, starts bool [batch, total] True where a packed sample begins."""
         batch, total = vision.shape
@@ -92,16 +93,16 @@ class VisionLayout:
             if len(part)
         ]
         return cls(
-            queries,
-            keys // total,
-            keys % total,
-            cu_seqlens(new[queries]),
-            cu_seqlens(keys),
-            parts,
-            valid,
-            length,
-            total,
-            gates,
+            queries=queries,
+            key_rows=keys // total,
+            key_positions=keys % total,
+            cu_seqlens=cu_seqlens(new[queries]),
+            cu_seqlens_k=cu_seqlens(keys),
+            text=parts,
+            valid=valid,
+            length=length,
+            total=total,
+            keep_gates=keep_gates,
         )
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "VisionLayout":
@@ -183,24 +184,30 @@ class VideoNSAAttention(Qwen2_5_VLAttention):
 
         queries, rows, positions = vision_layout.queries, vision_layout.key_rows, vision_layout.key_positions
         gates = self.gates(hidden_states.flatten(0, 1)[queries])  # [N, heads, 3]
-        sparse_inputs = (q[queries], k[rows, :, positions], v[rows, :, positions], gates)  # k, v [M, groups, dim]
-        config, triton = self.config, self.config.nsa_backend == "triton"
-        triton = triton or (config.nsa_backend == "auto" and triton_available(*sparse_inputs))
-        output[queries] = (nsa_attention_triton if triton else nsa_attention_torch)(
-            *sparse_inputs,
-            vision_layout.cu_seqlens,
-            cu_seqlens_k=vision_layout.cu_seqlens_k,
-            block_size=config.block_size,
-            block_count=config.block_count,
-            window_size=config.window_size,
-            scale=self.scaling,
-        )
+        output[queries] = self._sparse(q[queries], k[rows, :, positions], v[rows, :, positions], gates, vision_layout)
         for chunk in vision_layout.text_chunks(self.num_key_value_groups):
             output[chunk.queries] = self._dense(q[chunk.queries], k, v, chunk).to(output.dtype)
-        if vision_layout.gates is not None:
+        if vision_layout.keep_gates is not None:
             all_gates = gates.new_zeros(len(q), *gates.shape[1:]).index_copy(0, queries, gates)
-            vision_layout.gates.append(all_gates.unflatten(0, (batch, length)))
+            vision_layout.keep_gates(all_gates.unflatten(0, (batch, length)))
         return self.o_proj(output.view(batch, length, -1)), None
+
+    def _sparse(self, q, k, v, gates, layout: VisionLayout) -> torch.Tensor:
+        """Sparse attention of vision queries q [N, heads, dim] over vision keys and values k, v [M, groups, dim]."""
+        backend = self.config.nsa_backend
+        triton = backend == "triton" or (backend == "auto" and triton_available(q, k, v, gates))
+        return (nsa_attention_triton if triton else nsa_attention_torch)(
+            q,
+            k,
+            v,
+            gates,
+            layout.cu_seqlens,
+            cu_seqlens_k=layout.cu_seqlens_k,
+            block_size=self.config.block_size,
+            block_count=self.config.block_count,
+            window_size=self.config.window_size,
+            scale=self.scaling,
+        )
 
     def _dense(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, chunk: TextChunk) -> torch.Tensor:
         """Causal attention of text queries q [T, heads, dim] over all tokens of their sample -> [T, heads, dim].
@@ -227,10 +234,7 @@ class VideoNSATextModel(Qwen2_5_VLTextModel):
 
     def __init__(self, config: VideoNSATextConfig):
         config.validate_nsa()
-        if config.nsa_variant not in ("paper", "dense"):
-            raise NotImplementedError(
-                f"nsa_variant={config.nsa_variant!r} is not implemented yet; this release has 'paper' and 'dense'"
-            )
+        _require_implemented(config.nsa_variant)
         super().__init__(config)
         for i, layer in enumerate(self.layers):
             layer.self_attn = VideoNSAAttention(config, i)
@@ -252,14 +256,14 @@ class VideoNSATextModel(Qwen2_5_VLTextModel):
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         vision_mask: torch.Tensor | None = None,
-        output_gates: list | None = None,
+        keep_gates: Callable[[torch.Tensor], None] | None = None,
         **kwargs,
     ):
         """As in Qwen2.5-VL, with vision_mask bool [batch, length]: which new tokens are vision; None for none."""
         if vision_mask is not None:
             past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
             vision_mask = torch.cat([self._cached_vision_mask(past_key_values, past, vision_mask), vision_mask], 1)
-            kwargs["vision_layout"] = self._layout(vision_mask, past, attention_mask, position_ids, output_gates)
+            kwargs["vision_layout"] = self._layout(vision_mask, past, attention_mask, position_ids, keep_gates)
             attention_mask = dict.fromkeys(("full_attention", "sliding_attention"))  # "prepared": no [S, S] mask
         elif getattr(past_key_values, "vision_mask", None) is not None and not torch.compiler.is_compiling():
             # What comes after the cached tokens is text now, also where a longer cache was cut back or reset.
@@ -290,7 +294,7 @@ class VideoNSATextModel(Qwen2_5_VLTextModel):
         return nn.functional.pad(mask, (0, past - mask.shape[1]))
 
     @staticmethod
-    def _layout(vision_mask, past, attention_mask, position_ids, gates) -> VisionLayout:
+    def _layout(vision_mask, past, attention_mask, position_ids, keep_gates) -> VisionLayout:
         batch, total = vision_mask.shape
         valid = starts = None
         if attention_mask is not None:
@@ -302,7 +306,7 @@ class VideoNSATextModel(Qwen2_5_VLTextModel):
             # Samples packed into a row: its text positions (the first of four) start anew with each.
             text_positions = position_ids[0].expand(batch, -1)
             starts = text_positions.diff(dim=1, prepend=text_positions[:, :1] - 1) != 1
-        return VisionLayout.make(vision_mask, total - past, valid, starts, gates)
+        return VisionLayout.make(vision_mask, total - past, valid, starts, keep_gates)
 
 
 class VideoNSAModel(Qwen2_5_VLModel):
@@ -325,20 +329,27 @@ class VideoNSAModel(Qwen2_5_VLModel):
         past_key_values=None,
         inputs_embeds: torch.Tensor | None = None,
         mm_token_type_ids: torch.IntTensor | None = None,
-        output_gates: bool | list = False,
+        output_gates: bool = False,
+        keep_gates: Callable[[torch.Tensor], None] | None = None,
         **kwargs,
     ):
         """As in Qwen2.5-VL.
 
+        Vision tokens are told by `input_ids`; where only `inputs_embeds` are given, by `mm_token_type_ids`, which are
+        needed once image and video features stand in them.
+
         Args:
             output_gates: also return `gates`, per layer [batch, length, heads, 3] in the order compression, selection,
                 window, 0 for tokens that are not vision; empty when the call computes no sparse attention.
+            keep_gates: a function that is given the same, layer by layer.
         """
+        gates = []
+        if output_gates:
+            keep_gates = gates.append
         if mm_token_type_ids is None and input_ids is not None:
             mm_token_type_ids = self.token_types(input_ids)  # without it, stock falls back to 1-D positions
         if input_ids is not None and past_key_values is not None:
             self._drop_cached_features(input_ids, past_key_values, kwargs)
-        gates = output_gates if isinstance(output_gates, list) else [] if output_gates else None
         outputs = super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -347,15 +358,24 @@ class VideoNSAModel(Qwen2_5_VLModel):
             inputs_embeds=inputs_embeds,
             mm_token_type_ids=mm_token_type_ids,
             vision_mask=self._vision_mask(input_ids, inputs_embeds, mm_token_type_ids),
-            output_gates=gates,
+            keep_gates=keep_gates,
             **kwargs,
         )
         cache = getattr(outputs, "past_key_values", None)
-        if cache is not None and not hasattr(cache, "rope_deltas"):
-            cache.rope_deltas = self.rope_deltas
-        return _with_gates(outputs, gates) if output_gates is True else outputs
+        if cache is not None and not torch.compiler.is_compiling():
+            self._keep_rope_deltas(cache, position_ids, attention_mask)
+        return _with_gates(outputs, gates) if output_gates else outputs
 
-    def compute_3d_position_ids(self, *args, past_key_values=None, inputs_embeds, mm_token_type_ids=None, **kwargs):
+    def _keep_rope_deltas(self, cache, position_ids, attention_mask) -> None:
+        """Leave with the cache what to add to a later token's index for its position (see `get_rope_index`)."""
+        if position_ids is None:
+            cache.rope_deltas = self.rope_deltas
+        elif attention_mask is None or (isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2):
+            tokens = cache.get_seq_length() if attention_mask is None else attention_mask.sum(1)
+            largest = position_ids.view(-1, *position_ids.shape[-2:])[-3:].amax((0, 2))  # [batch]
+            cache.rope_deltas = (largest + 1 - tokens)[:, None]
+
+    def compute_3d_position_ids(self, *, past_key_values=None, inputs_embeds, mm_token_type_ids=None, **kwargs):
         """As in Qwen2.5-VL, but later tokens are offset by what their own cache, not the last call, came to."""
         if past_key_values is None or past_key_values.get_seq_length() == 0:
             self.rope_deltas = None
@@ -363,16 +383,12 @@ class VideoNSAModel(Qwen2_5_VLModel):
             raise ValueError("position_ids must be given for images and videos that come over a cache: get_rope_index")
         else:
             self.rope_deltas = getattr(past_key_values, "rope_deltas", self.rope_deltas)
-        positions = super().compute_3d_position_ids(
-            *args,
+        return super().compute_3d_position_ids(
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             mm_token_type_ids=mm_token_type_ids,
             **kwargs,
         )
-        if past_key_values is not None:
-            past_key_values.rope_deltas = self.rope_deltas
-        return positions
 
     def token_types(self, input_ids: torch.LongTensor) -> torch.Tensor:
         """Modality of each token: 0 text, 1 image, 2 video."""
@@ -380,6 +396,7 @@ class VideoNSAModel(Qwen2_5_VLModel):
 
     def _vision_mask(self, input_ids, inputs_embeds, mm_token_type_ids) -> torch.Tensor | None:
         """bool [batch, length], or None when the call has no vision query or the variant is dense."""
+        _require_implemented(self.config.nsa_variant)
         new = input_ids if input_ids is not None else inputs_embeds
         if self.config.nsa_variant == "dense" or (new.shape[1] == 1 and torch.compiler.is_compiling()):
             return None  # compiled decoding steps must not wait for the device
@@ -396,6 +413,9 @@ class VideoNSAModel(Qwen2_5_VLModel):
         """Drop the leading images and videos that are in the cache already, so that a later turn of one conversation
         may pass those of all turns (batches must pass the new ones only)."""
         encoded = dict(kwargs.get("mm_encoder_outputs") or {})
+        features = (*encoded.values(), kwargs.get("pixel_values"), kwargs.get("pixel_values_videos"))
+        if len(input_ids) > 1 or all(x is None for x in features) or int(past_key_values.get_seq_length()) == 0:
+            return
         merge = self.config.vision_config.spatial_merge_size**2
         for kind, pixels, grids in (
             ("image", "pixel_values", "image_grid_thw"),
@@ -407,8 +427,6 @@ class VideoNSAModel(Qwen2_5_VLModel):
             elif kwargs.get(pixels) is not None and grid is not None:
                 sizes = [n // merge for n in grid.prod(-1).tolist()]
             else:
-                continue
-            if len(input_ids) > 1 or int(past_key_values.get_seq_length()) == 0:
                 continue
             n_new = int((input_ids == getattr(self.config, f"{kind}_token_id")).sum())
             drop = next((i for i in range(len(sizes) + 1) if sum(sizes[i:]) == n_new), 0)  # 0: stock finds the mistake
@@ -489,7 +507,13 @@ class VideoNSAModel(Qwen2_5_VLModel):
 
 
 class VideoNSAForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
-    """VideoNSA with a language-model head; loads its own, stock Qwen2.5-VL and public VideoNSA checkpoints."""
+    """VideoNSA with a language-model head; loads its own, stock Qwen2.5-VL and public VideoNSA checkpoints.
+
+    Called and generates as Qwen2.5-VL does. In addition, `forward(..., output_gates=True)` returns the gates of each
+    layer (see `VideoNSAModel.forward`). Samples packed into one row, which never see each other, are told by
+    `position_ids` [4, batch, length] without an attention mask: first the text positions, which start anew with each
+    sample, then those of `get_rope_index`.
+    """
 
     config: VideoNSAConfig
 
@@ -506,7 +530,7 @@ class VideoNSAForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
         if not output_gates:
             return super().forward(*args, **kwargs)
         gates = []
-        return _with_gates(super().forward(*args, output_gates=gates, **kwargs), gates)
+        return _with_gates(super().forward(*args, keep_gates=gates.append, **kwargs), gates)
 
     def create_masks_for_generate(self, *, inputs_embeds, attention_mask, **kwargs):
         """Leave the mask of a prefill 2-D also for static caches: no [length, length] mask is needed."""
@@ -519,15 +543,19 @@ class VideoNSAForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
         ids = ids if ids.shape[1] > 0 else inputs_tensor
         if model_kwargs.get("mm_token_type_ids") is None and not ids.is_floating_point():
             model_kwargs = {**model_kwargs, "mm_token_type_ids": self.model.token_types(ids)}
-        cache = model_kwargs.get("past_key_values")
         if any(model_kwargs.get(name) is not None for name in ("image_grid_thw", "video_grid_thw")):
             self.model.rope_deltas = None  # those of an earlier call, which 5.17 would use for a new video
         else:
+            cache = model_kwargs.get("past_key_values")
             self.model.rope_deltas = getattr(cache, "rope_deltas", self.model.rope_deltas)
-        positions = super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
-        if cache is not None:
-            cache.rope_deltas = self.model.rope_deltas
-        return positions
+        return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
+
+
+def _require_implemented(variant: str) -> None:
+    if variant not in ("paper", "dense"):
+        raise NotImplementedError(
+            f"nsa_variant={variant!r} is not implemented yet; this release has 'paper' and 'dense'"
+        )
 
 
 def _with_gates(outputs, gates: list):

@@ -315,11 +315,12 @@ def _over_chunks(attend, q, k, v, cu_seqlens, cu_seqlens_k, keys_per_query, max_
     sizes = [(r.stop - r.start, first) for r, _, first in chunks]
     scores = sum(n * keys_per_query(first + n) for n, first in sizes) * q.shape[1]
     recompute = scores > MAX_SCORES and torch.is_grad_enabled()
+    recomputed = {"use_reentrant": False, "preserve_rng_state": False}
     dtype, q, k, v = q.dtype, _accumulate(q), _accumulate(k), _accumulate(v)
     outs = [(q[:0], q.new_empty(0, q.shape[1]))]
     with torch.autocast(q.device.type, enabled=False):
         for r, s, first in chunks:
             args = (q[r], k[s], v[s], first) + (() if blocks is None else (blocks[:, r],))
-            outs.append(checkpoint(attend, *args, use_reentrant=False) if recompute else attend(*args))
+            outs.append(checkpoint(attend, *args, **recomputed) if recompute else attend(*args))
     o, lse = zip(*outs, strict=True)
     return torch.cat(o).to(dtype), torch.cat(lse)

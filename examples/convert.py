@@ -9,6 +9,7 @@ untrained gates are added in shards of their own. Gates that the source has alre
 
 import argparse
 import json
+import re
 import shutil
 import signal
 import sys
@@ -34,8 +35,8 @@ CODE_FILES = (
     "nsa_triton.py",
     "processing_videonsa.py",
 )
-SOURCE_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "README.md", "LICENSE*"]
-PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "README.md", "LICENSE*"]
+PICKLES = re.compile(r"\.(bin|pt|pth|ckpt)(\.index\.json)?$")
 QUERY_WEIGHT = ".self_attn.q_proj.weight"
 MAX_SHARD = 2**30  # bytes of new gates per shard
 
@@ -48,12 +49,16 @@ through Native Sparse Attention (blocks of {block_size} tokens, the {block_count
 
 {trained}
 
+```sh
+pip install "transformers>=5.17,<6" torch torchvision av accelerate
+```
+
 ```python
-import torch
 from transformers import AutoModel, AutoProcessor
 
 repo = "{name}"
-model = AutoModel.from_pretrained(repo, trust_remote_code=True, dtype="auto", device_map="auto")
+options = {options}
+model = AutoModel.from_pretrained(repo, trust_remote_code=True, **options)
 processor = AutoProcessor.from_pretrained(repo, trust_remote_code=True)
 
 messages = [{{"role": "user", "content": [
@@ -68,8 +73,8 @@ print(processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_t
 ```
 """
 UNTRAINED = """\
-**The gates are untrained**: fine-tune before use. Until then, `nsa_variant="dense"` in `from_pretrained` gives the
-answers of the base model."""
+**The gates are untrained**: fine-tune before you use the sparse attention. Until then, `nsa_variant="dense"` gives the
+answers of the base model, as below."""
 TRAINED = "The gates are those of the source checkpoint."
 
 
@@ -99,9 +104,9 @@ def convert(
     output = Path(output).resolve()
     if output.is_file() or (output.is_dir() and any(output.iterdir())):
         raise FileExistsError(f"output {output} exists already; name a new folder")
+    VideoNSAConfig(**nsa_fields)  # raises for bad ones before anything is downloaded
     origin, source = str(source), fetch_source(source, revision)
     config = VideoNSAConfig.from_pretrained(source, **nsa_fields)
-    config.text_config.validate_nsa()
     shards = find_shards(source)
 
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -127,23 +132,27 @@ def convert(
 
 
 def fetch_source(source: str | Path, revision: str | None) -> Path:
-    """The local folder of a checkpoint, downloaded first where `source` is the id of a Hub repository."""
-    if Path(source).is_dir():
-        files, folder = sorted(p.name for p in Path(source).iterdir()), Path(source)
-    else:
-        files, folder = HfApi().list_repo_files(str(source), revision=revision), None
-    if not any(file.endswith(".safetensors") for file in files):
-        pickles = [file for file in files if file.endswith(PICKLES)]
-        found = f"only {', '.join(pickles)}" if pickles else "no weights"
+    """The local folder of a checkpoint; of a Hub repository, what is small is downloaded and checked first."""
+    folder = Path(source)
+    hub = not folder.is_dir()
+    if hub:
+        folder = Path(snapshot_download(str(source), revision=revision, allow_patterns=SMALL_FILES))
+    config = json.loads((folder / "config.json").read_text()) if (folder / "config.json").is_file() else {}
+    if config.get("model_type") != "qwen2_5_vl":
+        kind = config.get("model_type")
+        raise ValueError(f"source {source} must be a Qwen2.5-VL checkpoint (model_type qwen2_5_vl), got {kind}")
+    if "quantization_config" in config:
+        raise ValueError(f"source {source} is quantized; convert the original checkpoint and quantize the result")
+    if hub:
+        folder = Path(snapshot_download(str(source), revision=revision, allow_patterns=[*SMALL_FILES, "*.safetensors"]))
+    if not list(folder.glob("*.safetensors")):
+        pickles = sorted(path.name for path in folder.iterdir() if PICKLES.search(path.name))
+        found = f"only {', '.join(pickles)}" if pickles else "no weights in safetensors"
         raise ValueError(
             f"source {source} holds {found}; safetensors are needed. Rewrite a pickle checkpoint that you trust by "
             f"Qwen2_5_VLForConditionalGeneration.from_pretrained({str(source)!r}, use_safetensors=False)"
             ".save_pretrained(folder) and convert that folder"
         )
-    folder = folder or Path(snapshot_download(str(source), revision=revision, allow_patterns=SOURCE_PATTERNS))
-    kind = json.loads((folder / "config.json").read_text()).get("model_type") if "config.json" in files else None
-    if kind != "qwen2_5_vl":
-        raise ValueError(f"source {source} must be a Qwen2.5-VL checkpoint (model_type qwen2_5_vl), got {kind}")
     return folder
 
 
@@ -183,6 +192,8 @@ def write_weights(shards, folder: Path, text_config, seed: int) -> tuple[bool, t
     first = next(file for file, keys in shards.items() if f"{layers[0]}q_proj.weight" in keys)
     with safe_open(first, framework="pt") as shard:
         dtype = shard.get_slice(f"{layers[0]}q_proj.weight")[:1].dtype
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise ValueError(f"the weights must be bf16, fp16 or fp32, got {dtype}; convert the unquantized checkpoint")
 
     hidden, heads = text_config.hidden_size, text_config.num_attention_heads
     gated = [layer for layer in layers if f"{layer}g_proj_1.weight" in shapes]
@@ -253,20 +264,15 @@ def write_card(source: Path, folder: Path, config, *, base: str, name: str, trai
         base_model=None if Path(base).exists() else base,
         **{key: stated[key] for key in ("license", "license_name", "license_link") if key in stated},
     )
+    options = {"dtype": "auto", "device_map": "auto"} | ({} if trained else {"nsa_variant": "dense"})
     text = CARD.format(
         name=name,
+        options=json.dumps(options),
         base=Path(base).name if Path(base).exists() else base,
         trained=TRAINED if trained else UNTRAINED,
         **{key: getattr(config, key) for key in ("block_size", "block_count", "window_size")},
     )
     (folder / "README.md").write_text(f"---\n{data.to_yaml()}\n---\n{text}")
-
-
-def push(folder: Path, repo_id: str, private: bool) -> str:
-    """Upload the folder as a new Hub repository and return its address."""
-    url = HfApi().create_repo(repo_id, private=private, exist_ok=False)
-    HfApi().upload_folder(repo_id=url.repo_id, folder_path=folder, commit_message="Add VideoNSA")
-    return str(url)
 
 
 def main() -> None:
@@ -283,27 +289,28 @@ def main() -> None:
     parser.add_argument("--private", action="store_true", help="make the Hub repository private")
     args = parser.parse_args()
 
-    # A polite kill must clean up as Ctrl-C does.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # a polite kill must clean up as Ctrl-C does
+    fields = ("block_size", "block_count", "window_size", "gate_temperature")
+    options = {name: getattr(args, name) for name in ("revision", "seed", *fields)}
+    hub = HfApi()
     try:
-        if args.push_to_hub and HfApi().repo_exists(args.push_to_hub):
-            raise FileExistsError(f"Hub repository {args.push_to_hub} exists already; name a new one")
-        output = convert(
-            args.source,
-            args.output,
-            revision=args.revision,
-            seed=args.seed,
-            name=args.push_to_hub,
-            block_size=args.block_size,
-            block_count=args.block_count,
-            window_size=args.window_size,
-            gate_temperature=args.gate_temperature,
-        )
+        # First of all: it needs a login and a name that is free, and gives the name in full.
+        url = hub.create_repo(args.push_to_hub, private=args.private) if args.push_to_hub else None
+        try:
+            output = convert(args.source, args.output, name=url and url.repo_id, **options)
+        except BaseException:
+            if url:
+                hub.delete_repo(url.repo_id)
+            raise
     except (OSError, ValueError) as error:
         sys.exit(f"convert.py: {error}")
     print(f"wrote {output}")
-    if args.push_to_hub:
-        print(f"pushed to {push(output, args.push_to_hub, args.private)}")
+    if url:
+        try:
+            hub.upload_folder(repo_id=url.repo_id, folder_path=output, commit_message="Add VideoNSA")
+        except OSError as error:
+            sys.exit(f"convert.py: the upload failed: {error}\nresume it with: hf upload {url.repo_id} {output}")
+        print(f"pushed to {url}")
 
 
 if __name__ == "__main__":

@@ -124,6 +124,7 @@ def test_convert_writes_code_processor_generation_config_and_card(stock, reposit
     card = (repository / "README.md").read_text()
     assert card.startswith("---\n") and "VideoNSA-tiny" in card and "gates are untrained" in card
     compile(card.split("```python\n")[1].split("```")[0], "card", "exec")
+    assert '"nsa_variant": "dense"' in card
     index = json.loads((repository / "model.safetensors.index.json").read_text())["weight_map"]
     assert set(index.values()) == {path.name for path in repository.glob("*.safetensors")}
 
@@ -240,6 +241,17 @@ def other_model(folder):
     rewrite_config(folder, lambda config: config.update(model_type="qwen2_vl"))
 
 
+def quantize(folder):
+    rewrite_config(folder, lambda config: config.update(quantization_config={"quant_method": "fp8"}))
+
+
+def quantize_unsaid(folder):
+    weights = load_file(folder / "model.safetensors")
+    key = next(key for key in weights if key.endswith("layers.0.self_attn.q_proj.weight"))
+    weights[key] = weights[key].to(torch.uint8)
+    save_file(weights, folder / "model.safetensors")
+
+
 def more_layers(folder):
     rewrite_config(folder, lambda config: config["text_config"].update(num_hidden_layers=3, layer_types=None))
 
@@ -247,11 +259,13 @@ def more_layers(folder):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (remove_weights, "no weights"),
+        (remove_weights, "no weights in safetensors"),
         (pickle_weights, "pytorch_model.bin; safetensors are needed. Rewrite"),
         (truncate_weights, "model.safetensors is missing or damaged"),
         (lose_a_shard, "model-00002-of-00002.safetensors is missing or damaged"),
         (other_model, "must be a Qwen2.5-VL checkpoint"),
+        (quantize, "is quantized"),
+        (quantize_unsaid, "must be bf16, fp16 or fp32, got torch.uint8"),
         (more_layers, "2 decoder layers, config.json 3"),
     ],
 )
@@ -296,34 +310,82 @@ def test_an_interrupted_convert_leaves_nothing(stock, tmp_path, number):
     assert not list(tmp_path.iterdir())
 
 
-def test_convert_pushes_to_a_new_hub_repository_only(stock, tmp_path, monkeypatch, capsys):
-    calls = []
+class Hub:
+    """Stands in for the Hub, which tests cannot reach: what convert.py asks of it, in order."""
 
-    class Hub:
-        def repo_exists(self, repo_id):
-            return repo_id == "me/taken"
+    def __init__(self, upload_error=None):
+        self.calls, self.upload_error = [], upload_error
 
-        def create_repo(self, repo_id, private, exist_ok):
-            calls.append((repo_id, private, exist_ok))
-            return type("Url", (), {"repo_id": repo_id, "__str__": lambda _: f"https://hub/{repo_id}"})()
+    def __call__(self):
+        return self
 
-        def upload_folder(self, repo_id, folder_path, commit_message):
-            calls.append((repo_id, sorted(path.name for path in Path(folder_path).iterdir())))
+    def create_repo(self, repo_id, private):
+        self.calls.append(("create", repo_id, private))
+        if repo_id == "taken":
+            raise OSError("409: you already created this model repo: me/taken")
+        return type("Url", (), {"repo_id": f"me/{repo_id}", "__str__": lambda url: f"https://hub/{url.repo_id}"})()
 
-    monkeypatch.setattr(convert, "HfApi", Hub)
+    def delete_repo(self, repo_id):
+        self.calls.append(("delete", repo_id))
+
+    def upload_folder(self, repo_id, folder_path, commit_message):
+        self.calls.append(("upload", repo_id, sorted(path.name for path in Path(folder_path).iterdir())))
+        if self.upload_error:
+            raise self.upload_error
+
+
+def run_convert(monkeypatch, hub, *args):
+    monkeypatch.setattr(convert, "HfApi", hub)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
-    monkeypatch.setattr(sys, "argv", ["convert.py", str(stock), str(tmp_path / "a"), "--push-to-hub", "me/taken"])
-    with pytest.raises(SystemExit, match="me/taken exists already"):
-        convert.main()
-    assert not calls and not list(tmp_path.iterdir())
-    monkeypatch.setattr(
-        sys, "argv", ["convert.py", str(stock), str(tmp_path / "a"), "--push-to-hub", "me/new", "--private"]
-    )
+    monkeypatch.setattr(sys, "argv", ["convert.py", *map(str, args)])
     convert.main()
-    assert calls[0] == ("me/new", True, False)
-    assert {"config.json", "modeling_videonsa.py", "README.md"} <= set(calls[1][1])
-    assert 'repo = "me/new"' in (tmp_path / "a/README.md").read_text()
+
+
+def test_convert_makes_the_hub_repository_first_and_fills_it_last(stock, tmp_path, monkeypatch, capsys):
+    hub = Hub()
+    run_convert(monkeypatch, hub, stock, tmp_path / "out", "--push-to-hub", "new", "--private")
+    assert [call[:2] for call in hub.calls] == [("create", "new"), ("upload", "me/new")]
+    assert hub.calls[0][2] is True
+    assert {"config.json", "modeling_videonsa.py", "README.md"} <= set(hub.calls[1][2])
+    assert 'repo = "me/new"' in (tmp_path / "out/README.md").read_text()
     assert "https://hub/me/new" in capsys.readouterr().out
+
+
+def test_convert_converts_nothing_for_a_hub_repository_that_exists(stock, tmp_path, monkeypatch):
+    with pytest.raises(SystemExit, match="409"):
+        run_convert(monkeypatch, Hub(), stock, tmp_path / "out", "--push-to-hub", "taken")
+    assert not list(tmp_path.iterdir())
+
+
+def test_convert_leaves_no_empty_hub_repository_when_it_fails(tmp_path, monkeypatch):
+    hub = Hub()
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SystemExit, match="must be a Qwen2.5-VL checkpoint"):
+        run_convert(monkeypatch, hub, tmp_path / "empty", tmp_path / "out", "--push-to-hub", "new")
+    assert hub.calls[-1] == ("delete", "me/new")
+
+
+def test_convert_says_how_to_resume_an_upload_that_failed(stock, tmp_path, monkeypatch):
+    with pytest.raises(SystemExit, match="hf upload me/new .*out"):
+        run_convert(monkeypatch, Hub(OSError("503")), stock, tmp_path / "out", "--push-to-hub", "new")
+    assert (tmp_path / "out/config.json").exists()
+
+
+def test_convert_fetches_what_is_small_first_and_refuses_before_the_weights(stock, tmp_path, monkeypatch):
+    fetched = []
+
+    def snapshot_download(repo_id, revision, allow_patterns):
+        fetched.append((repo_id, revision, "*.safetensors" in allow_patterns))
+        return str(stock)
+
+    monkeypatch.setattr(convert, "snapshot_download", snapshot_download)
+    convert.convert("Qwen/any", tmp_path / "out", revision="main")
+    assert fetched == [("Qwen/any", "main", False), ("Qwen/any", "main", True)]
+    assert "base_model: Qwen/any" in (tmp_path / "out/README.md").read_text()
+    fetched.clear()
+    with pytest.raises(ValueError, match="block_size"):
+        convert.convert("Qwen/any", tmp_path / "other", block_size=48)
+    assert not fetched
 
 
 FRESH = """

@@ -1398,9 +1398,42 @@ def test_bad_settings_are_refused_when_a_model_is_made(checkpoints, name, given)
             VideoNSAForConditionalGeneration.from_pretrained(folder, **{name: BAD[name]})
         return
     config = VideoNSAConfig.from_pretrained(folder)
-    setattr(config if given == "afterwards" else config.text_config, name, BAD[name])
+    if given == "afterwards":
+        before = getattr(config, name)
+        with pytest.raises(ValueError, match=message):
+            setattr(config, name, BAD[name])
+        assert getattr(config, name) == before
+        return
+    setattr(config.text_config, name, BAD[name])
     with pytest.raises(ValueError, match=message):
         VideoNSAForConditionalGeneration(config)
+
+
+def test_a_variant_to_come_is_refused_on_a_live_model(small):
+    small.config.nsa_variant = "merged"
+    with pytest.raises(NotImplementedError, match="nsa_variant='merged'"):
+        logits(small, make_inputs(VIDEO))
+
+
+def test_gates_survive_the_hooks_of_accelerate(checkpoints):
+    from accelerate import dispatch_model
+
+    model = VideoNSAForConditionalGeneration.from_pretrained(checkpoints["1 KV head"]).eval()
+    devices = dict.fromkeys(("model.visual", "model.language_model", "lm_head"), "cpu")
+    dispatch_model(model, devices, force_hooks=True)
+    assert len(model(**make_inputs(VIDEO), output_gates=True).gates) == len(model.model.language_model.layers)
+
+
+def test_a_cache_of_a_prompt_with_explicit_positions_keeps_its_own_offsets(small):
+    text = make_inputs(TEXT)["input_ids"]
+    positions = torch.arange(text.shape[1]).expand(3, 1, -1)
+    answers = []
+    for video_between in (False, True):
+        cache = small(input_ids=text, position_ids=positions, use_cache=True).past_key_values
+        if video_between:
+            logits(small, make_inputs(VIDEO))
+        answers.append(small(input_ids=text[:, :3], past_key_values=cache).logits)
+    assert torch.equal(*answers)
 
 
 @pytest.mark.parametrize(
@@ -1490,11 +1523,11 @@ def test_new_video_over_a_cache_needs_positions(small):
 
 def test_layout_moves_every_tensor_to_another_device():
     vision, valid, sample = random_layout("packed, then right padding")
-    gates = []
-    layout = VisionLayout.make(vision, vision.shape[1], valid, sample.diff(dim=1, prepend=sample[:, :1]) != 0, gates)
+    starts, keep_gates = sample.diff(dim=1, prepend=sample[:, :1]) != 0, print
+    layout = VisionLayout.make(vision, vision.shape[1], valid, starts, keep_gates)
     assert layout.to("cpu") is layout
     moved = layout.to(torch.device("meta"), non_blocking=True)
-    assert moved.gates is gates
+    assert moved.keep_gates is keep_gates
     tensors = 0
     for name, value in vars(layout).items():
         other = getattr(moved, name)
