@@ -27,7 +27,7 @@ class VideoNSATextConfig(Qwen2_5_VLTextConfig):
         gate_temperature (`float`, defaults to 1.0): What the logits of the gates are divided by.
         nsa_variant (`str`, defaults to `"paper"`): What vision queries compute: `"paper"` the published method,
             `"dense"` stock attention; `"released"` and `"merged"` are reserved.
-        nsa_backend (`str`, defaults to `"auto"`): `"triton"`, `"torch"`, or `"auto"`: Triton where it runs, else torch.
+        nsa_backend (`str`, defaults to `"auto"`): `"triton"`, `"torch"`, or `"auto"`: what `nsa_triton.available` says.
 
     Raises:
         ValueError: A field has a value outside of what is said above, the query heads are not a multiple of the KV

@@ -322,7 +322,7 @@ class VideoFile:
         self.path = path
         packets, end = [], 0.0
         with open_video(path) as (container, stream):
-            self.width, self.height = stream.width, stream.height
+            size = stream.width, stream.height
             tick, rate = float(stream.time_base), float(stream.guessed_rate or stream.average_rate or 24)
             # AVI has no presentation times: its packets are timed as they are stored, which is not as they are shown.
             self.in_order = "avi" in container.format.name
@@ -349,6 +349,16 @@ class VideoFile:
         self.duration = float(self.times[-1] + last)
         if abs(self.duration - len(packets) / rate) < ROUNDING:
             self.duration = len(packets) / rate
+        self.quarter_turns = self._quarter_turns()
+        self.width, self.height = size[::-1] if self.quarter_turns % 2 else size
+
+    def _quarter_turns(self) -> int:
+        """By how many times 90° frames are to be turned counterclockwise: phones store what they film sideways."""
+        with open_video(self.path) as (container, stream):
+            try:
+                return next((round(frame.rotation / 90) for frame in container.decode(stream)), 0)
+            except av.FFmpegError:
+                return 0  # reading the frames will tell
 
     def __len__(self) -> int:
         return len(self.pts)
@@ -367,7 +377,7 @@ class VideoFile:
         )
 
     def frames(self, indices: list[int]) -> Iterator[torch.Tensor]:
-        """Decode the frames at `indices`, which ascend and may repeat: uint8 [3, H, W], all of the first one's size."""
+        """Decode the frames at `indices`, which ascend and may repeat: uint8 [3, H, W], upright, all of one size."""
         wanted = Counter(indices if self.in_order else (self.pts[i] for i in indices))
         size, problem = {}, "the stream ended"
         with open_video(self.path) as (container, stream):
@@ -375,8 +385,8 @@ class VideoFile:
                 for i, frame in enumerate(container.decode(stream)):
                     if repeats := wanted.pop(i if self.in_order else frame.pts, 0):
                         size = size or {"width": frame.width, "height": frame.height}
-                        pixels = torch.from_numpy(frame.to_ndarray(format="rgb24", **size))
-                        yield from [pixels.permute(2, 0, 1).contiguous()] * repeats
+                        pixels = np.rot90(frame.to_ndarray(format="rgb24", **size), self.quarter_turns)
+                        yield from [torch.from_numpy(pixels.transpose(2, 0, 1).copy())] * repeats
                     if not wanted:
                         return
             except av.FFmpegError as error:

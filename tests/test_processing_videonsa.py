@@ -483,6 +483,36 @@ class TestChat:
         assert not recwarn.list and "Qwen2VL" not in capfd.readouterr().err
 
 
+class TestRotation:
+    @pytest.mark.parametrize("turns", [0, 1, 2, 3])
+    def test_a_video_filmed_sideways_is_read_upright(self, processor, tmp_path, turns):
+        path = tmp_path / "phone.mp4"
+        with av.open(str(path), "w") as output:
+            stream = output.add_stream("libx264", rate=4)
+            stream.width, stream.height, stream.pix_fmt = 112, 56, "yuv420p"
+            image = np.zeros((56, 112, 3), np.uint8)
+            image[:, :56] = 255  # the left half is white
+            for _ in range(4):
+                output.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+            output.mux(stream.encode())
+        cos, sin = ((1, 0), (0, 1), (-1, 0), (0, -1))[turns]  # shown turned clockwise by 90 degrees, `turns` times
+        content = bytearray(path.read_bytes())
+        matrix = content.index(b"tkhd") + 4 + 40
+        content[matrix : matrix + 36] = struct.pack(
+            ">9i", cos << 16, sin << 16, 0, -sin << 16, cos << 16, 0, 0, 0, 1 << 30
+        )
+        path.write_bytes(content)
+
+        features, metadata = process(processor, path, do_rescale=False, do_normalize=False)
+        width, height = (112, 56) if turns % 2 == 0 else (56, 112)
+        assert (metadata.width, metadata.height) == (width, height)
+        assert features["video_grid_thw"].tolist() == [[2, height // 14, width // 14]]
+        t, h, w = 2, height // 28, width // 28
+        patches = features["pixel_values_videos"].float().view(t, h, w, 4, -1).mean((0, 3, 4))  # [rows, columns]
+        half = {0: patches[:, : w // 2], 1: patches[: h // 2], 2: patches[:, w // 2 :], 3: patches[h // 2 :]}[turns]
+        assert half.min() > 200 and patches.sum() - half.sum() < 0.1 * patches.sum()  # left, top, right, bottom
+
+
 class TestErrors:
     def test_fps_and_num_frames_exclude_each_other(self, processor, clips):
         for call in (chat, process):
