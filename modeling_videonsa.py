@@ -129,7 +129,7 @@ class VisionLayout:
 
 
 class GateLinear(nn.Linear):
-    """A linear layer of the gates: its own class, because `_init_weights` is told modules apart by their class."""
+    """A linear layer of the gates: a class of its own, by which `_init_weights` tells it from the others."""
 
 
 class VideoNSAAttention(Qwen2_5_VLAttention):
@@ -380,7 +380,7 @@ class VideoNSAModel(Qwen2_5_VLModel):
         if past_key_values is None or past_key_values.get_seq_length() == 0:
             self.rope_deltas = None
         elif mm_token_type_ids is not None and mm_token_type_ids[:, -inputs_embeds.shape[1] :].any():
-            raise ValueError("position_ids must be given for images and videos that come over a cache: get_rope_index")
+            raise ValueError("images and videos over a cache need position_ids: get_rope_index of the whole sequence")
         else:
             self.rope_deltas = getattr(past_key_values, "rope_deltas", self.rope_deltas)
         return super().compute_3d_position_ids(
@@ -465,10 +465,8 @@ class VideoNSAModel(Qwen2_5_VLModel):
         Raises:
             ValueError: placeholder tokens and grids do not fit together.
         """
-        merge, tokens_per_second = (
-            self.config.vision_config.spatial_merge_size,
-            self.config.vision_config.tokens_per_second,
-        )
+        vision = self.config.vision_config
+        merge, tokens_per_second = vision.spatial_merge_size, vision.tokens_per_second
         types = self.token_types(input_ids) if mm_token_type_ids is None else mm_token_type_ids
         grids = {
             kind: iter([] if grid is None else grid.tolist())

@@ -1512,7 +1512,7 @@ def test_new_video_over_a_cache_needs_positions(small):
     with torch.no_grad():
         cache = small(**inputs).past_key_values
     del inputs["attention_mask"]
-    with pytest.raises(ValueError, match="position_ids must be given for images and videos that come over a cache"):
+    with pytest.raises(ValueError, match="images and videos over a cache need position_ids"):
         small(**inputs, past_key_values=cache)
 
 
