@@ -10,6 +10,7 @@ The selection kernel also adds the gated branches up. Nothing waits for the devi
 Dots accumulate in fp32; those of fp32 inputs are IEEE. Forward only: `available` sends training to `nsa_torch.py`.
 """
 
+import functools
 import os
 
 import torch
@@ -39,6 +40,18 @@ def available(*tensors: torch.Tensor) -> bool:
     return TRUSTED and triton is not None and tensors[0].device.type == "cuda" and not needs_grad
 
 
+def _on_device(function):
+    """Launch on the device of q, which need not be the current one."""
+
+    @functools.wraps(function)
+    def wrapped(q, *args, **kwargs):
+        with torch.cuda.device_of(q):
+            return function(q, *args, **kwargs)
+
+    return wrapped
+
+
+@_on_device
 def nsa_attention(
     q, k, v, gates, cu_seqlens, *, cu_seqlens_k=None, block_size=64, block_count=32, window_size=256, scale=None
 ):
@@ -54,6 +67,7 @@ def nsa_attention(
     return _selected(q, k, v, blocks, **lengths, **blocking, branches=(gates.contiguous(), o_cmp, o_win))[0]
 
 
+@_on_device
 def compressed_attention(q, k, v, cu_seqlens, *, cu_seqlens_k=None, block_size=64, scale=None):
     """See `nsa_torch.compressed_attention`. Block means are rounded to the dtype of k."""
     _check(q, k, v, cu_seqlens, cu_seqlens_k, block_size=block_size)
@@ -61,6 +75,7 @@ def compressed_attention(q, k, v, cu_seqlens, *, cu_seqlens_k=None, block_size=6
     return _compressed(q, means, cu_seqlens, cu_seqlens_k, block_size, scale)
 
 
+@_on_device
 def select_blocks(q, k, lse, cu_seqlens, *, cu_seqlens_k=None, block_size=64, block_count=32, scale=None):
     """See `nsa_torch.select_blocks`."""
     _check(q, k, None, cu_seqlens, cu_seqlens_k, lse=lse, block_size=block_size, block_count=block_count)
@@ -68,12 +83,14 @@ def select_blocks(q, k, lse, cu_seqlens, *, cu_seqlens_k=None, block_size=64, bl
     return _select(q, means, lse, cu_seqlens, cu_seqlens_k, block_size, block_count, scale)
 
 
+@_on_device
 def selected_attention(q, k, v, blocks, cu_seqlens, *, cu_seqlens_k=None, block_size=64, scale=None):
     """See `nsa_torch.selected_attention`."""
     _check(q, k, v, cu_seqlens, cu_seqlens_k, blocks=blocks, block_size=block_size)
     return _selected(q, k, v, blocks, cu_seqlens, cu_seqlens_k, block_size, scale)
 
 
+@_on_device
 def window_attention(q, k, v, cu_seqlens, *, cu_seqlens_k=None, window_size=256, scale=None):
     """See `nsa_torch.window_attention`."""
     _check(q, k, v, cu_seqlens, cu_seqlens_k, window_size=window_size)

@@ -300,6 +300,7 @@ def test_an_interrupted_convert_leaves_nothing(stock, tmp_path, number):
         [sys.executable, "-c", wait, str(stock), str(tmp_path / "out")],
         env={**os.environ, "PYTHONPATH": str(ROOT / "examples")},
         stderr=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # jobs in the background ignore it
     )
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob(".out-*/model.safetensors.index.json")) and time.monotonic() < deadline:
