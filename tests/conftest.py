@@ -20,7 +20,9 @@ sys.path.insert(0, str(ROOT / "examples"))
 
 
 def pytest_configure(config):
-    """Without a GPU, kernels run in triton's interpreter; the variable is read when triton is imported."""
+    # Tensors in tests are so small that threads would mostly wait for each other.
+    torch.set_num_threads(1)
+    # Without a GPU, kernels run in triton's interpreter; the variable is read when triton is imported.
     if importlib.util.find_spec("triton") and not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"
         import interpreter

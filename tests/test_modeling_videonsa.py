@@ -39,15 +39,6 @@ MEDIA_KEYS = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_gr
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tensors are so small that threads mostly wait for each other: seconds a call where other processes compute."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="session")
 def checkpoints(stock_checkpoint, tmp_path_factory):
     """Stock checkpoint folder of each of SHAPES."""

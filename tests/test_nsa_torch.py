@@ -292,15 +292,6 @@ def relative_rms(actual, expected):
     return ((actual.double() - expected).square().mean() / expected.square().mean()).sqrt().item()
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """These tensors are too small to share: threads would only wait for each other, for minutes on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Values and gradients
 # ----------------------------------------------------------------------------------------------------------------------
