@@ -258,3 +258,14 @@ def test_dots_use_wgmma_where_meant_and_do_not_wait_for_each_other(compiled):
             assert max(row["arrivals"]) <= dots[row["kernel"]], row
         if capability < 90:
             assert row["wgmma"] == 0
+
+
+def test_the_file_can_be_imported_without_triton():
+    program = (
+        "import sys; sys.modules['triton'] = None; import conftest, torch; from videonsa import nsa_triton;"
+        "x = torch.zeros(1, 1, 16); assert not nsa_triton.available(x);"
+        "nsa_triton.window_attention(x, x, x, torch.tensor([0, 1], dtype=torch.int32))"
+    )
+    folder = Path(offline.__file__).parent
+    done = subprocess.run([sys.executable, "-c", program], cwd=folder, capture_output=True, text=True)
+    assert "nsa_triton needs triton" in done.stderr
