@@ -280,10 +280,14 @@ def main() -> None:
     parser.add_argument("source", help="folder or Hub id of a Qwen2.5-VL checkpoint in safetensors")
     parser.add_argument("output", help="folder to make")
     parser.add_argument("--revision", help="branch, tag or commit of the Hub repository")
-    parser.add_argument("--block-size", type=int, default=64, help="vision tokens per block (default 64)")
-    parser.add_argument("--block-count", type=int, default=32, help="blocks that a vision query selects (default 32)")
-    parser.add_argument("--window-size", type=int, default=256, help="vision tokens in the window (default 256)")
-    parser.add_argument("--gate-temperature", type=float, default=1.0, help="divides the gates' logits (default 1)")
+    parser.add_argument("--block-size", type=int, help="vision tokens per block (default: the source's, else 64)")
+    parser.add_argument(
+        "--block-count", type=int, help="blocks that a vision query selects (default: the source's, else 32)"
+    )
+    parser.add_argument("--window-size", type=int, help="vision tokens in the window (default: the source's, else 256)")
+    parser.add_argument(
+        "--gate-temperature", type=float, help="divides the gates' logits (default: the source's, else 1)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the new gates (default 0)")
     parser.add_argument("--push-to-hub", metavar="REPO_ID", help="also upload the result as this new Hub repository")
     parser.add_argument("--private", action="store_true", help="make the Hub repository private")
@@ -291,13 +295,14 @@ def main() -> None:
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # a polite kill must clean up as Ctrl-C does
     fields = ("block_size", "block_count", "window_size", "gate_temperature")
-    options = {name: getattr(args, name) for name in ("revision", "seed", *fields)}
+    options = {name: value for name in fields if (value := getattr(args, name)) is not None}
     hub = HfApi()
     try:
         # First of all: it needs a login and a name that is free, and gives the name in full.
         url = hub.create_repo(args.push_to_hub, private=args.private) if args.push_to_hub else None
         try:
-            output = convert(args.source, args.output, name=url and url.repo_id, **options)
+            name = url and url.repo_id
+            output = convert(args.source, args.output, revision=args.revision, seed=args.seed, name=name, **options)
         except BaseException:
             if url:
                 hub.delete_repo(url.repo_id)

@@ -178,7 +178,7 @@ def test_convert_splits_the_gates_of_large_models_into_shards(stock, tmp_path, m
     assert not info["missing_keys"] and not info["unexpected_keys"]
 
 
-def test_convert_keeps_gates_that_the_source_has(stock, tmp_path):
+def test_convert_keeps_gates_and_settings_that_the_source_has(stock, tmp_path, monkeypatch):
     source = tmp_path / "source"
     model = VideoNSAForConditionalGeneration.from_pretrained(stock)
     with torch.no_grad():
@@ -187,10 +187,12 @@ def test_convert_keeps_gates_that_the_source_has(stock, tmp_path):
     for file in ("tokenizer.json", "tokenizer_config.json", "processor_config.json", "chat_template.jinja"):
         (source / file).write_bytes((stock / file).read_bytes())
     rewrite_config(source, lambda config: config.update(model_type="qwen2_5_vl", block_counts=5))
-    output = convert.convert(source, tmp_path / "out")
+    rewrite_config(source, lambda config: config["text_config"].pop("block_count") and None)
+    output = tmp_path / "out"
+    run_convert(monkeypatch, Hub(), source, output, "--window-size", 99)
     converted = VideoNSAForConditionalGeneration.from_pretrained(output)
     assert converted.model.language_model.layers[1].self_attn.g_proj_2.bias.eq(3.0).all()
-    assert converted.config.block_count == 5
+    assert (converted.config.block_count, converted.config.window_size) == (5, 99)
     assert "those of the source" in (output / "README.md").read_text()
 
 
