@@ -281,13 +281,9 @@ def main() -> None:
     parser.add_argument("output", help="folder to make")
     parser.add_argument("--revision", help="branch, tag or commit of the Hub repository")
     parser.add_argument("--block-size", type=int, help="vision tokens per block (default: the source's, else 64)")
-    parser.add_argument(
-        "--block-count", type=int, help="blocks that a vision query selects (default: the source's, else 32)"
-    )
+    parser.add_argument("--block-count", type=int, help="blocks per vision query (default: the source's, else 32)")
     parser.add_argument("--window-size", type=int, help="vision tokens in the window (default: the source's, else 256)")
-    parser.add_argument(
-        "--gate-temperature", type=float, help="divides the gates' logits (default: the source's, else 1)"
-    )
+    parser.add_argument("--gate-temperature", type=float, help="of the gates (default: the source's, else 1)")
     parser.add_argument("--seed", type=int, default=0, help="of the new gates (default 0)")
     parser.add_argument("--push-to-hub", metavar="REPO_ID", help="also upload the result as this new Hub repository")
     parser.add_argument("--private", action="store_true", help="make the Hub repository private")
