@@ -74,6 +74,13 @@ class VideoNSATextConfig(Qwen2_5_VLTextConfig):
                 f"see all earlier tokens; got {self.layer_types}"
             )
 
+    def require_implemented(self) -> None:
+        """Raise a NotImplementedError for a variant that is known but not there yet."""
+        if self.nsa_variant not in ("paper", "dense"):
+            raise NotImplementedError(
+                f"nsa_variant={self.nsa_variant!r} is not implemented yet; this release has 'paper' and 'dense'"
+            )
+
     def attention_budget(self, n_tokens: int, pooled_keys: bool = False) -> float:
         """Share of the n·(n + 1) / 2 query–key pairs of dense causal attention that vision queries compute.
 
@@ -92,8 +99,7 @@ class VideoNSATextConfig(Qwen2_5_VLTextConfig):
         """
         if n_tokens < 1:
             raise ValueError(f"n_tokens must be at least 1, got {n_tokens}")
-        if self.nsa_variant not in ("paper", "dense"):
-            raise NotImplementedError(f"attention_budget does not know nsa_variant={self.nsa_variant!r} yet")
+        self.require_implemented()
         if self.nsa_variant == "dense":
             return 1.0
 

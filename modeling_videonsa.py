@@ -234,7 +234,7 @@ class VideoNSATextModel(Qwen2_5_VLTextModel):
 
     def __init__(self, config: VideoNSATextConfig):
         config.validate_nsa()
-        _require_implemented(config.nsa_variant)
+        config.require_implemented()
         super().__init__(config)
         for i, layer in enumerate(self.layers):
             layer.self_attn = VideoNSAAttention(config, i)
@@ -396,7 +396,7 @@ class VideoNSAModel(Qwen2_5_VLModel):
 
     def _vision_mask(self, input_ids, inputs_embeds, mm_token_type_ids) -> torch.Tensor | None:
         """bool [batch, length], or None when the call has no vision query or the variant is dense."""
-        _require_implemented(self.config.nsa_variant)
+        self.config.text_config.require_implemented()
         new = input_ids if input_ids is not None else inputs_embeds
         if self.config.nsa_variant == "dense" or (new.shape[1] == 1 and torch.compiler.is_compiling()):
             return None  # compiled decoding steps must not wait for the device
@@ -547,13 +547,6 @@ class VideoNSAForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
             cache = model_kwargs.get("past_key_values")
             self.model.rope_deltas = getattr(cache, "rope_deltas", self.model.rope_deltas)
         return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
-
-
-def _require_implemented(variant: str) -> None:
-    if variant not in ("paper", "dense"):
-        raise NotImplementedError(
-            f"nsa_variant={variant!r} is not implemented yet; this release has 'paper' and 'dense'"
-        )
 
 
 def _with_gates(outputs, gates: list):

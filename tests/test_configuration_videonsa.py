@@ -222,3 +222,9 @@ def test_attention_budget_of_dense_attention_is_one():
 def test_attention_budget_needs_a_token(variant, n):
     with pytest.raises(ValueError, match=f"n_tokens must be at least 1, got {n}"):
         VideoNSAConfig(nsa_variant=variant).attention_budget(n)
+
+
+@pytest.mark.parametrize("variant", ["released", "merged"])
+def test_attention_budget_is_refused_for_variants_to_come(variant):
+    with pytest.raises(NotImplementedError, match=f"nsa_variant='{variant}'"):
+        VideoNSAConfig(nsa_variant=variant).attention_budget(1000)
