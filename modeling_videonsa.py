@@ -195,7 +195,7 @@ class VideoNSAAttention(Qwen2_5_VLAttention):
     def _sparse(self, q, k, v, gates, layout: VisionLayout) -> torch.Tensor:
         """Sparse attention of vision queries q [N, heads, dim] over vision keys and values k, v [M, groups, dim]."""
         backend = self.config.nsa_backend
-        triton = backend == "triton" or (backend == "auto" and triton_available(q, k, v, gates))
+        triton = backend == "triton" or (backend == "auto" and triton_available(q))
         return (nsa_attention_triton if triton else nsa_attention_torch)(
             q,
             k,

@@ -6,6 +6,9 @@ A *stream* is the packed sequence of one sample's vision tokens; block j holds i
 `nsa_triton.py` has the same functions as kernels; `modeling_videonsa.py` calls whichever fits the device.
 """
 
+import functools
+import inspect
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -14,6 +17,33 @@ from torch.utils.checkpoint import checkpoint
 MAX_SCORES = 2**25  # attention scores of a chunk, over all heads; 128 MB in fp32, of which about five are in use
 
 
+def _over_query_heads(function):
+    """Give a function the argument `query_heads`: one call for each KV head, with the query heads listed for it."""
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def wrapped(*args, query_heads=None, **kwargs):
+        if query_heads is None:
+            return function(*args, **kwargs)
+        given = signature.bind(*args, **kwargs).arguments
+        optional = {name: given.get(name) for name in ("v", "cu_seqlens_k", "gates", "lse", "blocks")}
+        check_arguments(given["q"], given["k"], cu_seqlens=given["cu_seqlens"], query_heads=query_heads, **optional)
+        parts, start = [], 0
+        for g, heads in enumerate(query_heads):
+            rows, start = slice(start, start + len(heads)), start + len(heads)
+            where = {"k": slice(g, g + 1), "v": slice(g, g + 1), "gates": rows, "lse": rows, "q": list(heads)}
+            own = {name: given[name][:, index] for name, index in where.items() if name in given}
+            if "blocks" in given:
+                own["blocks"] = given["blocks"][g : g + 1]
+            parts.append(function(**{**given, **own}))
+        if isinstance(parts[0], tuple):  # o and lse
+            return tuple(torch.cat(x, 1) for x in zip(*parts, strict=True))
+        return torch.cat(parts, 0 if parts[0].dtype == torch.int32 else 1)  # chosen blocks [G, ...], or the gated sum
+
+    return wrapped
+
+
+@_over_query_heads
 def nsa_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -36,6 +66,8 @@ def nsa_attention(
         cu_seqlens: int32 [B + 1], where each sample's queries start and end in N.
         cu_seqlens_k: the same for the keys, when samples have fewer queries than keys; a sample's queries are then
             the last tokens of its stream. Default: `cu_seqlens`.
+        query_heads: for each KV head, the query heads that read it, where it is not its own H / G. A query head may
+            read several; o, lse and gates then have a row for each entry of these lists, in their order, in place of H.
         block_size: tokens per block, a power of two of at least 16.
         block_count: blocks that a query selects, at least 3 (the first, the previous and its own are always chosen).
         window_size: keys in the sliding window, the query's own included.
@@ -61,6 +93,7 @@ def nsa_attention(
     return (out + g_win * o).to(dtype)
 
 
+@_over_query_heads
 def compressed_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -89,6 +122,7 @@ def compressed_attention(
     return _over_chunks(attend, q, k, v, cu_seqlens, cu_seqlens_k, lambda n: n // block_size)
 
 
+@_over_query_heads
 @torch.no_grad()
 def select_blocks(
     q: torch.Tensor,
@@ -135,6 +169,7 @@ def select_blocks(
     return torch.cat([q.new_empty(k.shape[1], 0, block_count, dtype=torch.int32), *parts], dim=1)
 
 
+@_over_query_heads
 def selected_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -165,6 +200,7 @@ def selected_attention(
     return _over_chunks(attend, q, k, v, cu_seqlens, cu_seqlens_k, lambda n: n, blocks=blocks)
 
 
+@_over_query_heads
 def window_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -198,6 +234,7 @@ def check_arguments(
     gates: torch.Tensor | None = None,
     lse: torch.Tensor | None = None,
     blocks: torch.Tensor | None = None,
+    query_heads: Sequence[Sequence[int]] | None = None,
     block_size: int | None = None,
     block_count: int | None = None,
     window_size: int | None = None,
@@ -212,18 +249,25 @@ def check_arguments(
     n, heads, dim = q.shape
     if k.ndim != 3 or k.shape[2] != dim:
         raise ValueError(f"k must be [tokens, kv heads, {dim}] like q {list(q.shape)}, got {list(k.shape)}")
-    groups = k.shape[1]
-    if groups == 0 or heads % groups:
+    groups, rows = k.shape[1], heads
+    if query_heads is not None:
+        if len(query_heads) != groups or not all(_are_heads(listed, heads) for listed in query_heads):
+            raise ValueError(
+                f"query_heads must hold, for each of {groups} KV heads, different query heads in 0 ... {heads - 1}, "
+                f"at least one, got {query_heads}"
+            )
+        rows = sum(map(len, query_heads))
+    elif groups == 0 or heads % groups:
         raise ValueError(f"the heads of q must be a multiple of the heads of k, got {heads} and {groups}")
     if v is not None and v.shape != k.shape:
         raise ValueError(f"v must have the shape of k, {list(k.shape)}, got {list(v.shape)}")
     for name, x in (("k", k), ("v", v)):
         if x is not None and (x.dtype != q.dtype or x.device != q.device):
             raise ValueError(f"{name} must be {q.dtype} on {q.device} like q, got {x.dtype} on {x.device}")
-    if gates is not None and (gates.shape != (n, heads, 3) or gates.device != q.device):
-        raise ValueError(f"gates must be {[n, heads, 3]} on {q.device}, got {list(gates.shape)} on {gates.device}")
-    if lse is not None and lse.shape != (n, heads):
-        raise ValueError(f"lse must be {[n, heads]}, got {list(lse.shape)}")
+    if gates is not None and (gates.shape != (n, rows, 3) or gates.device != q.device):
+        raise ValueError(f"gates must be {[n, rows, 3]} on {q.device}, got {list(gates.shape)} on {gates.device}")
+    if lse is not None and lse.shape != (n, rows):
+        raise ValueError(f"lse must be {[n, rows]}, got {list(lse.shape)}")
     if blocks is not None and (blocks.ndim != 3 or blocks.shape[:2] != (groups, n) or blocks.dtype != torch.int32):
         raise ValueError(f"blocks must be int32 [{groups}, {n}, count], got {blocks.dtype} {list(blocks.shape)}")
     if block_size is not None and (block_size < 16 or block_size & (block_size - 1)):
@@ -243,6 +287,10 @@ def check_arguments(
             )
     elif len(k) != n:
         raise ValueError(f"k must have {n} tokens like q where cu_seqlens_k is not given, got {len(k)}")
+
+
+def _are_heads(listed: Sequence[int], heads: int) -> bool:
+    return 0 < len(listed) == len(set(listed)) and all(isinstance(h, int) and 0 <= h < heads for h in listed)
 
 
 def _check_lengths(name: str, cu_seqlens: torch.Tensor, n: int, counted: str, read: bool) -> None:

@@ -1,17 +1,25 @@
 """Native Sparse Attention as Triton kernels: the functions of `nsa_torch.py`, with the same arguments and results.
 
-How the work is cut (r query heads share a KV head; a *tile* is a run of adjacent queries of one sample):
-  compression  flash attention over block means, one head of a tile at a time                  `_compressed_kernel`
-  choice       importance of the blocks for a chunk of tiles, the top ones by bisection  `_importance_`, `_top_kernel`
+Forward, for a *tile*, which is a run of adjacent queries of one sample (r query heads share a KV head):
+  compression  block means, then flash attention of a tile over them, head by head   `_means_kernel`, `_band_kernel`
+  choice       importance of the blocks for a chunk of tiles; the top ones by bisection  `_importance_`, `_top_kernel`
   selection    the union of a tile's blocks, each with the set of queries that chose it              `_union_kernel`
                flash attention of a tile's r heads as rows over that union                        `_selected_kernel`
-  window       flash attention over a band of keys                                                  `_window_kernel`
-The selection kernel also adds the gated branches up. Nothing waits for the device, no atomics: results repeat exactly.
-Dots accumulate in fp32; those of fp32 inputs are IEEE. Forward only: `available` sends training to `nsa_torch.py`.
+  window       flash attention of a tile over a band of keys, head by head                            `_band_kernel`
+The selection kernel also adds the gated branches up. Backward, from inputs, branch outputs, lse and chosen blocks:
+  gates        d_out · o per branch: the gradient of its gate, and what its softmax subtracts         `_dots_kernel`
+  dq           the forward's tiles again, each branch adding to the last       `_band_dq_kernel`, `_selected_dq_kernel`
+  dk, dv       a run of keys, over the queries that see it                                        `_band_dkv_kernel`
+               a block, over the list of queries that chose it, cut into pieces               `_selected_dkv_kernel`
+               all these partial sums added up in order                                           `_collect_kernel`
+Nothing waits for the device and there are no atomics: results repeat exactly. Dots accumulate in fp32; those of fp32
+inputs are IEEE.
 """
 
 import functools
+import hashlib
 import os
+from itertools import pairwise
 
 import torch
 
@@ -27,172 +35,67 @@ except ImportError:  # importing this file must not fail: `available` then says 
 
     triton = None
 
-# The kernels pass their tests in triton's interpreter and compile for sm_80, sm_89 and sm_90, but these tests have not
-# run on a GPU yet. Until they have, "auto" leaves the kernels; `nsa_backend="triton"` takes them.
-TRUSTED = False
-MAX_IMPORTANCE = 2**26  # importance values of a chunk: 256 MB in fp32
+MAX_IMPORTANCE = 2**26  # importance values of a chunk of tiles: 256 MB in fp32
+MAX_PARTIAL = 2**26  # partial sums of dk and dv for a chunk of KV heads: 256 MB in fp32, or one head's if they are more
+MAX_LIST = 1024  # queries of a piece of a block's list
+MIN_PROGRAMS = 1024  # into which dk and dv of the compression are split, by queries, while these are enough
+LOG2_E = 1.4426950408889634
 
 
-def available(*tensors: torch.Tensor) -> bool:
-    """Whether `nsa_backend="auto"` takes the kernels for a call on these tensors: on a CUDA device, without a gradient
-    to come, and once `TRUSTED`."""
-    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-    return TRUSTED and triton is not None and tensors[0].device.type == "cuda" and not needs_grad
+def available(q: torch.Tensor) -> bool:
+    """Whether the kernels can serve such queries: on a CUDA device; fp16, bf16 or fp32; head dim 16 to 128."""
+    return triton is not None and q.device.type == "cuda" and _is_supported(q)
 
 
-def _on_device(function):
-    """Launch on the device of q, which need not be the current one."""
-
-    @functools.wraps(function)
-    def wrapped(q, *args, **kwargs):
-        with torch.cuda.device_of(q):
-            return function(q, *args, **kwargs)
-
-    return wrapped
-
-
-@_on_device
 def nsa_attention(
-    q, k, v, gates, cu_seqlens, *, cu_seqlens_k=None, block_size=64, block_count=32, window_size=256, scale=None
-):
+    q, k, v, gates, cu_seqlens, *,
+    cu_seqlens_k=None, query_heads=None, block_size=64, block_count=32, window_size=256, scale=None,
+):  # fmt: skip
     """See `nsa_torch.nsa_attention`."""
     sizes = {"block_size": block_size, "block_count": block_count, "window_size": window_size}
-    _check(q, k, v, cu_seqlens, cu_seqlens_k, gates=gates, **sizes)
-    lengths = {"cu_seqlens": cu_seqlens, "cu_seqlens_k": cu_seqlens_k}
-    blocking = {"block_size": block_size, "scale": scale}
-    means = _block_means(k, v, cu_seqlens if cu_seqlens_k is None else cu_seqlens_k, block_size)
-    o_cmp, lse = _compressed(q, means, **lengths, **blocking)
-    blocks = _select(q, means, lse, **lengths, **blocking, block_count=block_count)
-    o_win, _ = window_attention(q, k, v, **lengths, window_size=window_size, scale=scale)
-    return _selected(q, k, v, blocks, **lengths, **blocking, branches=(gates.contiguous(), o_cmp, o_win))[0]
+    return _call("all", q, k, v, cu_seqlens, cu_seqlens_k, query_heads, scale, gates=gates, **sizes)[0]
 
 
-@_on_device
-def compressed_attention(q, k, v, cu_seqlens, *, cu_seqlens_k=None, block_size=64, scale=None):
+def compressed_attention(q, k, v, cu_seqlens, *, cu_seqlens_k=None, query_heads=None, block_size=64, scale=None):
     """See `nsa_torch.compressed_attention`. Block means are rounded to the dtype of k."""
-    _check(q, k, v, cu_seqlens, cu_seqlens_k, block_size=block_size)
-    means = _block_means(k, v, cu_seqlens if cu_seqlens_k is None else cu_seqlens_k, block_size)
-    return _compressed(q, means, cu_seqlens, cu_seqlens_k, block_size, scale)
+    return _call("compressed", q, k, v, cu_seqlens, cu_seqlens_k, query_heads, scale, block_size=block_size)
 
 
-@_on_device
-def select_blocks(q, k, lse, cu_seqlens, *, cu_seqlens_k=None, block_size=64, block_count=32, scale=None):
+@torch.no_grad()
+def select_blocks(
+    q, k, lse, cu_seqlens, *, cu_seqlens_k=None, query_heads=None, block_size=64, block_count=32, scale=None
+):
     """See `nsa_torch.select_blocks`."""
-    _check(q, k, None, cu_seqlens, cu_seqlens_k, lse=lse, block_size=block_size, block_count=block_count)
-    means = _block_means(k, k, cu_seqlens if cu_seqlens_k is None else cu_seqlens_k, block_size)
-    return _select(q, means, lse, cu_seqlens, cu_seqlens_k, block_size, block_count, scale)
-
-
-@_on_device
-def selected_attention(q, k, v, blocks, cu_seqlens, *, cu_seqlens_k=None, block_size=64, scale=None):
-    """See `nsa_torch.selected_attention`."""
-    _check(q, k, v, cu_seqlens, cu_seqlens_k, blocks=blocks, block_size=block_size)
-    return _selected(q, k, v, blocks, cu_seqlens, cu_seqlens_k, block_size, scale)
-
-
-@_on_device
-def window_attention(q, k, v, cu_seqlens, *, cu_seqlens_k=None, window_size=256, scale=None):
-    """See `nsa_torch.window_attention`."""
-    _check(q, k, v, cu_seqlens, cu_seqlens_k, window_size=window_size)
-    call = _Call(q, cu_seqlens, cu_seqlens_k, scale)
-    o, lse = call.outputs()
-    config = _config("window", q)
-    tiles = _cut(cu_seqlens, config["BM"], len(q))
+    sizes = {"block_size": block_size, "block_count": block_count}
+    _check(q, k, None, cu_seqlens, cu_seqlens_k, query_heads=query_heads, lse=lse, **sizes)
+    blocks = torch.empty(k.shape[1], len(q), block_count, dtype=torch.int32, device=q.device)
     if len(q):
-        _window_kernel[len(tiles), call.heads](
-            call.q, k.contiguous(), v.contiguous(), o, lse, tiles, *call.lengths, call.scale, window_size,
-            G=k.shape[1], **call.shape, **config,
-        )  # fmt: skip
-    return o, lse
-
-
-def _compressed(q, means, cu_seqlens, cu_seqlens_k, block_size, scale):
-    call = _Call(q, cu_seqlens, cu_seqlens_k, scale)
-    o, lse = call.outputs()
-    config = _config("compressed", q)
-    tiles = _cut(cu_seqlens, config["BM"], len(q))
-    if len(q):
-        _compressed_kernel[len(tiles), call.heads](
-            call.q, *means[:2], o, lse, tiles, *call.lengths, means[2], call.scale,
-            G=means[0].shape[1], S=block_size, **call.shape, **config,
-        )  # fmt: skip
-    return o, lse
-
-
-def _select(q, means, lse, cu_seqlens, cu_seqlens_k, block_size, block_count, scale):
-    """Importance of a chunk of tiles at a time: its size is bounded, and it stays in the cache."""
-    call = _Call(q, cu_seqlens, cu_seqlens_k, scale)
-    k_means, _, cu_blocks, n_keys = means
-    groups = k_means.shape[1]
-    n_blocks = (n_keys - 1) // block_size + 1  # of any sample, at most: lengths stay on the device
-    blocks = torch.empty(groups, len(q), block_count, dtype=torch.int32, device=q.device)
-    if len(q) == 0:
-        return blocks
-    config = _config("importance", q)
-    tile_rows = config["BM"]
-    tiles = _cut(cu_seqlens, tile_rows, len(q))
-    everything = n_blocks <= block_count  # then there is nothing to compare
-    step = max(1, MAX_IMPORTANCE // (groups * n_blocks * tile_rows))
-    top = _top_config(n_blocks)
-    lse = lse.contiguous()
-    for start in range(0, len(tiles), step):
-        count = min(step, len(tiles) - start)
-        size = 1 if everything else groups * count * tile_rows * n_blocks
-        importance = torch.empty(size, dtype=torch.float32, device=q.device)
-        if not everything:
-            _importance_kernel[triton.cdiv(n_blocks, config["BN"]), count, groups](
-                call.q, k_means, lse, importance, tiles, *call.lengths, cu_blocks, call.scale, start, n_blocks,
-                G=groups, S=block_size, **call.shape, **config,
-            )  # fmt: skip
-        _top_kernel[count * tile_rows // top["ROWS"], groups](
-            importance, blocks, tiles, *call.lengths, start, n_blocks, len(q),
-            S=block_size, COUNT=block_count, COUNT_P2=triton.next_power_of_2(block_count), BM=tile_rows,
-            EVERYTHING=everything, **top,
-        )  # fmt: skip
+        with torch.cuda.device_of(q):
+            heads, starts = _head_lists(q, k, query_heads)
+            _Call(q, k, k, cu_seqlens, cu_seqlens_k, heads, starts, block_size, scale).choose(lse.contiguous(), blocks)
     return blocks
 
 
-def _selected(q, k, v, blocks, cu_seqlens, cu_seqlens_k, block_size, scale, branches=None):
-    """branches: gates [N, H, 3] and the outputs of compression and window, to return the gated sum instead of o."""
-    call = _Call(q, cu_seqlens, cu_seqlens_k, scale)
-    o, lse = call.outputs()
-    if len(q) == 0:
-        return o, lse
-    groups, count = k.shape[1], blocks.shape[2]
-    heads_p2 = triton.next_power_of_2(call.heads // groups)
-    config = _config("selected", q)
-    tile = max(min(config.pop("BM") // heads_p2, 32), 16 // heads_p2)  # queries: a bit each, at least 16 rows
-    config["BN"] = min(config["BN"], block_size)
-    count_p2 = triton.next_power_of_2(count)
-    tiles = _cut(cu_seqlens, tile, len(q))
-    union = torch.empty(2, groups, len(tiles), tile * count_p2, dtype=torch.int32, device=q.device)
-    sizes = torch.empty(groups, len(tiles), 2, dtype=torch.int32, device=q.device)
-    _union_kernel[len(tiles), groups](
-        blocks.contiguous(), *union, sizes, tiles, *call.lengths, len(q),
-        S=block_size, COUNT=count, COUNT_P2=count_p2, BQ=tile, num_warps=4,
-    )  # fmt: skip
-    gates, o_cmp, o_win = branches or (q, q, q)
-    _selected_kernel[len(tiles), groups](
-        call.q, k.contiguous(), v.contiguous(), o, lse, *union, sizes, tiles, *call.lengths, gates, o_cmp, o_win,
-        call.scale, G=groups, S=block_size, BQ=tile, UNION=tile * count_p2, HEADS_P2=heads_p2,
-        GATED=branches is not None, **call.shape, **config,
-    )  # fmt: skip
-    return o, lse
+def selected_attention(q, k, v, blocks, cu_seqlens, *, cu_seqlens_k=None, query_heads=None, block_size=64, scale=None):
+    """See `nsa_torch.selected_attention`."""
+    sizes = {"blocks": blocks, "block_size": block_size}
+    return _call("selected", q, k, v, cu_seqlens, cu_seqlens_k, query_heads, scale, **sizes)
 
 
-class _Call:
-    """What every kernel of a call gets: contiguous queries, lengths, the scale in units of log 2, head shapes."""
+def window_attention(q, k, v, cu_seqlens, *, cu_seqlens_k=None, query_heads=None, window_size=256, scale=None):
+    """See `nsa_torch.window_attention`."""
+    return _call("window", q, k, v, cu_seqlens, cu_seqlens_k, query_heads, scale, window_size=window_size)
 
-    def __init__(self, q, cu_seqlens, cu_seqlens_k, scale):
-        _, self.heads, dim = q.shape
-        self.q = q.contiguous()
-        self.lengths = (cu_seqlens, cu_seqlens if cu_seqlens_k is None else cu_seqlens_k)
-        self.scale = (dim**-0.5 if scale is None else scale) * 1.4426950408889634
-        precision = "ieee" if q.dtype == torch.float32 else "tf32"  # the latter says nothing for 16-bit inputs
-        self.shape = {"H": self.heads, "D": dim, "D_P2": triton.next_power_of_2(dim), "PRECISION": precision}
 
-    def outputs(self):
-        return torch.empty_like(self.q), self.q.new_empty(self.q.shape[:2], dtype=torch.float32)
+def _call(branch, q, k, v, cu_seqlens, cu_seqlens_k, query_heads, scale, *, gates=None, blocks=None, **sizes):
+    """o and lse of a branch ("compressed", "selected", "window"), or the gated sum of "all" of them."""
+    _check(q, k, v, cu_seqlens, cu_seqlens_k, query_heads=query_heads, gates=gates, blocks=blocks, **sizes)
+    cu_seqlens_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
+    lists = _head_lists(q, k, query_heads)
+    sizes = [sizes.get(name, default) for name, default in (("block_size", 64), ("block_count", 0), ("window_size", 0))]
+    save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, gates))
+    out, lse, *_ = _attend(q, k, v, gates, blocks, cu_seqlens, cu_seqlens_k, *lists, branch, *sizes, scale, save)
+    return out, lse[0].detach()
 
 
 def _check(q, k, v, cu_seqlens, cu_seqlens_k, **arguments):
@@ -200,40 +103,402 @@ def _check(q, k, v, cu_seqlens, cu_seqlens_k, **arguments):
         raise ImportError("nsa_triton needs triton (pip install triton); nsa_torch computes the same without it")
     if not _can_launch(q.device):
         raise ValueError(f"q must be on a CUDA device for the Triton kernels, got {q.device}; nsa_torch runs anywhere")
-    if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        raise ValueError(f"q must be fp16, bf16 or fp32 for the kernels, got {q.dtype}")
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, arguments.get("gates"))):
-        raise NotImplementedError("nsa_triton has no backward pass yet; nsa_torch does, or call under torch.no_grad()")
     # To read lengths on a GPU would wait for it.
-    check_arguments(q, k, v, cu_seqlens, cu_seqlens_k, read_lengths=q.device.type == "cpu", **arguments)
+    read_lengths = q.device.type == "cpu" and not torch.compiler.is_compiling()
+    check_arguments(q, k, v, cu_seqlens, cu_seqlens_k, read_lengths=read_lengths, **arguments)
+    if not _is_supported(q):
+        raise ValueError(
+            "q must be fp16, bf16 or fp32 with a head dim of 16 to 128 for the Triton kernels, "
+            f"got {q.dtype} {list(q.shape)}; nsa_torch takes others"
+        )
 
 
-def _cut(cu_seqlens, size, total, complete=False):
-    """Cut samples into pieces of `size` tokens: int32 [pieces, 2] (sample, first token in it).
+def _is_supported(q: torch.Tensor) -> bool:
+    return q.dtype in (torch.float16, torch.bfloat16, torch.float32) and 16 <= q.shape[-1] <= 128
 
-    How many there are is known on the device alone; surplus pieces begin at or after the end of the last sample. With
-    `complete`, only pieces of full size.
+
+def _can_launch(device: torch.device) -> bool:
+    return device.type != "cpu" or os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _head_lists(q, k, query_heads) -> tuple[list[int], list[int]]:
+    """The query head of each row of the output, and the row at which those of each KV head start, and end."""
+    if query_heads is None:
+        return list(range(q.shape[1])), list(range(0, q.shape[1] + 1, q.shape[1] // k.shape[1]))
+    starts = [0]
+    for heads in query_heads:
+        starts.append(starts[-1] + len(heads))
+    return [head for heads in query_heads for head in heads], starts
+
+
+# Operators, so that torch.compile sees one node. Remote code may be imported next to an installed package, and again:
+# each import registers under a name of its own.
+_namespace = "videonsa_" + hashlib.sha1(__name__.encode()).hexdigest()[:8]
+while hasattr(getattr(torch.ops, _namespace), "attend"):
+    _namespace += "_"
+
+
+@torch.library.custom_op(
+    f"{_namespace}::attend",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor? gates, Tensor? blocks, Tensor cu_seqlens, Tensor cu_seqlens_k, "
+    "int[] heads, int[] starts, str branch, int block_size, int block_count, int window_size, float? scale, bool save) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _attend(
+    q, k, v, gates, blocks, cu_seqlens, cu_seqlens_k, heads, starts, branch, block_size, block_count, window_size,
+    scale, save,
+):  # fmt: skip
+    """o [N, E, D] for the E entries of `heads`, and lse [branches, N, E], of one branch or of "all", gated.
+
+    With `save`, what the backward pass of "all" needs, too: the outputs of its branches [3, N, E, D] and the chosen
+    blocks [G, N, block_count]; empty otherwise.
     """
-    counts = (cu_seqlens.diff() + (0 if complete else size - 1)) // size
-    ends = counts.cumsum(0)
-    piece = torch.arange(total // size + (0 if complete else len(counts)), device=cu_seqlens.device)
-    sample = torch.searchsorted(ends, piece, right=True).clamp(max=len(counts) - 1)
-    return torch.stack([sample, (piece - (ends - counts)[sample]) * size], 1).int()
+    out, lse, branches, chosen = _results(q, k, len(heads), branch, block_count, save)
+    if out.numel() == 0:
+        return out, lse, branches, chosen
+    with torch.cuda.device_of(q):
+        call = _Call(q, k, v, cu_seqlens, cu_seqlens_k, heads, starts, block_size, scale)
+        if branch == "compressed":
+            call.compressed(out, lse[0])
+        elif branch == "selected":
+            call.selected(blocks.contiguous(), out, lse[0])
+        elif branch == "window":
+            call.window(out, lse[0], window_size)
+        else:
+            blocks = chosen if save else chosen.new_empty(k.shape[1], len(q), block_count)
+            o_cmp, o_slc, o_win = branches if save else (torch.empty_like(out), None, torch.empty_like(out))
+            call.compressed(o_cmp, lse[0])
+            call.choose(lse[0], blocks)
+            call.window(o_win, lse[2], window_size)
+            call.selected(blocks, out, lse[1], gates.contiguous(), o_cmp, o_win, o_slc)
+    return out, lse, branches, chosen
 
 
-def _block_means(k, v, cu_seqlens, block_size):
-    """Means of k and v over complete blocks, [blocks, G, D] in their dtype; cu_blocks int32 [B + 1]; and len(k)."""
-    k, v = k.contiguous(), v.contiguous()
-    tokens, groups, dim = k.shape
-    pieces = _cut(cu_seqlens, block_size, tokens, complete=True)
-    k_means, v_means = (x.new_empty(max(1, len(pieces)), groups, dim) for x in (k, v))
-    if len(pieces):
-        _means_kernel[len(pieces), groups](
-            k, v, k_means, v_means, pieces, cu_seqlens,
-            G=groups, D=dim, D_P2=triton.next_power_of_2(dim), S=block_size, num_warps=4,
-        )  # fmt: skip
-    cu_blocks = torch.nn.functional.pad((cu_seqlens.diff() // block_size).cumsum(0), (1, 0)).int()
-    return k_means, v_means, cu_blocks, tokens
+def _results(q, k, entries, branch, block_count, save):
+    """Empty results for `_attend`."""
+    n, dim, whole = len(q), q.shape[2], branch == "all"
+    return (
+        q.new_empty(n, entries, dim),
+        q.new_empty(3 if whole else 1, n, entries, dtype=torch.float32),
+        q.new_empty(3 if whole and save else 0, n, entries, dim),
+        q.new_empty(k.shape[1], n if whole and save else 0, block_count, dtype=torch.int32),
+    )
+
+
+@_attend.register_fake
+def _(q, k, v, gates, blocks, cu_seqlens, cu_seqlens_k, heads, starts, branch, block_size, block_count, *rest):
+    return _results(q, k, len(heads), branch, block_count, save=rest[-1])
+
+
+@torch.library.custom_op(
+    f"{_namespace}::attend_backward",
+    mutates_args=(),
+    schema="(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor? gates, Tensor? blocks, Tensor cu_seqlens, "
+    "Tensor cu_seqlens_k, Tensor outputs, Tensor lse, int[] heads, int[] starts, str branch, int block_size, "
+    "int window_size, float? scale, bool need_q, bool need_kv) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _attend_backward(
+    d_out, q, k, v, gates, blocks, cu_seqlens, cu_seqlens_k, outputs, lse, heads, starts, branch, block_size,
+    window_size, scale, need_q, need_kv,
+):  # fmt: skip
+    """Gradients of q, k, v, empty where not needed, and fp32 of the gates [N, E, 3] (of a single branch: [N, E, 1],
+    its d_out · o), from the outputs [branches, N, E, D] and lse [branches, N, E] of the branches."""
+    dq, dk, dv, d_gates = _gradients(d_out, q, k, outputs, need_q, need_kv)
+    if d_out.numel() == 0:
+        return dq, dk.zero_(), dv.zero_(), d_gates
+    with torch.cuda.device_of(q):
+        inputs = (q, k, v, cu_seqlens, cu_seqlens_k, heads, starts, block_size, scale)
+        _Backward(inputs, branch, d_out, gates, blocks, outputs, lse, window_size).run(dq, dk, dv, d_gates)
+    return dq, dk, dv, d_gates
+
+
+def _gradients(d_out, q, k, outputs, need_q, need_kv):
+    """Empty results for `_attend_backward`."""
+    dk, dv = (k.new_empty(k.shape if need_kv else 0) for _ in range(2))
+    d_gates = q.new_empty(*d_out.shape[:2], len(outputs), dtype=torch.float32)
+    return q.new_empty(q.shape if need_q else 0), dk, dv, d_gates
+
+
+@_attend_backward.register_fake
+def _(d_out, q, k, v, gates, blocks, cu_seqlens, cu_seqlens_k, outputs, *rest):
+    return _gradients(d_out, q, k, outputs, *rest[-2:])
+
+
+def _save(ctx, inputs, output):
+    q, k, v, gates, blocks, cu_seqlens, cu_seqlens_k, *lists, branch, block_size, _, window_size, scale, _ = inputs
+    out, lse, branches, chosen = output
+    ctx.set_materialize_grads(False)
+    whole = branch == "all"
+    outputs, blocks = (branches, chosen) if whole else (out, blocks)
+    ctx.save_for_backward(q, k, v, gates, blocks, cu_seqlens, cu_seqlens_k, outputs, lse)
+    ctx.options = (*lists, branch, block_size, window_size, scale)
+
+
+def _backward(ctx, d_out, *_):
+    if d_out is None:
+        return (None,) * 15
+    *tensors, outputs, lse = ctx.saved_tensors
+    need_q, need_k, need_v, need_gates = ctx.needs_input_grad[:4]
+    outputs = outputs if outputs.ndim == 4 else outputs[None]
+    options = (*ctx.options, need_q, need_k or need_v)
+    dq, dk, dv, d_gates = _attend_backward(d_out, *tensors, outputs, lse, *options)
+    d_gates = d_gates.to(tensors[3].dtype) if need_gates else None
+    return dq if need_q else None, dk if need_k else None, dv if need_v else None, d_gates, *(None,) * 11
+
+
+_attend.register_autograd(_backward, setup_context=_save)
+
+
+class _Call:
+    """Kernel launches over one set of inputs: q [N, H, D]; k, v [M, G, D]; E query heads, KV head by KV head."""
+
+    def __init__(self, q, k, v, cu_seqlens, cu_seqlens_k, heads, starts, block_size, scale):
+        (self.n, n_heads, dim), (self.n_keys, self.groups, _) = q.shape, k.shape
+        self.q, self.k, self.v = q.contiguous(), k.contiguous(), v.contiguous()
+        self.cu_seqlens, self.cu_seqlens_k = cu_seqlens, cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
+        self.heads, self.starts, self.block_size = heads, starts, block_size
+        self.samples = len(cu_seqlens) - 1
+        self.heads_p2 = triton.next_power_of_2(max(stop - start for start, stop in pairwise(starts)))
+        self.common = {  # arguments of every kernel that has a parameter of the name
+            "CU_Q": self.cu_seqlens,
+            "CU_K": self.cu_seqlens_k,
+            "B": self.samples,
+            "HEADS": _head_table(tuple(heads), tuple(starts), q.device),
+            "scale": (dim**-0.5 if scale is None else scale) * LOG2_E,
+            "S": block_size,
+            "H": n_heads,
+            "E": len(heads),
+            "G": self.groups,
+            "D": dim,
+            "D_P2": triton.next_power_of_2(dim),
+            "B_P2": triton.next_power_of_2(self.samples),
+            "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",  # the latter says nothing for 16-bit inputs
+        }
+
+    def launch(self, kernel, grid, *arguments, **constants):
+        common = {name: self.common[name] for name in kernel.arg_names if name in self.common}
+        kernel[grid](*arguments, **{**common, **constants}, enable_fp_fusion=True)  # the default is to change
+
+    def tiles(self, size):
+        """How many tiles of `size` queries there are at most; lengths stay on the device. Surplus ones do nothing."""
+        return self.n // size + self.samples
+
+    @functools.cached_property
+    def pieces(self):
+        """How many blocks there are at most, incomplete ones included."""
+        return self.n_keys // self.block_size + self.samples
+
+    @functools.cached_property
+    def means(self):
+        """Means of k and v over complete blocks, [blocks, G, D] in their dtype, sample by sample."""
+        count = self.n_keys // self.block_size
+        k_means, v_means = (x.new_empty(max(1, count), *x.shape[1:]) for x in (self.k, self.v))
+        grid = (self.pieces, self.groups)
+        self.launch(_means_kernel, grid, self.k, self.v, k_means, v_means, num_warps=4)
+        return k_means, v_means
+
+    def compressed(self, out, lse):
+        config = _config("compressed", self.q)
+        k_means, v_means = self.means
+        grid = (self.tiles(config["BM"]), self.common["E"])
+        arguments = (self.q, k_means, v_means, out, lse, len(k_means))
+        self.launch(_band_kernel, grid, *arguments, **config)
+
+    def window(self, out, lse, window_size):
+        config = _config("window", self.q)
+        grid = (self.tiles(config["BM"]), self.common["E"])
+        self.launch(_band_kernel, grid, self.q, self.k, self.v, out, lse, min(window_size, self.n_keys), S=1, **config)
+
+    def choose(self, lse, blocks):
+        """Write the choice into blocks [G, N, count]. Importance of a chunk of tiles at a time: its size is bounded,
+        and it stays in the cache."""
+        count = blocks.shape[2]
+        n_blocks = (self.n_keys - 1) // self.block_size + 1  # of any sample, at most
+        config, top = _config("importance", self.q), _top_config(n_blocks)
+        rows = config["BM"]
+        everything = n_blocks <= count  # then there is nothing to compare
+        step = max(1, MAX_IMPORTANCE // (self.groups * n_blocks * rows))
+        for start in range(0, self.tiles(rows), step):
+            tiles = min(step, self.tiles(rows) - start)
+            size = 1 if everything else self.groups * tiles * rows * n_blocks
+            importance = torch.empty(size, dtype=torch.float32, device=lse.device)
+            if not everything:
+                grid = (triton.cdiv(n_blocks, config["BN"]), tiles, self.groups)
+                arguments = (self.q, self.means[0], lse, importance, start, n_blocks)
+                self.launch(_importance_kernel, grid, *arguments, **config)
+            sizes = {"COUNT": count, "COUNT_P2": triton.next_power_of_2(count), "BM": rows, "EVERYTHING": everything}
+            grid = (tiles * rows // top["ROWS"], self.groups)
+            arguments = (importance, blocks, start, n_blocks, self.n)
+            self.launch(_top_kernel, grid, *arguments, **sizes, **top)
+
+    def union(self, blocks, tile):
+        """What `_union_kernel` gives for tiles of that many queries, and the entries that each has room for."""
+        room = tile * triton.next_power_of_2(blocks.shape[2])
+        tiles = self.tiles(tile)
+        union, bits = torch.empty(2, self.groups, tiles, room, dtype=torch.int32, device=blocks.device)
+        sizes = torch.empty(self.groups, tiles, 2, dtype=torch.int32, device=blocks.device)
+        counts = {"COUNT": blocks.shape[2], "COUNT_P2": room // tile}
+        arguments = (blocks, union, bits, sizes, self.n)
+        self.launch(_union_kernel, (tiles, self.groups), *arguments, BQ=tile, **counts, num_warps=4)
+        return (union, bits, sizes), room
+
+    def selected_config(self, kernel):
+        """Configuration of a kernel whose rows are queries times heads; at most 32 queries, which have a bit each."""
+        config = _config(kernel, self.q)
+        tile = max(min(config.pop("BM") // self.heads_p2, 32), 16 // self.heads_p2, 1)
+        config["BN"] = min(config["BN"], self.block_size)
+        return {**config, "BQ": tile, "HEADS_P2": self.heads_p2}
+
+    def selected(self, blocks, out, lse, gates=None, o_cmp=None, o_win=None, o_slc=None):
+        """With gates [N, E, 3] and the outputs of the other branches, `out` is the gated sum; o_slc, if given, gets
+        what else would be `out`."""
+        config = self.selected_config("selected")
+        union, room = self.union(blocks, config["BQ"])
+        grid = (self.tiles(config["BQ"]), self.groups)
+        options = {"UNION": room, "GATED": gates is not None, "KEEP": o_slc is not None}
+        others = [out if x is None else x for x in (gates, o_cmp, o_win, o_slc)]
+        self.launch(_selected_kernel, grid, self.q, self.k, self.v, out, lse, *union, *others, **options, **config)
+
+
+class _Backward(_Call):
+    """Gradients through one branch or "all": d_out [N, E, D]; outputs [branches, N, E, D] and lse [branches, N, E]."""
+
+    def __init__(self, inputs, branch, d_out, gates, blocks, outputs, lse, window_size):
+        super().__init__(*inputs)
+        self.branches = ("compressed", "selected", "window") if branch == "all" else (branch,)
+        self.d_out, self.outputs, self.lse, self.window_size = d_out.contiguous(), outputs, lse, window_size
+        self.gates = None if gates is None else gates.contiguous()
+        self.blocks = None if blocks is None else blocks.contiguous()
+
+    def run(self, dq, dk, dv, dots):
+        """Write dq [N, H, D], dk and dv [M, G, D], unless they are empty, and dots [N, E, branches]: d_out · o."""
+        rows = self.n * self.common["E"]
+        arguments = (self.d_out, self.outputs, dots, rows)
+        self.launch(_dots_kernel, (triton.cdiv(rows, 32),), *arguments, BRANCHES=len(self.branches), ROWS=32)
+        gates = dots if self.gates is None else self.gates
+        constants = {"GATED": self.gates is not None, "BRANCHES": len(self.branches)}
+        self.terms = {
+            name: ((self.d_out, self.lse[index], gates, dots), {**constants, "BRANCH": index})
+            for index, name in enumerate(self.branches)
+        }
+        if dq.numel():
+            self.query_gradients(dq)
+        if dk.numel():
+            self.key_gradients(dk, dv)
+
+    def query_gradients(self, dq):
+        one_each = self.heads == list(range(self.common["H"]))
+        rows = dq if one_each else torch.empty_like(self.d_out)
+        for index, name in enumerate(self.branches):
+            tensors, constants = self.terms[name]
+            constants = {**constants, "ADD": index > 0}
+            if name == "selected":
+                config = self.selected_config("selected_dq")
+                union, room = self.union(self.blocks, config["BQ"])
+                grid = (self.tiles(config["BQ"]), self.groups)
+                arguments = (self.q, self.k, self.v, rows, *tensors, *union)
+                self.launch(_selected_dq_kernel, grid, *arguments, UNION=room, **constants, **config)
+            else:
+                config = _config("band_dq", self.q)
+                k, v, window, size = self.band(name)
+                grid = (self.tiles(config["BM"]), self.common["E"])
+                arguments = (self.q, k, v, rows, *tensors, window)
+                self.launch(_band_dq_kernel, grid, *arguments, S=size, **constants, **config)
+        if not one_each:  # a query head may have several rows, of different KV heads
+            dq.zero_()
+            for start, stop in pairwise(self.starts):
+                dq[:, self.heads[start:stop]] += rows[:, start:stop]
+
+    def key_gradients(self, dk, dv):
+        """Partial sums of every branch in fp32, then all of them added up."""
+        nothing = (dk, dv)
+        window = self.band_partial("window") if "window" in self.branches else nothing
+        means = self.band_partial("compressed") if "compressed" in self.branches else nothing
+        selected, first_piece, step = nothing, self.cu_seqlens, self.groups
+        if "selected" in self.branches:
+            pieces = self.n * self.blocks.shape[2] // MAX_LIST + self.pieces  # of lists, for a KV head, at most
+            step = max(1, MAX_PARTIAL // (2 * pieces * self.block_size * dk.shape[2]))
+        for g in range(0, self.groups, step):
+            count = min(step, self.groups - g)
+            if "selected" in self.branches:
+                selected, first_piece = self.selected_partial(g, count, count * pieces)
+            rows = min(self.block_size, 64)
+            grid = (self.pieces, count, self.block_size // rows)
+            arguments = (*window, *means, *selected, first_piece, dk, dv, len(means[0]), means[0].shape[-3], g)
+            present = {name.upper(): name in self.branches for name in ("compressed", "selected", "window")}
+            self.launch(_collect_kernel, grid, *arguments, BN=rows, **present, num_warps=8)
+
+    def band(self, name):
+        """Keys, values, how many of them a query looks back on, and how many tokens each stands for."""
+        if name == "compressed":
+            return *self.means, len(self.means[0]), self.block_size
+        return self.k, self.v, min(self.window_size, self.n_keys), 1
+
+    def band_partial(self, name):
+        """Partial sums fp32 [2, splits of the queries, keys, G, D]."""
+        tensors, constants = self.terms[name]
+        config = _config("band_dkv", self.q)
+        k, v, window, size = self.band(name)
+        tiles = triton.cdiv(len(k), config["BN"]) + self.samples
+        splits = 1
+        if name == "compressed":  # few keys, each seen by many queries
+            splits = max(1, min(MIN_PROGRAMS // (tiles * self.groups), triton.cdiv(self.n, 4 * config["BM"])))
+        partial = torch.empty(2, splits, *k.shape, dtype=torch.float32, device=k.device)
+        grid = (tiles, self.groups, splits)
+        arguments = (self.q, k, v, *partial, *tensors, window, len(k))
+        self.launch(_band_dkv_kernel, grid, *arguments, S=size, **constants, **config)
+        return partial
+
+    def selected_partial(self, g, count, pieces):
+        """Partial sums fp32 [2, pieces, S, D] for `count` KV heads from g on, and the first piece of each list."""
+        tensors, constants = self.terms["selected"]
+        queries, list_of, start_of, offsets, first_piece = self.lists(self.blocks[g : g + count], pieces)
+        size = (2, pieces, self.block_size, self.k.shape[2])
+        partial = torch.empty(size, dtype=torch.float32, device=self.k.device)
+        config = self.selected_config("selected_dkv")
+        grid = (pieces, self.block_size // config["BN"])
+        lists = (queries, list_of, start_of, offsets, g, self.pieces)
+        arguments = (self.q, self.k, self.v, *partial, *tensors, *lists)
+        self.launch(_selected_dkv_kernel, grid, *arguments, LIST=MAX_LIST, **constants, **config)
+        return partial, first_piece
+
+    def lists(self, blocks, pieces):
+        """From blocks [g, N, count], for each of g KV heads and each block the list of queries that chose it.
+
+        Returns int32: queries, list by list, ascending (-1 for a repetition); for each piece of a list its list, or
+        -1, and where it starts; where each list starts, and which piece of it is the first, both with an end.
+        """
+        groups, n, count = blocks.shape
+        device, total = blocks.device, groups * self.pieces
+        in_sample = (self.cu_seqlens_k.diff() + self.block_size - 1) // self.block_size  # blocks
+        sample = torch.searchsorted(self.cu_seqlens[1:], torch.arange(n, device=device), right=True)
+        first = (in_sample.cumsum(0) - in_sample)[sample]  # [N]
+        there = (blocks >= 0) & (blocks < in_sample[sample][:, None])
+        head = torch.arange(groups, device=device)[:, None, None] * self.pieces
+        key = torch.where(there, blocks + first[:, None] + head, total).int()
+        key, order = key.flatten().sort(stable=True)
+        queries = (order % (n * count) // count).int()
+        again = (key[1:] == key[:-1]) & (queries[1:] == queries[:-1])
+        queries[1:].masked_fill_(again, -1)
+        offsets = torch.searchsorted(key, torch.arange(total + 1, device=device))
+        per_list = (offsets.diff() + MAX_LIST - 1) // MAX_LIST
+        last = per_list.cumsum(0)
+        piece = torch.arange(pieces, device=device)
+        list_of = torch.searchsorted(last, piece, right=True)
+        at = list_of.clamp(max=total - 1)
+        start_of = offsets[at] + (piece - (last - per_list)[at]) * MAX_LIST
+        list_of = list_of.masked_fill(list_of == total, -1)
+        first_piece = torch.nn.functional.pad(last, (1, 0))
+        return queries, *(x.int() for x in (list_of, start_of, offsets, first_piece))
+
+
+@functools.lru_cache(maxsize=64)
+def _head_table(heads: tuple, starts: tuple, device: torch.device) -> torch.Tensor:
+    """int32: the query head of each entry, its KV head, and where the entries of each KV head start."""
+    groups = [g for g, (start, stop) in enumerate(pairwise(starts)) for _ in range(start, stop)]
+    with torch.inference_mode(False):
+        return torch.tensor([*heads, *groups, *starts], dtype=torch.int32).to(device)
 
 
 # Rows (queries, or queries times heads) and keys of a tile, by what compiles without spilling at a head dim of 128.
@@ -242,14 +507,22 @@ _HOPPER = {
     "importance": {"BM": 64, "BN": 128, "num_warps": 4, "num_stages": 2},
     "selected": {"BM": 128, "BN": 64, "num_warps": 8, "num_stages": 2},
     "window": {"BM": 128, "BN": 64, "num_warps": 8, "num_stages": 3},
+    "band_dq": {"BM": 128, "BN": 64, "num_warps": 8, "num_stages": 2},
+    "band_dkv": {"BM": 32, "BN": 64, "num_warps": 8, "num_stages": 2},
+    "selected_dq": {"BM": 128, "BN": 64, "num_warps": 8, "num_stages": 2},
+    "selected_dkv": {"BM": 64, "BN": 64, "num_warps": 8, "num_stages": 2},
 }
 _AMPERE = {
-    "compressed": {"BM": 64, "BN": 64, "num_warps": 8, "num_stages": 2},
+    "compressed": {"BM": 64, "BN": 32, "num_warps": 8, "num_stages": 2},
     "importance": {"BM": 64, "BN": 64, "num_warps": 4, "num_stages": 2},
     "selected": {"BM": 64, "BN": 64, "num_warps": 8, "num_stages": 2},
-    "window": {"BM": 64, "BN": 64, "num_warps": 8, "num_stages": 2},
+    "window": {"BM": 64, "BN": 32, "num_warps": 8, "num_stages": 2},
+    "band_dq": {"BM": 64, "BN": 64, "num_warps": 8, "num_stages": 2},
+    "band_dkv": {"BM": 32, "BN": 64, "num_warps": 8, "num_stages": 2},
+    "selected_dq": {"BM": 64, "BN": 64, "num_warps": 8, "num_stages": 2},
+    "selected_dkv": {"BM": 64, "BN": 64, "num_warps": 8, "num_stages": 1},
 }
-_FP32 = dict.fromkeys(_HOPPER, {"BM": 32, "BN": 16, "num_warps": 8, "num_stages": 1})
+_FP32 = dict.fromkeys(_HOPPER, {"BM": 16, "BN": 16, "num_warps": 8, "num_stages": 1})
 
 
 def _config(kernel: str, q: torch.Tensor) -> dict:
@@ -257,10 +530,6 @@ def _config(kernel: str, q: torch.Tensor) -> dict:
     if q.dtype == torch.float32:
         return dict(_FP32[kernel])
     return dict((_HOPPER if _capability(q.device) >= (9, 0) else _AMPERE)[kernel])
-
-
-def _can_launch(device: torch.device) -> bool:
-    return device.type != "cpu" or os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _capability(device: torch.device) -> tuple[int, int]:
@@ -319,27 +588,41 @@ def _finish(acc, top, total):
 
 
 @_jit
-def _place(TILES, CU_Q, CU_K, tile):
-    """Of a tile: its sample, first query in it, the sample's first query and key, and its number of either."""
-    sample = tl.load(TILES + 2 * tile)
-    first = tl.load(TILES + 2 * tile + 1)
-    q0 = tl.load(CU_Q + sample)
-    k0 = tl.load(CU_K + sample)
-    return sample, first, q0, k0, tl.load(CU_Q + sample + 1) - q0, tl.load(CU_K + sample + 1) - k0
+def _place(tile, CU_Q, CU_K, B, SIZE: tl.constexpr, UNIT: tl.constexpr, S: tl.constexpr, B_P2: tl.constexpr):
+    """Where a tile stands that holds SIZE queries, or SIZE runs of UNIT keys if UNIT is not 0.
+
+    Returns the first of them within the sample; the sample's first query, first key and first block of S; its number
+    of queries and of keys. For a surplus tile both are 0, so that the first is beyond them.
+    """
+    b = tl.arange(0, B_P2)
+    q0 = tl.load(CU_Q + b, mask=b < B, other=0)
+    n_q = tl.load(CU_Q + b + 1, mask=b < B, other=0) - q0
+    k0 = tl.load(CU_K + b, mask=b < B, other=0)
+    n_k = tl.load(CU_K + b + 1, mask=b < B, other=0) - k0
+    tiles = (n_q + SIZE - 1) // SIZE
+    if UNIT > 0:
+        tiles = (n_k // UNIT + SIZE - 1) // SIZE
+    end = tl.cumsum(tiles, 0)
+    here = (end > tile) & (end - tiles <= tile)
+    first = (tile - tl.sum(tl.where(here, end - tiles, 0), 0)) * SIZE
+    block0 = tl.sum(tl.where(end <= tile, n_k // S, 0), 0)
+    q0 = tl.sum(tl.where(here, q0, 0), 0)
+    k0 = tl.sum(tl.where(here, k0, 0), 0)
+    return first, q0, k0, block0, tl.sum(tl.where(here, n_q, 0), 0), tl.sum(tl.where(here, n_k, 0), 0)
 
 
 @_jit
-def _means_kernel(K, V, KM, VM, PIECES, CU_K, G: tl.constexpr, D: tl.constexpr, D_P2: tl.constexpr, S: tl.constexpr):
+def _means_kernel(
+    K, V, KM, VM, CU_Q, CU_K, B,
+    G: tl.constexpr, D: tl.constexpr, D_P2: tl.constexpr, B_P2: tl.constexpr, S: tl.constexpr,
+):  # fmt: skip
     """Mean of a block of k and v: KM, VM [blocks, G, D]."""
-    j = tl.program_id(0)
     g = tl.program_id(1)
-    sample = tl.load(PIECES + 2 * j)
-    first = tl.load(PIECES + 2 * j + 1)
-    start = tl.load(CU_K + sample)
-    if start + first + S <= tl.load(CU_K + sample + 1):
-        at = ((start + first + tl.arange(0, S)).to(tl.int64) * G + g) * D
+    first, q0, k0, block0, n_q, n_k = _place(tl.program_id(0), CU_Q, CU_K, B, S, 1, S, B_P2)
+    if first + S <= n_k:
+        at = ((k0 + first + tl.arange(0, S)).to(tl.int64) * G + g) * D
         d = tl.arange(0, D_P2)
-        out = (j.to(tl.int64) * G + g) * D + d
+        out = ((block0 + first // S).to(tl.int64) * G + g) * D + d
         k = tl.sum(_load(K, at, at >= 0, D, D_P2, False).to(tl.float32), 0) / S
         tl.store(KM + out, k.to(KM.dtype.element_ty), mask=d < D)
         v = tl.sum(_load(V, at, at >= 0, D, D_P2, False).to(tl.float32), 0) / S
@@ -347,70 +630,73 @@ def _means_kernel(K, V, KM, VM, PIECES, CU_K, G: tl.constexpr, D: tl.constexpr, 
 
 
 @_jit
-def _compressed_kernel(
-    Q, KM, VM, OUT, LSE, TILES, CU_Q, CU_K, CU_B, scale,
-    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, D_P2: tl.constexpr, S: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+def _band_kernel(
+    Q, K, V, OUT, LSE, window, CU_Q, CU_K, B, HEADS, scale,
+    H: tl.constexpr, E: tl.constexpr, G: tl.constexpr, D: tl.constexpr, D_P2: tl.constexpr, B_P2: tl.constexpr,
+    PRECISION: tl.constexpr, S: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """softmax(q·k̃ᵀ) ṽ of one head of a tile, over the blocks that end at or before each query."""
+    """Attention of one head of a tile over the last `window` keys that end at or before each query, where a key stands
+    for S tokens: block means (all of them are in the window) or, with S = 1, tokens."""
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # longest first
-    h = tl.program_id(1)
-    sample, first, q0, k0, n_q, n_k = _place(TILES, CU_Q, CU_K, tile)
+    e = tl.program_id(1)
+    first, q0, k0, key0, n_q, n_k = _place(tile, CU_Q, CU_K, B, BM, 0, S, B_P2)
     if first < n_q:
-        b0 = tl.load(CU_B + sample)
-        g = h // (H // G)
+        h = tl.load(HEADS + e)
+        g = tl.load(HEADS + E + e)
         m = first + tl.arange(0, BM)
         row = m < n_q
-        i = n_k - n_q + m  # stream index
-        at = ((q0 + m).to(tl.int64) * H + h) * D
-        q = _load(Q, at, row, D, D_P2, True)
+        seen = (n_k - n_q + m + 1) // S
+        q = _load(Q, ((q0 + m).to(tl.int64) * H + h) * D, row, D, D_P2, True)
         acc = tl.zeros((BM, D_P2), tl.float32)
         top = tl.full((BM,), -1e30, tl.float32)
         total = tl.zeros((BM,), tl.float32)
         j = tl.arange(0, BN)
-        by_all = (n_k - n_q + first + 1) // S // BN * BN  # blocks that every row sees, in whole tiles
-        by_any = (n_k - n_q + tl.minimum(first + BM, n_q)) // S
-        for start in range(0, by_all, BN):
-            block = ((b0 + start + j).to(tl.int64) * G + g) * D
-            x = tl.dot(q, tl.trans(_load(KM, block, row, D, D_P2, False)), input_precision=PRECISION)
-            v = _load(VM, block, row, D, D_P2, False)
+        by_first = (n_k - n_q + first + 1) // S
+        by_last = (n_k - n_q + tl.minimum(first + BM, n_q)) // S
+        low = tl.maximum(by_first - window, 0)
+        free = tl.where(by_last <= window, by_first // BN * BN, low)  # every row sees the keys up to here
+        for start in range(low, free, BN):
+            at = ((key0 + start + j).to(tl.int64) * G + g) * D
+            x = tl.dot(q, tl.trans(_load(K, at, row, D, D_P2, False)), input_precision=PRECISION)
+            v = _load(V, at, row, D, D_P2, False)
             acc, top, total = _softmax_step(acc, top, total, x, v, scale, row, PRECISION)
-        for start in range(by_all, by_any, BN):
-            block = ((b0 + start + j).to(tl.int64) * G + g) * D
-            there = start + j < by_any
-            x = tl.dot(q, tl.trans(_load(KM, block, there, D, D_P2, True)), input_precision=PRECISION)
-            x = tl.where((start + j)[None, :] < ((i + 1) // S)[:, None], x, float("-inf"))
-            v = _load(VM, block, there, D, D_P2, True)
+        for start in range(free, by_last, BN):
+            at = ((key0 + start + j).to(tl.int64) * G + g) * D
+            there = start + j < by_last
+            x = tl.dot(q, tl.trans(_load(K, at, there, D, D_P2, True)), input_precision=PRECISION)
+            key = (start + j)[None, :]
+            x = tl.where((key < seen[:, None]) & (key >= (seen - window)[:, None]), x, float("-inf"))
+            v = _load(V, at, there, D, D_P2, True)
             acc, top, total = _softmax_step(acc, top, total, x, v, scale, row, PRECISION)
         o, lse = _finish(acc, top, total)
-        _store(OUT, at, row, o, D, D_P2)
-        tl.store(LSE + (q0 + m).to(tl.int64) * H + h, lse, mask=row)
+        out = (q0 + m).to(tl.int64) * E + e
+        _store(OUT, out * D, row, o, D, D_P2)
+        tl.store(LSE + out, lse, mask=row)
 
 
 @_jit
 def _importance_kernel(
-    Q, KM, LSE, IMPORTANCE, TILES, CU_Q, CU_K, CU_B, scale, tile0, n_blocks,
-    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, D_P2: tl.constexpr, S: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+    Q, KM, LSE, IMPORTANCE, tile0, n_blocks, CU_Q, CU_K, B, HEADS, scale,
+    H: tl.constexpr, E: tl.constexpr, G: tl.constexpr, D: tl.constexpr, D_P2: tl.constexpr, B_P2: tl.constexpr,
+    PRECISION: tl.constexpr, S: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Compression probabilities of a tile's queries for BN blocks, summed over the heads of a group, one after another
-    so that nothing is summed across rows: IMPORTANCE [G, rows of the chunk, n_blocks]."""
+    """Compression probabilities of a tile's queries for BN blocks, summed over the heads of a KV head, one after
+    another so that nothing is summed across rows: IMPORTANCE [G, rows of the chunk, n_blocks]."""
     start = tl.program_id(0) * BN
     local = tl.program_id(1)
     g = tl.program_id(2)
-    sample, first, q0, k0, n_q, n_k = _place(TILES, CU_Q, CU_K, tile0 + local)
+    first, q0, k0, block0, n_q, n_k = _place(tile0 + local, CU_Q, CU_K, B, BM, 0, S, B_P2)
     own = (n_k - n_q + tl.minimum(first + BM, n_q) - 1) // S  # of the last query
     if (first < n_q) & (start < own):
-        b0 = tl.load(CU_B + sample)
         m = first + tl.arange(0, BM)
         row = m < n_q
         j = start + tl.arange(0, BN)
-        k = _load(KM, ((b0 + j).to(tl.int64) * G + g) * D, j < own, D, D_P2, True)
+        k = _load(KM, ((block0 + j).to(tl.int64) * G + g) * D, j < own, D, D_P2, True)
         importance = tl.zeros((BM, BN), tl.float32)
-        for r in range(H // G):
-            head = (q0 + m).to(tl.int64) * H + g * (H // G) + r
-            q = _load(Q, head * D, row, D, D_P2, True)
-            lse = tl.load(LSE + head, mask=row, other=0.0) * 1.4426950408889634
+        for e in range(tl.load(HEADS + 2 * E + g), tl.load(HEADS + 2 * E + g + 1)):
+            h = tl.load(HEADS + e)
+            q = _load(Q, ((q0 + m).to(tl.int64) * H + h) * D, row, D, D_P2, True)
+            lse = tl.load(LSE + (q0 + m).to(tl.int64) * E + e, mask=row, other=0.0) * 1.4426950408889634
             x = tl.dot(q, tl.trans(k), input_precision=PRECISION)
             importance += tl.math.exp2(x * scale - lse[:, None])
         out = (g * tl.num_programs(1) + local).to(tl.int64) * BM + tl.arange(0, BM)
@@ -420,9 +706,9 @@ def _importance_kernel(
 
 @_jit
 def _top_kernel(
-    IMPORTANCE, BLOCKS, TILES, CU_Q, CU_K, tile0, n_blocks, n,
-    S: tl.constexpr, COUNT: tl.constexpr, COUNT_P2: tl.constexpr, BM: tl.constexpr, EVERYTHING: tl.constexpr,
-    WIDTH: tl.constexpr, ROWS: tl.constexpr,
+    IMPORTANCE, BLOCKS, tile0, n_blocks, n, CU_Q, CU_K, B,
+    G: tl.constexpr, B_P2: tl.constexpr, S: tl.constexpr, COUNT: tl.constexpr, COUNT_P2: tl.constexpr, BM: tl.constexpr,
+    EVERYTHING: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """The COUNT most important blocks of ROWS queries, ascending, -1 padded: BLOCKS [G, n, COUNT].
 
@@ -431,7 +717,7 @@ def _top_kernel(
     """
     chunk_row = tl.program_id(0) * ROWS
     g = tl.program_id(1)
-    sample, first, q0, k0, n_q, n_k = _place(TILES, CU_Q, CU_K, tile0 + chunk_row // BM)
+    first, q0, k0, block0, n_q, n_k = _place(tile0 + chunk_row // BM, CU_Q, CU_K, B, BM, 0, S, B_P2)
     m = first + chunk_row % BM + tl.arange(0, ROWS)
     row = m < n_q
     own = (n_k - n_q + m) // S
@@ -471,8 +757,8 @@ def _top_kernel(
 
 @_jit
 def _union_kernel(
-    BLOCKS, UNION, BITS, SIZES, TILES, CU_Q, CU_K, n,
-    S: tl.constexpr, COUNT: tl.constexpr, COUNT_P2: tl.constexpr, BQ: tl.constexpr,
+    BLOCKS, UNION, BITS, SIZES, n, CU_Q, CU_K, B,
+    G: tl.constexpr, B_P2: tl.constexpr, S: tl.constexpr, BQ: tl.constexpr, COUNT: tl.constexpr, COUNT_P2: tl.constexpr,
 ):  # fmt: skip
     """The union of the blocks that a tile's queries chose.
 
@@ -481,9 +767,9 @@ def _union_kernel(
     """
     tile = tl.program_id(0)
     g = tl.program_id(1)
-    sample, first, q0, k0, n_q, n_k = _place(TILES, CU_Q, CU_K, tile)
-    E: tl.constexpr = BQ * COUNT_P2
-    e = tl.arange(0, E)
+    first, q0, k0, block0, n_q, n_k = _place(tile, CU_Q, CU_K, B, BQ, 0, S, B_P2)
+    ROOM: tl.constexpr = BQ * COUNT_P2
+    e = tl.arange(0, ROOM)
     m = first + e // COUNT_P2
     slot = e % COUNT_P2
     there = (m < n_q) & (slot < COUNT)
@@ -492,15 +778,15 @@ def _union_kernel(
     valid = key != 0x7FFFFFFF
     block = key // BQ
     before = tl.gather(key, tl.maximum(e - 1, 0), 0)
-    after = tl.gather(key, tl.minimum(e + 1, E - 1), 0)
+    after = tl.gather(key, tl.minimum(e + 1, ROOM - 1), 0)
     new = valid & ((e == 0) | (block != before // BQ))
-    last = valid & ((e == E - 1) | (block != after // BQ))
+    last = valid & ((e == ROOM - 1) | (block != after // BQ))
     again = (e > 0) & (key == before)
     at = (g * tl.num_programs(0) + tile).to(tl.int64)
     position = tl.cumsum(new.to(tl.int32), 0) - 1
     bits = tl.cumsum(tl.where(valid & (again == 0), 1 << (key % BQ), 0), 0)
-    tl.store(UNION + at * E + position, block, mask=new)
-    tl.store(BITS + at * E + position, bits, mask=last)
+    tl.store(UNION + at * ROOM + position, block, mask=new)
+    tl.store(BITS + at * ROOM + position, bits, mask=last)
     behind = new & (block < (n_k - n_q + first + 1) // S)
     tl.store(SIZES + 2 * at, tl.sum(new.to(tl.int32), 0))
     tl.store(SIZES + 2 * at + 1, tl.sum(behind.to(tl.int32), 0))
@@ -508,22 +794,21 @@ def _union_kernel(
 
 @_jit
 def _selected_kernel(
-    Q, K, V, OUT, LSE, UNION_, BITS, SIZES, TILES, CU_Q, CU_K, GATES, O_CMP, O_WIN, scale,
-    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, D_P2: tl.constexpr, S: tl.constexpr, BN: tl.constexpr,
-    BQ: tl.constexpr, UNION: tl.constexpr, HEADS_P2: tl.constexpr, GATED: tl.constexpr, PRECISION: tl.constexpr,
+    Q, K, V, OUT, LSE, UNION_, BITS, SIZES, GATES, O_CMP, O_WIN, O_SLC, CU_Q, CU_K, B, HEADS, scale,
+    H: tl.constexpr, E: tl.constexpr, G: tl.constexpr, D: tl.constexpr, D_P2: tl.constexpr, B_P2: tl.constexpr,
+    PRECISION: tl.constexpr, UNION: tl.constexpr, GATED: tl.constexpr, KEEP: tl.constexpr, BN: tl.constexpr,
+    S: tl.constexpr, BQ: tl.constexpr, HEADS_P2: tl.constexpr,
 ):  # fmt: skip
-    """Attention of a tile over the union of its blocks: rows are its queries times the heads of a group, and a row
-    takes part in the blocks that its query chose. GATED: OUT is the gated sum with the other branches."""
+    """Attention of a tile over the union of its blocks: rows are its queries times the heads of a KV head, and a row
+    takes part in the blocks that its query chose. GATED: OUT is the gated sum with the other branches; with KEEP,
+    O_SLC is this one's share before its gate."""
     tile = tl.program_id(0)
     g = tl.program_id(1)
-    sample, first, q0, k0, n_q, n_k = _place(TILES, CU_Q, CU_K, tile)
+    first, q0, k0, block0, n_q, n_k = _place(tile, CU_Q, CU_K, B, BQ, 0, S, B_P2)
     if first < n_q:
-        r = tl.arange(0, BQ * HEADS_P2)
-        m = first + r // HEADS_P2
-        row = (m < n_q) & (r % HEADS_P2 < H // G)
+        m, row, at_q, at_e = _head_rows(first, q0, n_q, g, HEADS, H, E, BQ, HEADS_P2)
         i = n_k - n_q + m
-        head = (q0 + m).to(tl.int64) * H + g * (H // G) + r % HEADS_P2
-        q = _load(Q, head * D, row, D, D_P2, True)
+        q = _load(Q, at_q * D, row, D, D_P2, True)
         acc = tl.zeros((BQ * HEADS_P2, D_P2), tl.float32)
         top = tl.full((BQ * HEADS_P2,), -1e30, tl.float32)
         total = tl.zeros((BQ * HEADS_P2,), tl.float32)
@@ -536,62 +821,303 @@ def _selected_kernel(
         # Two loops rather than one with a mask; the second is a loop, too, because two dots of straight-line code
         # after a pipelined loop make ptxas serialise every wgmma of the kernel.
         for part in range(behind * PARTS):
-            entry = part // PARTS
-            key = tl.load(UNION_ + at + entry) * S + part % PARTS * BN + j
-            bits = tl.load(BITS + at + entry) - tl.load(BITS + at + entry - 1, mask=entry > 0, other=0)
-            where = ((k0 + key).to(tl.int64) * G + g) * D
+            key, on = _entry(UNION_, BITS, at, part, m - first, S, PARTS)
+            where = ((k0 + key + j).to(tl.int64) * G + g) * D
             x = tl.dot(q, tl.trans(_load(K, where, row, D, D_P2, False)), input_precision=PRECISION)
             v = _load(V, where, row, D, D_P2, False)
-            on = ((bits >> (r // HEADS_P2)) & 1) != 0
             acc, top, total = _softmax_step(acc, top, total, x, v, scale, on, PRECISION)
         for part in range(behind * PARTS, size * PARTS):
-            entry = part // PARTS
-            key = tl.load(UNION_ + at + entry) * S + part % PARTS * BN + j
-            bits = tl.load(BITS + at + entry) - tl.load(BITS + at + entry - 1, mask=entry > 0, other=0)
-            where = ((k0 + key).to(tl.int64) * G + g) * D
-            x = tl.dot(q, tl.trans(_load(K, where, key < n_k, D, D_P2, True)), input_precision=PRECISION)
-            x = tl.where(key[None, :] <= i[:, None], x, float("-inf"))
-            v = _load(V, where, key < n_k, D, D_P2, True)
-            on = ((bits >> (r // HEADS_P2)) & 1) != 0
+            key, on = _entry(UNION_, BITS, at, part, m - first, S, PARTS)
+            where = ((k0 + key + j).to(tl.int64) * G + g) * D
+            there = key + j < n_k
+            x = tl.dot(q, tl.trans(_load(K, where, there, D, D_P2, True)), input_precision=PRECISION)
+            x = tl.where((key + j)[None, :] <= i[:, None], x, float("-inf"))
+            v = _load(V, where, there, D, D_P2, True)
             acc, top, total = _softmax_step(acc, top, total, x, v, scale, on, PRECISION)
         o, lse = _finish(acc, top, total)
+        if KEEP:
+            _store(O_SLC, at_e * D, row, o, D, D_P2)
         if GATED:
-            o = o * tl.load(GATES + head * 3 + 1, mask=row, other=0.0).to(tl.float32)[:, None]
-            g_cmp = tl.load(GATES + head * 3, mask=row, other=0.0).to(tl.float32)
-            o += g_cmp[:, None] * _load(O_CMP, head * D, row, D, D_P2, True).to(tl.float32)
-            g_win = tl.load(GATES + head * 3 + 2, mask=row, other=0.0).to(tl.float32)
-            o += g_win[:, None] * _load(O_WIN, head * D, row, D, D_P2, True).to(tl.float32)
-        _store(OUT, head * D, row, o, D, D_P2)
-        tl.store(LSE + head, lse, mask=row)
+            o = o * tl.load(GATES + at_e * 3 + 1, mask=row, other=0.0).to(tl.float32)[:, None]
+            g_cmp = tl.load(GATES + at_e * 3, mask=row, other=0.0).to(tl.float32)
+            o += g_cmp[:, None] * _load(O_CMP, at_e * D, row, D, D_P2, True).to(tl.float32)
+            g_win = tl.load(GATES + at_e * 3 + 2, mask=row, other=0.0).to(tl.float32)
+            o += g_win[:, None] * _load(O_WIN, at_e * D, row, D, D_P2, True).to(tl.float32)
+        _store(OUT, at_e * D, row, o, D, D_P2)
+        tl.store(LSE + at_e, lse, mask=row)
 
 
 @_jit
-def _window_kernel(
-    Q, K, V, OUT, LSE, TILES, CU_Q, CU_K, scale, window,
-    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, D_P2: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+def _head_rows(first, q0, n_q, g, HEADS, H: tl.constexpr, E: tl.constexpr, BQ: tl.constexpr, HEADS_P2: tl.constexpr):
+    """Rows of a tile of queries times the heads of a KV head: query, whether there is one, and the row in [N, H] and in
+    [N, E]."""
+    r = tl.arange(0, BQ * HEADS_P2)
+    m = first + r // HEADS_P2
+    e = tl.load(HEADS + 2 * E + g) + r % HEADS_P2
+    row = (m < n_q) & (e < tl.load(HEADS + 2 * E + g + 1))
+    h = tl.load(HEADS + e, mask=row, other=0)
+    token = (q0 + m).to(tl.int64)
+    return m, row, token * H + h, token * E + e
+
+
+@_jit
+def _entry(UNION_, BITS, at, part, query, S: tl.constexpr, PARTS: tl.constexpr):
+    """First key of a part of a tile's union, and which rows, of the queries `query` of the tile, chose its block."""
+    entry = at + part // PARTS
+    bits = tl.load(BITS + entry) - tl.load(BITS + entry - 1, mask=part >= PARTS, other=0)
+    return tl.load(UNION_ + entry) * S + part % PARTS * (S // PARTS), ((bits >> query) & 1) != 0
+
+
+@_jit
+def _dots_kernel(
+    D_OUT, OUTPUTS, DOTS, rows,
+    D: tl.constexpr, D_P2: tl.constexpr, BRANCHES: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Attention of one head of a tile over the last `window` keys of each query."""
-    tile = tl.program_id(0)
-    h = tl.program_id(1)
-    sample, first, q0, k0, n_q, n_k = _place(TILES, CU_Q, CU_K, tile)
+    """DOTS [rows, BRANCHES]: d_out · o of each branch; OUTPUTS [BRANCHES, rows, D]."""
+    r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    at = r.to(tl.int64)
+    do = _load(D_OUT, at * D, r < rows, D, D_P2, True).to(tl.float32)
+    for branch in tl.static_range(BRANCHES):
+        o = _load(OUTPUTS, (at + branch * tl.cast(rows, tl.int64)) * D, r < rows, D, D_P2, True).to(tl.float32)
+        tl.store(DOTS + at * BRANCHES + branch, tl.sum(do * o, 1), mask=r < rows)
+
+
+@_jit
+def _row_terms(LSE, GATES, DOTS, at, row, GATED: tl.constexpr, BRANCHES: tl.constexpr, BRANCH: tl.constexpr):
+    """Of rows of [N, E]: lse in units of log 2 (infinite where there is no row or key, so that probabilities are 0),
+    gate, and d_out · o. The gradient of logits is gate * p * (d_out · v - d_out · o)."""
+    lse = tl.load(LSE + at, mask=row, other=float("-inf")) * 1.4426950408889634
+    gate = row.to(tl.float32)
+    if GATED:
+        gate = tl.load(GATES + at * BRANCHES + BRANCH, mask=row, other=0.0).to(tl.float32)
+    dot = tl.load(DOTS + at * BRANCHES + BRANCH, mask=row, other=0.0)
+    return tl.where(lse > float("-inf"), lse, float("inf")), gate, dot
+
+
+@_jit
+def _dq_step(acc, q, do, k, v, keep, scale, lse, dot, MASK: tl.constexpr, PRECISION: tl.constexpr):
+    """Add to acc [R, D] the gradient of q through a tile of keys k, v [n, D], before gate and scale."""
+    p = tl.math.exp2(tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale - lse[:, None])
+    if MASK:
+        p = tl.where(keep, p, 0.0)
+    ds = p * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - dot[:, None])
+    return tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
+
+
+@_jit
+def _dkv_step(dk, dv, q, do, k, v, keep, scale, lse, gate, dot, PRECISION: tl.constexpr):
+    """Add to dk, dv [n, D] the gradients of keys through rows q, do [R, D], before the scale; keep [n, R]."""
+    p = tl.math.exp2(tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale - lse[None, :]) * gate[None, :]
+    p = tl.where(keep, p, 0.0)
+    dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
+    ds = p * (tl.dot(v, tl.trans(do), input_precision=PRECISION) - dot[None, :])
+    return tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION), dv
+
+
+@_jit
+def _store_dq(DQ, at, row, dq, D: tl.constexpr, D_P2: tl.constexpr, ADD: tl.constexpr):
+    if ADD:
+        dq += _load(DQ, at, row, D, D_P2, True).to(tl.float32)
+    _store(DQ, at, row, dq, D, D_P2)
+
+
+@_jit
+def _band_dq_kernel(
+    Q, K, V, DQ, D_OUT, LSE, GATES, DOTS, window, CU_Q, CU_K, B, HEADS, scale,
+    H: tl.constexpr, E: tl.constexpr, G: tl.constexpr, D: tl.constexpr, D_P2: tl.constexpr, B_P2: tl.constexpr,
+    PRECISION: tl.constexpr, S: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, ADD: tl.constexpr,
+    GATED: tl.constexpr, BRANCHES: tl.constexpr, BRANCH: tl.constexpr,
+):  # fmt: skip
+    """Gradient of one head of a tile's queries through `_band_kernel`: DQ [N, E, D]."""
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    e = tl.program_id(1)
+    first, q0, k0, key0, n_q, n_k = _place(tile, CU_Q, CU_K, B, BM, 0, S, B_P2)
     if first < n_q:
-        g = h // (H // G)
+        h = tl.load(HEADS + e)
+        g = tl.load(HEADS + E + e)
         m = first + tl.arange(0, BM)
         row = m < n_q
-        i = n_k - n_q + m
-        at = ((q0 + m).to(tl.int64) * H + h) * D
-        q = _load(Q, at, row, D, D_P2, True)
+        seen = (n_k - n_q + m + 1) // S
+        at = (q0 + m).to(tl.int64) * E + e
+        q = _load(Q, ((q0 + m).to(tl.int64) * H + h) * D, row, D, D_P2, True)
+        do = _load(D_OUT, at * D, row, D, D_P2, True)
+        lse, gate, dot = _row_terms(LSE, GATES, DOTS, at, row, GATED, BRANCHES, BRANCH)
         acc = tl.zeros((BM, D_P2), tl.float32)
-        top = tl.full((BM,), -1e30, tl.float32)
-        total = tl.zeros((BM,), tl.float32)
-        for start in range(tl.maximum(n_k - n_q + first - window + 1, 0), n_k - n_q + tl.minimum(first + BM, n_q), BN):
-            key = start + tl.arange(0, BN)
-            where = ((k0 + key).to(tl.int64) * G + g) * D
-            x = tl.dot(q, tl.trans(_load(K, where, key < n_k, D, D_P2, True)), input_precision=PRECISION)
-            x = tl.where((key[None, :] <= i[:, None]) & (key[None, :] > (i - window)[:, None]), x, float("-inf"))
-            v = _load(V, where, key < n_k, D, D_P2, True)
-            acc, top, total = _softmax_step(acc, top, total, x, v, scale, row, PRECISION)
-        o, lse = _finish(acc, top, total)
-        _store(OUT, at, row, o, D, D_P2)
-        tl.store(LSE + (q0 + m).to(tl.int64) * H + h, lse, mask=row)
+        j = tl.arange(0, BN)
+        by_first = (n_k - n_q + first + 1) // S
+        by_last = (n_k - n_q + tl.minimum(first + BM, n_q)) // S
+        low = tl.maximum(by_first - window, 0)
+        for start in range(low, by_last, BN):
+            where = ((key0 + start + j).to(tl.int64) * G + g) * D
+            there = start + j < by_last
+            k = _load(K, where, there, D, D_P2, True)
+            v = _load(V, where, there, D, D_P2, True)
+            key = (start + j)[None, :]
+            keep = (key < seen[:, None]) & (key >= (seen - window)[:, None])
+            acc = _dq_step(acc, q, do, k, v, keep, scale, lse, dot, True, PRECISION)
+        acc *= (gate * (scale * 0.6931471805599453))[:, None]
+        _store_dq(DQ, at * D, row, acc, D, D_P2, ADD)
+
+
+@_jit
+def _selected_dq_kernel(
+    Q, K, V, DQ, D_OUT, LSE, GATES, DOTS, UNION_, BITS, SIZES, CU_Q, CU_K, B, HEADS, scale,
+    H: tl.constexpr, E: tl.constexpr, G: tl.constexpr, D: tl.constexpr, D_P2: tl.constexpr, B_P2: tl.constexpr,
+    PRECISION: tl.constexpr, UNION: tl.constexpr, BN: tl.constexpr, S: tl.constexpr, BQ: tl.constexpr,
+    HEADS_P2: tl.constexpr, ADD: tl.constexpr, GATED: tl.constexpr, BRANCHES: tl.constexpr, BRANCH: tl.constexpr,
+):  # fmt: skip
+    """Gradient of a tile's queries through `_selected_kernel`: DQ [N, E, D]."""
+    tile = tl.program_id(0)
+    g = tl.program_id(1)
+    first, q0, k0, block0, n_q, n_k = _place(tile, CU_Q, CU_K, B, BQ, 0, S, B_P2)
+    if first < n_q:
+        m, row, at_q, at_e = _head_rows(first, q0, n_q, g, HEADS, H, E, BQ, HEADS_P2)
+        i = n_k - n_q + m
+        q = _load(Q, at_q * D, row, D, D_P2, True)
+        do = _load(D_OUT, at_e * D, row, D, D_P2, True)
+        lse, gate, dot = _row_terms(LSE, GATES, DOTS, at_e, row, GATED, BRANCHES, BRANCH)
+        acc = tl.zeros((BQ * HEADS_P2, D_P2), tl.float32)
+        j = tl.arange(0, BN)
+        at = (g * tl.num_programs(0) + tile).to(tl.int64)
+        size = tl.load(SIZES + 2 * at)
+        behind = tl.load(SIZES + 2 * at + 1)
+        at = at * UNION
+        PARTS: tl.constexpr = S // BN
+        for part in range(behind * PARTS):
+            key, on = _entry(UNION_, BITS, at, part, m - first, S, PARTS)
+            where = ((k0 + key + j).to(tl.int64) * G + g) * D
+            k = _load(K, where, row, D, D_P2, False)
+            v = _load(V, where, row, D, D_P2, False)
+            acc = _dq_step(acc, q, do, k, v, on, scale, tl.where(on, lse, float("inf")), dot, False, PRECISION)
+        for part in range(behind * PARTS, size * PARTS):
+            key, on = _entry(UNION_, BITS, at, part, m - first, S, PARTS)
+            where = ((k0 + key + j).to(tl.int64) * G + g) * D
+            k = _load(K, where, key + j < n_k, D, D_P2, True)
+            v = _load(V, where, key + j < n_k, D, D_P2, True)
+            keep = (key + j)[None, :] <= i[:, None]
+            acc = _dq_step(acc, q, do, k, v, keep, scale, tl.where(on, lse, float("inf")), dot, True, PRECISION)
+        acc *= (gate * (scale * 0.6931471805599453))[:, None]
+        _store_dq(DQ, at_e * D, row, acc, D, D_P2, ADD)
+
+
+@_jit
+def _band_dkv_kernel(
+    Q, K, V, DK, DV, D_OUT, LSE, GATES, DOTS, window, n_keys, CU_Q, CU_K, B, HEADS, scale,
+    H: tl.constexpr, E: tl.constexpr, G: tl.constexpr, D: tl.constexpr, D_P2: tl.constexpr, B_P2: tl.constexpr,
+    PRECISION: tl.constexpr, S: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, GATED: tl.constexpr,
+    BRANCHES: tl.constexpr, BRANCH: tl.constexpr,
+):  # fmt: skip
+    """Gradients of BN keys of `_band_kernel` through a split of the queries that see them: DK, DV fp32 [splits, n_keys,
+    G, D]."""
+    g = tl.program_id(1)
+    split = tl.program_id(2)
+    first, q0, k0, key0, n_q, n_k = _place(tl.program_id(0), CU_Q, CU_K, B, BN, S, S, B_P2)
+    if first < n_k // S:
+        j = first + tl.arange(0, BN)
+        there = j < n_k // S
+        where = ((key0 + j).to(tl.int64) * G + g) * D
+        k = _load(K, where, there, D, D_P2, True)
+        v = _load(V, where, there, D, D_P2, True)
+        dk = tl.zeros((BN, D_P2), tl.float32)
+        dv = tl.zeros((BN, D_P2), tl.float32)
+        before = n_k - n_q
+        low = tl.maximum((first + 1) * S - 1 - before, 0)  # the first query that sees one of the keys
+        high = tl.minimum((first + BN + window) * S - 1 - before, n_q)
+        step = tl.cdiv(tl.maximum(high - low, 0), tl.num_programs(2) * BM) * BM
+        low += split * step
+        high = tl.minimum(high, low + step)
+        e0 = tl.load(HEADS + 2 * E + g)
+        tiles = tl.cdiv(tl.maximum(high - low, 0), BM)
+        for t in range(tiles * (tl.load(HEADS + 2 * E + g + 1) - e0)):  # head by head
+            e = e0 + t // tiles
+            m = low + t % tiles * BM + tl.arange(0, BM)
+            row = m < high
+            at = (q0 + m).to(tl.int64) * E + e
+            q = _load(Q, ((q0 + m).to(tl.int64) * H + tl.load(HEADS + e)) * D, row, D, D_P2, True)
+            do = _load(D_OUT, at * D, row, D, D_P2, True)
+            lse, gate, dot = _row_terms(LSE, GATES, DOTS, at, row, GATED, BRANCHES, BRANCH)
+            seen = ((before + m + 1) // S)[None, :]
+            keep = (j[:, None] < seen) & (j[:, None] >= seen - window)
+            dk, dv = _dkv_step(dk, dv, q, do, k, v, keep, scale, lse, gate, dot, PRECISION)
+        where += split * (tl.cast(n_keys, tl.int64) * (G * D))
+        _store(DK, where, there, dk * (scale * 0.6931471805599453), D, D_P2)
+        _store(DV, where, there, dv, D, D_P2)
+
+
+@_jit
+def _selected_dkv_kernel(
+    Q, K, V, DK, DV, D_OUT, LSE, GATES, DOTS, QUERIES, LIST_OF, START_OF, OFFSETS, g0, pieces, CU_Q, CU_K, B, HEADS,
+    scale,
+    H: tl.constexpr, E: tl.constexpr, G: tl.constexpr, D: tl.constexpr, D_P2: tl.constexpr, B_P2: tl.constexpr,
+    PRECISION: tl.constexpr, LIST: tl.constexpr, BN: tl.constexpr, S: tl.constexpr, BQ: tl.constexpr,
+    HEADS_P2: tl.constexpr, GATED: tl.constexpr, BRANCHES: tl.constexpr, BRANCH: tl.constexpr,
+):  # fmt: skip
+    """Gradients of BN keys of a block through a piece of the list of queries that chose it: DK, DV fp32 [pieces, S, D].
+    Lists are those of `_Call.lists`, `pieces` of them per KV head from g0 on."""
+    piece = tl.program_id(0)
+    list_ = tl.load(LIST_OF + piece)
+    if list_ >= 0:
+        g = g0 + list_ // pieces
+        first, q0, k0, block0, n_q, n_k = _place(list_ % pieces, CU_Q, CU_K, B, S, 1, S, B_P2)
+        start = tl.load(START_OF + piece)
+        stop = tl.minimum(tl.load(OFFSETS + list_ + 1), start + LIST)
+        n = tl.program_id(1) * BN + tl.arange(0, BN)
+        there = first + n < n_k
+        where = ((k0 + first + n).to(tl.int64) * G + g) * D
+        k = _load(K, where, there, D, D_P2, True)
+        v = _load(V, where, there, D, D_P2, True)
+        dk = tl.zeros((BN, D_P2), tl.float32)
+        dv = tl.zeros((BN, D_P2), tl.float32)
+        r = tl.arange(0, BQ * HEADS_P2)
+        e = tl.load(HEADS + 2 * E + g) + r % HEADS_P2
+        is_head = e < tl.load(HEADS + 2 * E + g + 1)
+        h = tl.load(HEADS + e, mask=is_head, other=0)
+        for at in range(start, stop, BQ):
+            token = tl.load(QUERIES + at + r // HEADS_P2, mask=at + r // HEADS_P2 < stop, other=-1)
+            row = (token >= 0) & is_head
+            at_e = token.to(tl.int64) * E + e
+            q = _load(Q, (token.to(tl.int64) * H + h) * D, row, D, D_P2, True)
+            do = _load(D_OUT, at_e * D, row, D, D_P2, True)
+            lse, gate, dot = _row_terms(LSE, GATES, DOTS, at_e, row, GATED, BRANCHES, BRANCH)
+            i = token - q0 + n_k - n_q
+            keep = (first + n)[:, None] <= i[None, :]
+            dk, dv = _dkv_step(dk, dv, q, do, k, v, keep, scale, lse, gate, dot, PRECISION)
+        out = (piece.to(tl.int64) * S + n) * D
+        _store(DK, out, there, dk * (scale * 0.6931471805599453), D, D_P2)
+        _store(DV, out, there, dv, D, D_P2)
+
+
+@_jit
+def _collect_kernel(
+    WINDOW_DK, WINDOW_DV, MEANS_DK, MEANS_DV, LIST_DK, LIST_DV, FIRST_PIECE, DK, DV, splits, blocks, g0, CU_Q, CU_K, B,
+    G: tl.constexpr, D: tl.constexpr, D_P2: tl.constexpr, B_P2: tl.constexpr, S: tl.constexpr, BN: tl.constexpr,
+    COMPRESSED: tl.constexpr, SELECTED: tl.constexpr, WINDOW: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of a block: the sum of its partial sums, each branch's in order. MEANS_DK, MEANS_DV [splits, blocks, G,
+    D] are the gradients of its means."""
+    piece = tl.program_id(0)
+    g = g0 + tl.program_id(1)
+    first, q0, k0, block0, n_q, n_k = _place(piece, CU_Q, CU_K, B, S, 1, S, B_P2)
+    if first < n_k:
+        n = tl.program_id(2) * BN + tl.arange(0, BN)
+        there = first + n < n_k
+        where = ((k0 + first + n).to(tl.int64) * G + g) * D
+        block = ((block0 + first // S).to(tl.int64) * G + g) * D
+        list_ = tl.program_id(1) * tl.num_programs(0) + piece
+        for which in tl.static_range(2):
+            total = tl.zeros((BN, D_P2), tl.float32)
+            if WINDOW:
+                total += _load(WINDOW_DV if which else WINDOW_DK, where, there, D, D_P2, True)
+            if SELECTED:
+                for p in range(tl.load(FIRST_PIECE + list_), tl.load(FIRST_PIECE + list_ + 1)):
+                    at = (tl.cast(p, tl.int64) * S + n) * D
+                    total += _load(LIST_DV if which else LIST_DK, at, there, D, D_P2, True)
+            if COMPRESSED:  # noqa: SIM102 (decided when compiling)
+                if first + S <= n_k:
+                    mean = tl.zeros((D_P2,), tl.float32)
+                    d = tl.arange(0, D_P2)
+                    for split in range(splits):
+                        at = tl.cast(split, tl.int64) * blocks * (G * D) + block + d
+                        mean += tl.load((MEANS_DV if which else MEANS_DK) + at, mask=d < D, other=0.0)
+                    total += mean[None, :] / S
+            _store(DV if which else DK, where, there, total, D, D_P2)

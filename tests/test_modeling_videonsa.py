@@ -23,14 +23,20 @@ from transformers import DynamicCache, Qwen2_5_VLForConditionalGeneration, Train
 
 import tiny
 from videonsa import modeling_videonsa
-from videonsa.configuration_videonsa import VideoNSAConfig
-from videonsa.modeling_videonsa import VideoNSAForConditionalGeneration, VideoNSAModel, VisionLayout
+from videonsa.configuration_videonsa import VideoNSAConfig, VideoNSATextConfig
+from videonsa.modeling_videonsa import (
+    VideoNSAForConditionalGeneration,
+    VideoNSAModel,
+    VideoNSATextModel,
+    VisionLayout,
+)
 from videonsa.nsa_torch import nsa_attention
 
 SHAPES = {
     "1 KV head": {"hidden_size": 112, "num_attention_heads": 7, "num_key_value_heads": 1},
     "2 KV heads": {"hidden_size": 128, "num_attention_heads": 8, "num_key_value_heads": 2},
 }
+KERNEL_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where the kernels run: natively, or interpreted
 NSA = {"block_size": 16, "block_count": 4, "window_size": 20}
 MEDIA_KEYS = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw", "second_per_grid_ts")
 
@@ -1355,13 +1361,76 @@ def test_variants_to_come_are_refused_by_name(checkpoints, variant):
         VideoNSAForConditionalGeneration.from_pretrained(checkpoints["1 KV head"], nsa_variant=variant)
 
 
-def test_triton_backend_gives_what_torch_gives_and_says_that_it_cannot_train(small):
+def text_model(backend: str) -> VideoNSATextModel:
+    """One decoder layer of 2 query heads and 1 KV head, from the same seed each time; on a GPU if there is one."""
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 1}
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "vocab_size": 50, "max_position_embeddings": 512}
+    nsa = {"block_size": 16, "block_count": 3, "window_size": 8, "nsa_backend": backend}
+    torch.manual_seed(0)
+    config = VideoNSATextConfig(**heads, **sizes, **nsa, rope_parameters=rope, attn_implementation="sdpa")
+    return VideoNSATextModel(config).to(KERNEL_DEVICE)
+
+
+def training_losses(backend: str, steps: int) -> torch.Tensor:
+    """Losses [steps] of learning the tokens before, and within, 68 vision tokens by heart."""
+    model = text_model(backend)
+    head = torch.nn.Linear(32, 50, device=KERNEL_DEVICE)
+    optimizer = torch.optim.Adam([*model.parameters(), *head.parameters()], lr=1e-2)
+    ids = torch.randint(50, (1, 72), generator=torch.Generator().manual_seed(0)).to(KERNEL_DEVICE)
+    vision = (torch.arange(72, device=KERNEL_DEVICE) > 1) & (torch.arange(72, device=KERNEL_DEVICE) < 70)
+    losses = []
+    for _ in range(steps):
+        hidden = model(input_ids=ids, vision_mask=vision[None], use_cache=False).last_hidden_state
+        loss = torch.nn.functional.cross_entropy(head(hidden)[0, :-1], ids[0, 1:])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return torch.tensor(losses)
+
+
+def test_triton_backend_gives_what_torch_gives(small):
     pytest.importorskip("triton")
-    expected = logits(small, make_inputs(VIDEO))
+    small.to(KERNEL_DEVICE)
+    inputs = {name: x.to(KERNEL_DEVICE) for name, x in make_inputs(VIDEO).items()}
+    small.config.nsa_backend = "torch"
+    expected = logits(small, inputs)
     small.config.nsa_backend = "triton"
-    torch.testing.assert_close(logits(small, make_inputs(VIDEO)), expected, rtol=1e-4, atol=1e-4)
-    with pytest.raises(NotImplementedError, match="no backward pass yet"):
-        small(**make_inputs(VIDEO))
+    torch.testing.assert_close(logits(small, inputs), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_triton_backend_learns_as_torch_does():
+    pytest.importorskip("triton")
+    steps = 200 if KERNEL_DEVICE == "cuda" else 10  # of seconds each, where the kernels are interpreted
+    expected = training_losses("torch", steps)
+    torch.testing.assert_close(training_losses("triton", steps), expected, rtol=1e-2 if steps > 10 else 1e-4, atol=1e-3)
+    assert expected[-1] < 0.7 * expected[0]
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_decoder_layers_compile_in_one_graph_each(training):
+    """On the kernels: nothing in a layer sends torch.compile back to Python."""
+    pytest.importorskip("triton")
+    model = text_model("triton").train(training)
+    hidden = torch.randn(2, 40, 32, device=KERNEL_DEVICE)
+    vision = torch.zeros(2, 40, dtype=torch.bool, device=KERNEL_DEVICE)
+    vision[:, 3:30], vision[1, 3:9] = True, False
+
+    def run():
+        model.zero_grad()
+        with torch.set_grad_enabled(training):
+            cache = None if training else transformers.DynamicCache()
+            outputs = model(inputs_embeds=hidden, vision_mask=vision, past_key_values=cache, use_cache=not training)
+        if training:
+            outputs.last_hidden_state.square().sum().backward()
+        return [outputs.last_hidden_state.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+    expected = run()
+    for layer in model.layers:
+        layer.forward = torch.compile(layer.forward, fullgraph=True, backend="aot_eager")
+    for x, reference in zip(run(), expected, strict=True):
+        torch.testing.assert_close(x, reference, rtol=1e-4, atol=1e-5)
 
 
 def test_auto_backend_is_torch_on_cpu(small):
