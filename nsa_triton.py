@@ -6,7 +6,7 @@ Forward, for a *tile*, which is a run of adjacent queries of one sample (r query
   selection    the union of a tile's blocks, each with the set of queries that chose it              `_union_kernel`
                flash attention of a tile's r heads as rows over that union                        `_selected_kernel`
   window       flash attention of a tile over a band of keys, head by head                            `_band_kernel`
-The selection kernel also adds the gated branches up. Backward, from inputs, branch outputs, lse and chosen blocks:
+Each branch adds its gated share to the output. Backward, from inputs, branch outputs, lse and chosen blocks:
   gates        d_out · o per branch: the gradient of its gate, and what its softmax subtracts         `_dots_kernel`
   dq           the forward's tiles again, each branch adding to the last       `_band_dq_kernel`, `_selected_dq_kernel`
   dk, dv       a run of keys, over the queries that see it                                        `_band_dkv_kernel`
@@ -43,8 +43,8 @@ LOG2_E = 1.4426950408889634
 
 
 def available(q: torch.Tensor) -> bool:
-    """Whether the kernels can serve such queries: on a CUDA device; fp16, bf16 or fp32; head dim 16 to 128."""
-    return triton is not None and q.device.type == "cuda" and _is_supported(q)
+    """Whether the kernels can serve such queries: on an NVIDIA GPU; fp16, bf16 or fp32; head dim 16 to 128."""
+    return triton is not None and q.device.type == "cuda" and torch.version.hip is None and _is_supported(q)
 
 
 def nsa_attention(
@@ -167,11 +167,11 @@ def _attend(
             call.window(out, lse[0], window_size)
         else:
             blocks = chosen if save else chosen.new_empty(k.shape[1], len(q), block_count)
-            o_cmp, o_slc, o_win = branches if save else (torch.empty_like(out), None, torch.empty_like(out))
-            call.compressed(o_cmp, lse[0])
+            gates, keep = gates.contiguous(), branches if save else (None,) * 3
+            call.compressed(out, lse[0], gates, 0, keep[0])
             call.choose(lse[0], blocks)
-            call.window(o_win, lse[2], window_size)
-            call.selected(blocks, out, lse[1], gates.contiguous(), o_cmp, o_win, o_slc)
+            call.selected(blocks, out, lse[1], gates, 1, keep[1])
+            call.window(out, lse[2], window_size, gates, 2, keep[2])
     return out, lse, branches, chosen
 
 
@@ -298,16 +298,20 @@ class _Call:
         self.launch(_means_kernel, grid, self.k, self.v, k_means, v_means, num_warps=4)
         return k_means, v_means
 
-    def compressed(self, out, lse):
+    # A branch writes o [N, E, D] to `out`; with gates [N, E, 3] it adds its share of the gated sum to what branches of
+    # lower number have written there, and writes o to `keep`, if given.
+
+    def compressed(self, out, lse, gates=None, branch=0, keep=None):
         config = _config("compressed", self.q)
         k_means, v_means = self.means
         grid = (self.tiles(config["BM"]), self.common["E"])
-        arguments = (self.q, k_means, v_means, out, lse, len(k_means))
-        self.launch(_band_kernel, grid, *arguments, **config)
+        config |= _share(out, gates, branch, keep)
+        self.launch(_band_kernel, grid, self.q, k_means, v_means, out, lse, len(k_means), **config)
 
-    def window(self, out, lse, window_size):
+    def window(self, out, lse, window_size, gates=None, branch=0, keep=None):
         config = _config("window", self.q)
         grid = (self.tiles(config["BM"]), self.common["E"])
+        config |= _share(out, gates, branch, keep)
         self.launch(_band_kernel, grid, self.q, self.k, self.v, out, lse, min(window_size, self.n_keys), S=1, **config)
 
     def choose(self, lse, blocks):
@@ -350,15 +354,12 @@ class _Call:
         config["BN"] = min(config["BN"], self.block_size)
         return {**config, "BQ": tile, "HEADS_P2": self.heads_p2}
 
-    def selected(self, blocks, out, lse, gates=None, o_cmp=None, o_win=None, o_slc=None):
-        """With gates [N, E, 3] and the outputs of the other branches, `out` is the gated sum; o_slc, if given, gets
-        what else would be `out`."""
+    def selected(self, blocks, out, lse, gates=None, branch=0, keep=None):
         config = self.selected_config("selected")
         union, room = self.union(blocks, config["BQ"])
         grid = (self.tiles(config["BQ"]), self.groups)
-        options = {"UNION": room, "GATED": gates is not None, "KEEP": o_slc is not None}
-        others = [out if x is None else x for x in (gates, o_cmp, o_win, o_slc)]
-        self.launch(_selected_kernel, grid, self.q, self.k, self.v, out, lse, *union, *others, **options, **config)
+        options = {"UNION": room, **_share(out, gates, branch, keep), **config}
+        self.launch(_selected_kernel, grid, self.q, self.k, self.v, out, lse, *union, **options)
 
 
 class _Backward(_Call):
@@ -493,6 +494,12 @@ class _Backward(_Call):
         return queries, *(x.int() for x in (list_of, start_of, offsets, first_piece))
 
 
+def _share(out, gates, branch, keep) -> dict:
+    """What `_store_share` needs to know, by name."""
+    sharing = {"GATED": gates is not None, "BRANCH": branch, "KEEP": keep is not None}
+    return {"GATES": out if gates is None else gates, "KEPT": out if keep is None else keep, **sharing}
+
+
 @functools.lru_cache(maxsize=64)
 def _head_table(heads: tuple, starts: tuple, device: torch.device) -> torch.Tensor:
     """int32: the query head of each entry, its KV head, and where the entries of each KV head start."""
@@ -501,7 +508,8 @@ def _head_table(heads: tuple, starts: tuple, device: torch.device) -> torch.Tens
         return torch.tensor([*heads, *groups, *starts], dtype=torch.int32).to(device)
 
 
-# Rows (queries, or queries times heads) and keys of a tile, by what compiles without spilling at a head dim of 128.
+# Rows (queries, or queries times heads) and keys of a tile, by what compiles without spilling at a head dim of 128:
+# where a program has 227 KB of shared memory, and where it has 99 KB or an architecture is not known.
 _HOPPER = {
     "compressed": {"BM": 128, "BN": 64, "num_warps": 8, "num_stages": 3},
     "importance": {"BM": 64, "BN": 128, "num_warps": 4, "num_stages": 2},
@@ -529,7 +537,7 @@ def _config(kernel: str, q: torch.Tensor) -> dict:
     """Tile sizes and launch options of a kernel for the device and dtype of q; never by sequence length."""
     if q.dtype == torch.float32:
         return dict(_FP32[kernel])
-    return dict((_HOPPER if _capability(q.device) >= (9, 0) else _AMPERE)[kernel])
+    return dict((_HOPPER if _capability(q.device)[0] in (9, 10) else _AMPERE)[kernel])
 
 
 def _capability(device: torch.device) -> tuple[int, int]:
@@ -631,9 +639,10 @@ def _means_kernel(
 
 @_jit
 def _band_kernel(
-    Q, K, V, OUT, LSE, window, CU_Q, CU_K, B, HEADS, scale,
+    Q, K, V, OUT, LSE, window, GATES, KEPT, CU_Q, CU_K, B, HEADS, scale,
     H: tl.constexpr, E: tl.constexpr, G: tl.constexpr, D: tl.constexpr, D_P2: tl.constexpr, B_P2: tl.constexpr,
     PRECISION: tl.constexpr, S: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    GATED: tl.constexpr, BRANCH: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """Attention of one head of a tile over the last `window` keys that end at or before each query, where a key stands
     for S tokens: block means (all of them are in the window) or, with S = 1, tokens."""
@@ -669,9 +678,9 @@ def _band_kernel(
             v = _load(V, at, there, D, D_P2, True)
             acc, top, total = _softmax_step(acc, top, total, x, v, scale, row, PRECISION)
         o, lse = _finish(acc, top, total)
-        out = (q0 + m).to(tl.int64) * E + e
-        _store(OUT, out * D, row, o, D, D_P2)
-        tl.store(LSE + out, lse, mask=row)
+        at = (q0 + m).to(tl.int64) * E + e
+        tl.store(LSE + at, lse, mask=row)
+        _store_share(OUT, KEPT, GATES, at, row, o, D, D_P2, GATED, BRANCH, KEEP)
 
 
 @_jit
@@ -794,14 +803,13 @@ def _union_kernel(
 
 @_jit
 def _selected_kernel(
-    Q, K, V, OUT, LSE, UNION_, BITS, SIZES, GATES, O_CMP, O_WIN, O_SLC, CU_Q, CU_K, B, HEADS, scale,
+    Q, K, V, OUT, LSE, UNION_, BITS, SIZES, GATES, KEPT, CU_Q, CU_K, B, HEADS, scale,
     H: tl.constexpr, E: tl.constexpr, G: tl.constexpr, D: tl.constexpr, D_P2: tl.constexpr, B_P2: tl.constexpr,
-    PRECISION: tl.constexpr, UNION: tl.constexpr, GATED: tl.constexpr, KEEP: tl.constexpr, BN: tl.constexpr,
-    S: tl.constexpr, BQ: tl.constexpr, HEADS_P2: tl.constexpr,
+    PRECISION: tl.constexpr, UNION: tl.constexpr, BN: tl.constexpr, S: tl.constexpr, BQ: tl.constexpr,
+    HEADS_P2: tl.constexpr, GATED: tl.constexpr, BRANCH: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """Attention of a tile over the union of its blocks: rows are its queries times the heads of a KV head, and a row
-    takes part in the blocks that its query chose. GATED: OUT is the gated sum with the other branches; with KEEP,
-    O_SLC is this one's share before its gate."""
+    takes part in the blocks that its query chose."""
     tile = tl.program_id(0)
     g = tl.program_id(1)
     first, q0, k0, block0, n_q, n_k = _place(tile, CU_Q, CU_K, B, BQ, 0, S, B_P2)
@@ -835,16 +843,24 @@ def _selected_kernel(
             v = _load(V, where, there, D, D_P2, True)
             acc, top, total = _softmax_step(acc, top, total, x, v, scale, on, PRECISION)
         o, lse = _finish(acc, top, total)
-        if KEEP:
-            _store(O_SLC, at_e * D, row, o, D, D_P2)
-        if GATED:
-            o = o * tl.load(GATES + at_e * 3 + 1, mask=row, other=0.0).to(tl.float32)[:, None]
-            g_cmp = tl.load(GATES + at_e * 3, mask=row, other=0.0).to(tl.float32)
-            o += g_cmp[:, None] * _load(O_CMP, at_e * D, row, D, D_P2, True).to(tl.float32)
-            g_win = tl.load(GATES + at_e * 3 + 2, mask=row, other=0.0).to(tl.float32)
-            o += g_win[:, None] * _load(O_WIN, at_e * D, row, D, D_P2, True).to(tl.float32)
-        _store(OUT, at_e * D, row, o, D, D_P2)
         tl.store(LSE + at_e, lse, mask=row)
+        _store_share(OUT, KEPT, GATES, at_e, row, o, D, D_P2, GATED, BRANCH, KEEP)
+
+
+@_jit
+def _store_share(
+    OUT, KEPT, GATES, at, row, o,
+    D: tl.constexpr, D_P2: tl.constexpr, GATED: tl.constexpr, BRANCH: tl.constexpr, KEEP: tl.constexpr,
+):  # fmt: skip
+    """Store o [R, D] at the rows `at` of [N, E]; GATED: a branch's share of the gated sum, added to those of lower
+    number, and with KEEP o itself to KEPT."""
+    if KEEP:
+        _store(KEPT, at * D, row, o, D, D_P2)
+    if GATED:
+        o *= tl.load(GATES + at * 3 + BRANCH, mask=row, other=0.0).to(tl.float32)[:, None]
+        if BRANCH > 0:
+            o += _load(OUT, at * D, row, D, D_P2, True).to(tl.float32)
+    _store(OUT, at * D, row, o, D, D_P2)
 
 
 @_jit
