@@ -1,6 +1,7 @@
-"""Time of one attention layer, forward: the branches of Native Sparse Attention, all of it, and dense attention.
+"""Time of one attention layer: the branches of Native Sparse Attention, all of it, and dense attention.
 
-    python benchmarks/attention.py                          # 4K ... 256K tokens in the shape of the 7B
+    python benchmarks/attention.py                          # 4K ... 256K tokens in the shape of the 7B, forward
+    python benchmarks/attention.py --backward               # also backward, and forward and backward together
     python benchmarks/attention.py --lengths 64K 128K --overlaps 0.8 0.9
 
 What users call is what is measured: the functions of `nsa_triton.py` (on a GPU) and `nsa_torch.py` (on a CPU, and up
@@ -10,6 +11,7 @@ to 8K tokens on a GPU), against every dense kernel there is, in the same run. RE
 import argparse
 import functools
 import importlib.util
+import itertools
 import warnings
 
 import torch
@@ -19,6 +21,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from videonsa import nsa_torch, nsa_triton
 
+PASSES = ("forward", "backward", "forward+backward")
 SDPA_BACKENDS = ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
 FLASH_PACKAGES = {"FlashAttention-2": "flash_attn", "FlashAttention-3": "flash_attn_interface"}
 SMALL = 8192  # tokens up to which kernels run that are slow, or hold all scores: nsa_torch and SDPA's MATH
@@ -27,8 +30,8 @@ TILE = 16  # adjacent queries whose blocks are united: what a tile of nsa_triton
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    lengths = [2**i for i in range(12, 19)]
-    parser.add_argument("--lengths", type=parse_length, nargs="+", default=lengths, help="tokens (4K ... 256K)")
+    parser.add_argument("--lengths", type=parse_length, nargs="+", help="tokens (4K ... 256K; --backward: also 36K)")
+    parser.add_argument("--backward", action="store_true", help="measure backward and forward+backward, too")
     parser.add_argument("--overlaps", type=float, nargs="*", default=[0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.96],
                         help="of the blocks of neighbouring queries, besides random queries (%(default)s)")  # fmt: skip
     for name, default in (
@@ -37,28 +40,33 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default, help="(%(default)s)")
     add_options(parser)
     args = parser.parse_args()
+    args.passes = PASSES if args.backward else PASSES[:1]
+    if args.lengths is None:
+        args.lengths = sorted([2**i for i in range(12, 19)] + [36864] * args.backward)
     device = torch.device(args.device)
     shape = ("dtype", "heads", "kv_heads", "head_dim", "block_size", "block_count", "window_size")
     same = {"benchmark": "attention", **environment(device, args.date), **{name: getattr(args, name) for name in shape}}
     print(", ".join(f"{name} {value}" for name, value in same.items() if value is not None))
     for tokens in args.lengths:
         rows = measure_length(tokens, device, args)
-        dense_ms = min((row["ms"] for row in rows if row["part"] == "dense" and "ms" in row), default=None)
-        for row in rows:
-            if dense_ms is not None and "ms" in row:
-                row["speedup"] = round(dense_ms / row["ms"], 3)  # over the fastest dense kernel of this run
-        columns = ("part", "kernel", "selection", "overlap", "union", "ms", "ms_low", "ms_high", "peak_mb", "speedup")
-        print(f"\n{tokens:,} tokens")
-        print_table(columns, [row for row in rows if "ms" in row])
+        for name in args.passes:
+            timed = [row for row in rows if row["pass"] == name and "ms" in row]
+            dense_ms = min((row["ms"] for row in timed if row["part"] == "dense"), default=None)
+            if dense_ms is not None:
+                for row in timed:
+                    row["speedup"] = round(dense_ms / row["ms"], 3)  # over the fastest dense kernel of this run
+            print(f"\n{tokens:,} tokens, {name}")
+            columns = ("part", "kernel", "selection", "overlap", "union", "ms", "ms_low", "ms_high", "peak_mb")
+            print_table((*columns, "speedup"), timed)
         for row in rows:
             if "skipped" in row:
-                print(f"skipped: {row['part']} {row['kernel']}: {row['skipped']}")
+                print(f"skipped: {row['part']} {row['kernel']}, {row['pass']}: {row['skipped']}")
         append_rows(args.output / "attention.json", [{**same, "tokens": tokens, **row} for row in rows])
 
 
 @torch.no_grad()
 def measure_length(tokens: int, device: torch.device, args: argparse.Namespace) -> list[dict]:
-    """Rows for all dense kernels, branches, and selections at one length."""
+    """Rows for all dense kernels, branches, selections and passes at one length."""
     torch.manual_seed(0)
     new = functools.partial(torch.randn, dtype=DTYPES[args.dtype], device=device)
     token = new(tokens, args.heads, args.head_dim)
@@ -78,43 +86,62 @@ def measure_length(tokens: int, device: torch.device, args: argparse.Namespace) 
         blocking = {"block_size": args.block_size, "block_count": args.block_count}
         return lse, module.select_blocks(q, k, lse, cu_seqlens, **blocking)
 
-    def branches(module, q, lse, blocks) -> dict:
+    def time_branches(module, q, lse, blocks, parts, selection) -> list[dict]:
         block_size = {"block_size": args.block_size}
         blocking, window = {**block_size, "block_count": args.block_count}, {"window_size": args.window_size}
-        return {
-            "compressed": lambda: module.compressed_attention(q, k, v, cu_seqlens, **block_size),
+        calls = {
+            "compressed": lambda q, k, v: module.compressed_attention(q, k, v, cu_seqlens, **block_size)[0],
             "select": lambda: module.select_blocks(q, k, lse, cu_seqlens, **blocking),
-            "selected": lambda: module.selected_attention(q, k, v, blocks, cu_seqlens, **block_size),
-            "window": lambda: module.window_attention(q, k, v, cu_seqlens, **window),
-            "whole": lambda: module.nsa_attention(q, k, v, gates, cu_seqlens, **blocking, **window),
+            "selected": lambda q, k, v: module.selected_attention(q, k, v, blocks, cu_seqlens, **block_size)[0],
+            "window": lambda q, k, v: module.window_attention(q, k, v, cu_seqlens, **window)[0],
+            "whole": lambda q, k, v, gates: module.nsa_attention(q, k, v, gates, cu_seqlens, **blocking, **window),
         }
+        rows = []
+        for part in parts:
+            row = {"part": part, "kernel": module.__name__.split("_")[-1]}
+            row |= {} if part in ("compressed", "window") else selection
+            tensors = {"select": (), "whole": (q, k, v, gates)}.get(part, (q, k, v))  # that have gradients
+            for name in args.passes if tensors else args.passes[:1]:
+                rows.append({**row, "pass": name, **time_pass(name, calls[part], tensors, timed)})
+        return rows
 
-    rows = dense_rows(queries(1.0), k, v, timed)
-    modules = {"triton": nsa_triton} if device.type == "cuda" else {}
+    rows = dense_rows(queries(1.0), k, v, args.passes, timed)
+    modules = [nsa_triton] if device.type == "cuda" else []
     if not modules or tokens <= SMALL:
-        modules["torch"] = nsa_torch
-    for name, module in modules.items():
+        modules.append(nsa_torch)
+    for module in modules:
         q = queries(1.0)
         lse, blocks = choose(module, q)
-        selection = {"selection": "random", **statistics_of(blocks)}
-        for part, call in branches(module, q, lse, blocks).items():
-            row = {"part": part, "kernel": name, **({} if part in ("compressed", "window") else selection)}
-            rows.append({**row, **timed(call)})
+        random = {"selection": "random", **statistics_of(blocks)}
+        parts = ("compressed", "select", "selected", "window", "whole")
+        rows += time_branches(module, q, lse, blocks, parts, random)
 
-    name, module = next(iter(modules.items()))
+    module = modules[0]
     for target in args.overlaps:
-        if selection["overlap"] is None or target <= selection["overlap"]:
+        if random["overlap"] is None or target <= random["overlap"]:
             continue  # there is no choice, or random selections overlap more than that
         q = queries(noise_for(target, lambda noise: statistics_of(choose(module, queries(noise))[1])["overlap"]))
         lse, blocks = choose(module, q)
         correlated = {"selection": f"overlap {target}", **statistics_of(blocks)}
-        for part, call in branches(module, q, lse, blocks).items():
-            if part in ("selected", "whole"):
-                rows.append({"part": part, "kernel": name, **correlated, **timed(call)})
+        rows += time_branches(module, q, lse, blocks, ("selected", "whole"), correlated)
     return rows
 
 
-def dense_rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, timed) -> list[dict]:
+def time_pass(name: str, call, tensors: tuple, timed) -> dict:
+    """Time of one of `PASSES` through call(*tensors), which returns o in the shape of the first of them, with gradients
+    for all of them, which are not added to others."""
+    if name == "forward":
+        return timed(functools.partial(call, *tensors))
+    leaves = [x.detach().requires_grad_() for x in tensors]
+    d_out = torch.randn_like(tensors[0])
+    with torch.enable_grad():
+        if name == "backward":
+            graph = functools.cache(lambda: call(*leaves))  # made by the first call, before time and memory count
+            return timed(lambda: torch.autograd.grad(graph(), leaves, d_out, retain_graph=True))
+        return timed(lambda: torch.autograd.grad(call(*leaves), leaves, d_out))
+
+
+def dense_rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, passes: tuple[str, ...], timed) -> list[dict]:
     """Causal attention of all queries by each kernel alone; q [tokens, heads, dim], k and v [tokens, kv heads, dim].
 
     Backends of SDPA get KV heads as they are where they can (enable_gqa), else repeated beforehand: the note says so,
@@ -124,25 +151,26 @@ def dense_rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, timed) -> list
     kernels = {}
     for name in SDPA_BACKENDS:
         if name != "MATH" or len(q) <= SMALL:
+            call = functools.partial(_sdpa, getattr(SDPBackend, name))
             kernels[f"sdpa {name}"] = [
-                (note, functools.partial(_sdpa, getattr(SDPBackend, name), *(x.transpose(0, 1)[None] for x in tensors)))
+                (note, call, tuple(x.transpose(0, 1)[None] for x in tensors))
                 for note, tensors in ((None, (q, k, v)), ("KV heads repeated beforehand", (q, *repeated)))
             ]
     for name, package in FLASH_PACKAGES.items():
         if q.is_cuda and importlib.util.find_spec(package):
-            kernels[name] = [(None, functools.partial(_flash_attention, package, *(x[None] for x in (q, k, v))))]
+            call = functools.partial(_flash_attention, package)
+            kernels[name] = [(None, call, tuple(x[None] for x in (q, k, v)))]
     rows = []
-    for name, calls in kernels.items():
-        for note, call in calls:
-            row = {"part": "dense", "kernel": name}
+    for (name, calls), which in itertools.product(kernels.items(), passes):
+        for note, call, tensors in calls:
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # what about these tensors a backend cannot do
-                    row |= {"note": note, **timed(call)}
+                    figures = {"note": note, **time_pass(which, call, tensors, timed)}
                 break
             except (RuntimeError, ImportError) as error:
-                row["skipped"] = str(error).split("\n")[0]
-        rows.append(row)
+                figures = {"skipped": str(error).split("\n")[0]}
+        rows.append({"part": "dense", "kernel": name, "pass": which, **figures})
     return rows
 
 
@@ -152,7 +180,8 @@ def _sdpa(backend, q, k, v):
 
 
 def _flash_attention(package, q, k, v):
-    return importlib.import_module(package).flash_attn_func(q, k, v, causal=True)
+    out = importlib.import_module(package).flash_attn_func(q, k, v, causal=True)
+    return out[0] if isinstance(out, tuple) else out  # FlashAttention-3 may return the lse, too
 
 
 def statistics_of(blocks: torch.Tensor) -> dict:

@@ -1,7 +1,8 @@
-"""What the benchmarks share: the checkout they measure, command-line options, timing, and rows of results.
+"""What the benchmarks share: the checkout they measure, options, models and prompts, timing, and rows of results.
 
 A row is one measured figure with everything needed to judge it: shape, kernel, selection, hardware, versions, clocks.
-`attention.py`, `prefill.py` and `video.py` write them, `plot.py` draws them, README.md says how to read them.
+`attention.py`, `prefill.py`, `train_step.py` and `video.py` write them, `plot.py` draws them, README.md says how to
+read them.
 """
 
 import importlib.machinery
@@ -22,6 +23,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).resolve().parent / "results"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+FRAME_PAIR = (1, 16, 16)  # grid of patches of two frames of 224 x 224, which become 64 tokens
+TEXT_BEFORE = 16  # tokens before a video: the system prompt
 
 # `videonsa` is the checkout that this file lies in, installed or not: import common before anything of it.
 _spec = importlib.machinery.ModuleSpec("videonsa", None, is_package=True)
@@ -35,7 +38,7 @@ def parse_length(text: str) -> int:
 
 
 def add_options(parser) -> None:
-    """The options of attention.py and prefill.py that do not say what is measured."""
+    """The options of all scripts that run the attention which do not say what is measured."""
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
     parser.add_argument("--dtype", default="bf16", choices=DTYPES, help="(%(default)s)")
     parser.add_argument("--seconds", type=float, default=1.0, help="time for each figure beyond its least runs (1)")
@@ -46,6 +49,91 @@ def add_output_options(parser) -> None:
     """The options of all scripts."""
     parser.add_argument("--date", help="stored with every row, and tells runs apart (default: now, in UTC)")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the JSON file (benchmarks/results)")
+
+
+def add_model_options(parser, lengths: list[int]) -> None:
+    """The options of prefill.py and train_step.py: their prompt, kernels and shape but for the number of layers."""
+    parser.add_argument("--lengths", type=parse_length, nargs="+", default=lengths, help="vision tokens (8K ... 128K)")
+    parser.add_argument("--question", type=int, default=32, help="text tokens after the video (%(default)s)")
+    parser.add_argument("--attention", default="sdpa", help="what the stock model runs (%(default)s)")
+    backend = "triton" if torch.cuda.is_available() else "torch"
+    parser.add_argument("--backend", default=backend, choices=("triton", "torch"), help="nsa_backend (%(default)s)")
+    for name, default in (("hidden", 3584), ("heads", 28), ("kv-heads", 4)):
+        parser.add_argument(f"--{name}", type=int, default=default, help="(%(default)s)")
+
+
+def parse_model_options(parser):
+    """The values of these options."""
+    args = parser.parse_args()
+    if any(tokens % 64 for tokens in args.lengths):
+        parser.error("--lengths must be multiples of 64, the tokens of two frames")
+    return args
+
+
+def make_models(args, device: torch.device, layers: int, vocabulary: int = 152064) -> dict:
+    """VideoNSA and stock Qwen2.5-VL with the same random weights, but for the gates that only the former has, and next
+    to no vision tower."""
+    # Here because readers.py, which measures what importing its readers takes, imports this file, too.
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    from videonsa.configuration_videonsa import VideoNSAConfig
+    from videonsa.modeling_videonsa import VideoNSAForConditionalGeneration
+
+    quarter = args.hidden // args.heads // 8
+    settings = {
+        "text_config": {
+            "hidden_size": args.hidden,
+            "intermediate_size": args.hidden * 37 // 7,  # 18,944 for 3,584
+            "num_hidden_layers": layers,
+            "num_attention_heads": args.heads,
+            "num_key_value_heads": args.kv_heads,
+            "vocab_size": vocabulary,
+            "max_position_embeddings": 128000,
+            "rms_norm_eps": 1e-6,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e6,
+                "mrope_section": [quarter, quarter * 3 // 2, quarter * 4 - quarter - quarter * 3 // 2],
+            },
+        },
+        "vision_config": {
+            "depth": 1,
+            "hidden_size": 32,
+            "intermediate_size": 32,
+            "num_heads": 2,
+            "out_hidden_size": 32,
+        },
+        "image_token_id": 151655,
+        "video_token_id": 151656,
+        "tie_word_embeddings": False,
+    }
+    torch.manual_seed(0)
+    with device:
+        model = VideoNSAForConditionalGeneration._from_config(
+            VideoNSAConfig(**settings, nsa_backend=args.backend), dtype=DTYPES[args.dtype], attn_implementation="sdpa"
+        )
+        stock = Qwen2_5_VLForConditionalGeneration._from_config(
+            Qwen2_5_VLConfig(**settings), dtype=DTYPES[args.dtype], attn_implementation=args.attention
+        )
+    missing = stock.load_state_dict(model.state_dict(), strict=False, assign=True).missing_keys
+    assert not missing, missing
+    return {"VideoNSA": model.eval(), "Qwen2.5-VL": stock.eval()}
+
+
+def make_prompt(model, tokens: int, question: int) -> dict:
+    """For a VideoNSA model: text, a video of `tokens` vision tokens, text, as embeddings [1, length, hidden], positions
+    [3, 1, length] and types.
+
+    The embeddings are random, so that tokens choose their blocks all but independently of their neighbours.
+    """
+    types = torch.zeros(1, TEXT_BEFORE + tokens + question, dtype=torch.int32, device=model.device)
+    types[:, TEXT_BEFORE : TEXT_BEFORE + tokens] = 2
+    pairs, height, width = FRAME_PAIR
+    grid = torch.tensor([[pairs * tokens // 64, height, width]])
+    positions, _ = model.model.get_rope_index(types, mm_token_type_ids=types, video_grid_thw=grid)
+    hidden = model.config.text_config.hidden_size
+    embeddings = torch.randn(*types.shape, hidden, dtype=model.dtype, device=model.device) * 0.02
+    return {"inputs_embeds": embeddings, "position_ids": positions, "mm_token_type_ids": types}
 
 
 def environment(device: torch.device, date: str | None) -> dict:

@@ -1,4 +1,4 @@
-"""Draw the results of attention.py, prefill.py and video.py: one PNG for each JSON file, of its latest run.
+"""Draw the results of the benchmarks: one PNG for each JSON file, of its latest run.
 
     python benchmarks/plot.py                               # results/*.json -> results/*.png
     python benchmarks/plot.py --input my/results --date 2026-01-31
@@ -29,7 +29,13 @@ def main() -> None:
     output = args.output or args.input
     output.mkdir(parents=True, exist_ok=True)
     drawn = 0
-    for name, draw in (("attention", draw_attention), ("prefill", draw_prefill), ("video", draw_video)):
+    drawings = {
+        "attention": draw_attention,
+        "prefill": draw_prefill,
+        "train_step": draw_train_step,
+        "video": draw_video,
+    }
+    for name, draw in drawings.items():
         path = args.input / f"{name}.json"
         if not path.exists():
             continue
@@ -46,24 +52,27 @@ def main() -> None:
         print(output / f"{name}.png")
         drawn += 1
     if not drawn:
-        sys.exit(f"plot.py: no attention.json, prefill.json or video.json in {args.input}")
+        sys.exit(f"plot.py: none of {', '.join(f'{name}.json' for name in DRAWINGS)} in {args.input}")
 
 
 def draw_attention(rows: list[dict]):
-    """Dense kernels and the whole, the branches at random selections, and what overlap is worth."""
-    figure, axes = plt.subplots(1, 3, figsize=(18, 6), layout="constrained")
-    for row_filter, style in (
-        (lambda row: row["part"] == "dense", "--"),
-        (lambda row: row["part"] == "whole", "-"),
-    ):
-        lines(axes[0], filter(row_filter, rows), ("part", "kernel", "selection"), "tokens", "ms", style)
-    branches = (row for row in rows if row["part"] != "dense" and row.get("selection", "random") == "random")
-    lines(axes[1], branches, ("part", "kernel"), "tokens", "ms")
-    selected = (row for row in rows if row["part"] == "selected" and row["overlap"] is not None)
-    lines(axes[2], selected, ("tokens", "kernel"), "overlap", "ms")
-    label(axes[0], "whole layer and dense attention, forward", "tokens", "ms")
-    label(axes[1], "branches, random selections", "tokens", "ms")
-    label(axes[2], "selected attention", "overlap of neighbours' blocks (Jaccard, measured)", "ms", by_length=False)
+    """For each pass: dense kernels and the whole, the branches at random selections, and what overlap is worth."""
+    passes = list(dict.fromkeys(row["pass"] for row in rows))
+    size = {"figsize": (18, 6 * len(passes)), "layout": "constrained"}
+    figure, axes = plt.subplots(len(passes), 3, squeeze=False, **size)
+    for name, (whole, branch, overlap) in zip(passes, axes, strict=True):
+        measured = [row for row in rows if row["pass"] == name]
+        for part, style in (("dense", "--"), ("whole", "-")):
+            chosen = (row for row in measured if row["part"] == part)
+            lines(whole, chosen, ("part", "kernel", "selection"), "tokens", "ms", style)
+        chosen = (row for row in measured if row["part"] != "dense" and row.get("selection", "random") == "random")
+        lines(branch, chosen, ("part", "kernel"), "tokens", "ms")
+        chosen = (row for row in measured if row["part"] == "selected" and row["overlap"] is not None)
+        lines(overlap, chosen, ("tokens", "kernel"), "overlap", "ms")
+        label(whole, f"whole layer and dense attention, {name}", "tokens", "ms")
+        label(branch, f"branches, random selections, {name}", "tokens", "ms")
+        title = f"selected attention, {name}"
+        label(overlap, title, "overlap of neighbours' blocks (Jaccard, measured)", "ms", by_length=False)
     return figure
 
 
@@ -78,6 +87,20 @@ def draw_prefill(rows: list[dict]):
         measured = (row for row in rows if row[value] is not None)
         lines(axis, measured, ("model", "kernel"), "tokens", value)
         label(axis, title, "vision tokens", {"peak_mb": "MB", "ms": "ms"}.get(value, "tokens/s"))
+    return figure
+
+
+def draw_train_step(rows: list[dict]):
+    """Time of a layer, memory, and how many layers there were."""
+    figure, axes = plt.subplots(1, 3, figsize=(18, 6), layout="constrained")
+    for axis, value, title, unit in (
+        (axes[0], "ms_per_layer", "time of a step, per layer", "ms"),
+        (axes[1], "peak_mb", "peak memory beyond weights and optimizer, of all layers", "MB"),
+        (axes[2], "layers", "layers", "number"),
+    ):
+        measured = (row for row in rows if row[value] is not None)
+        lines(axis, measured, ("model", "kernel", "activations"), "tokens", value)
+        label(axis, title, "vision tokens", unit)
     return figure
 
 
@@ -119,7 +142,7 @@ def label(axis, title: str, x: str, y: str, by_length: bool = True) -> None:
         lengths = sorted({tokens for line in axis.lines for tokens in line.get_xdata()})
         axis.set_xscale("log", base=2)
         axis.set_xticks(lengths, [f"{n // 1024}K" if n % 1024 == 0 else str(n) for n in lengths])
-    if y == "tokens/s":
+    if y in ("tokens/s", "number"):
         axis.set_ylim(bottom=0)
     else:
         axis.set_yscale("log")
@@ -127,6 +150,8 @@ def label(axis, title: str, x: str, y: str, by_length: bool = True) -> None:
     if axis.lines:
         axis.legend(fontsize=8)
 
+
+DRAWINGS = {"attention": draw_attention, "prefill": draw_prefill, "train_step": draw_train_step, "video": draw_video}
 
 if __name__ == "__main__":
     main()

@@ -1,5 +1,6 @@
 """The benchmarks run on a CPU at tiny sizes, as on a GPU at real ones, and leave rows that plot.py can draw."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -11,27 +12,29 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 ATTENTION = {"heads": 4, "kv-heads": 2, "head-dim": 16, "block-size": 16, "block-count": 4, "window-size": 20}
-MODEL = {"layers": 2, "hidden": 64, "heads": 4, "kv-heads": 2, "new-tokens": 2}
+MODEL = {"layers": 2, "hidden": 64, "heads": 4, "kv-heads": 2}
 TIMES = {"ms", "ms_low", "ms_high", "runs", "peak_mb"}
 ABOUT = {"date", "hardware", "torch", "triton", "transformers", "commit", "dtype"}
 
 
-def run(script, *args):
-    """Run a script of benchmarks/ in a fresh process; returns it finished."""
+def run(script, *args, **variables):
+    """Run a script of benchmarks/ in a fresh process with these environment variables; returns it finished."""
     inherited = {name: x for name, x in os.environ.items() if name not in ("PYTHONPATH", "TRITON_INTERPRET")}
     return subprocess.run(
         [sys.executable, str(ROOT / "benchmarks" / script), *map(str, args)],
         capture_output=True,
         text=True,
         timeout=300,
-        env={**inherited, "OMP_NUM_THREADS": "1"},
+        env={**inherited, "OMP_NUM_THREADS": "1", **{name: str(x) for name, x in variables.items()}},
     )
 
 
 def measure(script, folder, lengths, **options):
     """The rows that a script has appended, and what it prints."""
     options |= {"device": "cpu", "seconds": 0, "date": "2000-01-01", "output": folder}
-    done = run(script, "--lengths", *lengths, *(x for name, value in options.items() for x in (f"--{name}", value)))
+    flags = (f"--{name}" for name, value in options.items() if value is True)
+    values = (x for name, value in options.items() if value is not True for x in (f"--{name}", value))
+    done = run(script, *flags, "--lengths", *lengths, *values)
     assert done.returncode == 0, done.stderr
     return json.loads((folder / script.replace(".py", ".json")).read_text()), done.stdout
 
@@ -43,12 +46,17 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def attention(folder):
-    return measure("attention.py", folder, [64, 256], overlaps=0.8, **ATTENTION)
+    return measure("attention.py", folder, [64, 256], overlaps=0.8, backward=True, **ATTENTION)
 
 
 @pytest.fixture(scope="module")
 def prefill(folder):
-    return measure("prefill.py", folder, [128], **MODEL)
+    return measure("prefill.py", folder, [128], **{"new-tokens": 2}, **MODEL)
+
+
+@pytest.fixture(scope="module")
+def train_step(folder):
+    return measure("train_step.py", folder, [128], checkpointing=True, **MODEL)
 
 
 @pytest.fixture(scope="module")
@@ -61,19 +69,21 @@ def video(folder):
     return {row["reader"]: row for row in json.loads((folder / "video.json").read_text())}, done.stdout
 
 
-def test_attention_times_every_branch_and_dense_kernels_at_every_length(attention):
+def test_attention_times_every_branch_and_dense_kernels_in_every_pass_at_every_length(attention):
     rows, printed = attention
-    for tokens in (64, 256):
-        timed = {(row["part"], row["kernel"]): row for row in rows if row["tokens"] == tokens and "ms" in row}
+    for tokens, name in itertools.product((64, 256), ("forward", "backward", "forward+backward")):
+        here = [row for row in rows if (row["tokens"], row["pass"]) == (tokens, name)]
+        timed = {(row["part"], row["kernel"]): row for row in here if "ms" in row}
         parts = {("dense", "sdpa FLASH_ATTENTION"), ("dense", "sdpa MATH")}
-        parts |= {(part, "torch") for part in ("compressed", "select", "selected", "window", "whole")}
+        parts |= {(part, "torch") for part in ("compressed", "selected", "window", "whole")}
+        parts |= {("select", "torch")} if name == "forward" else set()  # it has no gradient
         assert set(timed) == parts
         for row in timed.values():
             assert set(row) >= TIMES | ABOUT and row["date"] == "2000-01-01"
             assert 0 < row["ms_low"] <= row["ms"] <= row["ms_high"] and row["runs"] == 10
         fastest = min(row["ms"] for (part, _), row in timed.items() if part == "dense")
         assert all(row["speedup"] == pytest.approx(fastest / row["ms"], abs=1e-3) for row in timed.values())
-    assert "skipped: dense sdpa CUDNN_ATTENTION" in printed and f"{256:,} tokens" in printed
+        assert f"skipped: dense sdpa CUDNN_ATTENTION, {name}" in printed and f"{tokens} tokens, {name}" in printed
 
 
 def test_selections_are_described_by_what_was_selected(attention):
@@ -94,6 +104,29 @@ def test_prefill_compares_two_models_of_the_same_weights(prefill):
         assert row["ms"] > 0 and row["decode_tokens_per_s"] > 0
         assert row["tokens"] == 128 and row["text_tokens"] == 48 and row["layers"] == 2
     assert rows[0]["speedup"] == pytest.approx(rows[1]["ms"] / rows[0]["ms"], abs=1e-3)
+
+
+def test_train_step_compares_two_models_of_the_same_weights(train_step):
+    rows, _ = train_step
+    assert [(row["model"], row["kernel"]) for row in rows] == [("VideoNSA", "torch"), ("Qwen2.5-VL", "sdpa")]
+    for row in rows:
+        assert set(row) >= TIMES | ABOUT
+        assert row["tokens"] == 128 and row["layers"] == 2 and row["activations"] == "recomputed"
+        assert row["ms_per_layer"] == pytest.approx(row["ms"] / 2, abs=1e-3)
+        assert row["optimizer_mb"] == pytest.approx(2 * row["weights_mb"], abs=0.2)
+    assert rows[0]["speedup"] == pytest.approx(rows[1]["ms"] / rows[0]["ms"], abs=1e-3)
+
+
+def test_train_step_finds_the_number_of_layers_that_fit(tmp_path):
+    (tmp_path / "script.py").write_text("""
+import train_step
+
+for fitting in range(30):
+    train_step.time_steps = lambda layers, *_, **__: {"a": {}, "b": {"skipped": ""} if layers > fitting else {}}
+    assert train_step.layers_that_fit(0, None, None) == min(max(fitting, 1), 28)
+""")
+    done = run(tmp_path / "script.py", PYTHONPATH=ROOT / "benchmarks")
+    assert done.returncode == 0, done.stderr
 
 
 def test_video_readers_return_the_same_frames(video):
@@ -127,15 +160,19 @@ def test_a_reader_that_takes_too_much_memory_is_ended_and_said_so(video, folder,
     assert "skipped: pyav: more than 0.001 GB of memory" in done.stdout
 
 
-def test_rows_are_appended_and_drawn(attention, prefill, video, folder):
-    rows, _ = measure("prefill.py", folder, [64], **MODEL)
-    assert rows[: len(prefill[0])] == prefill[0] and {row["tokens"] for row in rows} == {128, 64}
+def test_rows_are_appended_and_drawn(attention, prefill, train_step, video, folder):
+    rows, _ = measure("train_step.py", folder, [64], **MODEL)
+    assert rows[: len(train_step[0])] == train_step[0] and {row["tokens"] for row in rows} == {128, 64}
+    assert {row["activations"] for row in rows} == {"recomputed", "kept"}
     done = run("plot.py", "--input", folder, "--output", folder / "drawn")
     assert done.returncode == 0, done.stderr
-    for name in ("attention.png", "prefill.png", "video.png"):
+    for name in ("attention.png", "prefill.png", "train_step.png", "video.png"):
         assert (folder / "drawn" / name).read_bytes().startswith(b"\x89PNG")
 
 
 def test_plot_says_what_it_misses(attention, folder, tmp_path):
-    assert "no attention.json, prefill.json or video.json" in run("plot.py", "--input", tmp_path).stderr
+    assert (
+        "none of attention.json, prefill.json, train_step.json, video.json"
+        in run("plot.py", "--input", tmp_path).stderr
+    )
     assert "no figures of 1999-01-01" in run("plot.py", "--input", folder, "--date", "1999-01-01").stderr
