@@ -422,6 +422,17 @@ def test_gradcheck_passes(branch):
     assert torch.autograd.gradcheck(call, needed, fast_mode=True)
 
 
+def test_gradcheck_passes_with_listed_query_heads():
+    (q, k, v, _), lengths = make_inputs(Case((40, 3), heads=3, kv_heads=2, dim=3))
+    gates = torch.rand(43, 4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+
+    def call(*tensors):
+        sizes = {"block_size": 16, "block_count": 3, "window_size": 5}
+        return nsa_attention(*tensors, **lengths, **sizes, query_heads=[[2], [1, 0, 2]])
+
+    assert torch.autograd.gradcheck(call, (q, k, v, gates), fast_mode=True)
+
+
 def test_no_gradient_flows_through_the_choice_of_blocks():
     tensors, lengths = make_inputs(WHOLE_CASE)
     blocks = choose(tensors, lengths, WHOLE_CASE)
@@ -659,6 +670,58 @@ def test_each_gate_weighs_its_branch(branch, gate):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Lists of query heads
+# ----------------------------------------------------------------------------------------------------------------------
+
+QUERY_HEADS = [[4, 0, 2], [1], [3, 2, 1, 0]]  # of 6: some have two KV heads, one has none
+
+
+@each_branch
+def test_listed_query_heads_are_those_heads_gathered_for_each_kv_head(branch):
+    case = Case((100, 0, 50), (60, 0, 50), heads=6, kv_heads=3, block_count=4, window_size=20)
+    (q, k, v, _), lengths = make_inputs(case)
+    gates = torch.rand(110, 8, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).requires_grad_()
+    tensors = [q, k, v, gates]
+    listed = dict(lengths, query_heads=QUERY_HEADS)
+
+    def gathered(run):
+        """`run` for each KV head with the heads of its list, as if there were no others."""
+        starts = [0, 3, 4, 8]
+        return [
+            run(
+                branch,
+                [q[:, heads], k[:, g : g + 1], v[:, g : g + 1], gates[:, starts[g] : starts[g + 1]]],
+                lengths,
+                case,
+            )
+            for g, heads in enumerate(QUERY_HEADS)
+        ]
+
+    out = run_branch(branch, tensors, listed, case)
+    expected = torch.cat(gathered(run_branch), 1)
+    assert out.shape == (110, 8, 16)
+    assert_close(out, expected, 1e-12)
+    grads = gradients(out, tensors)
+    for grad, wanted in zip(grads, gradients(expected, tensors), strict=True):
+        assert_close(grad, wanted, 1e-12)
+    assert (grads[0][:, 5] == 0).all() and (grads[0][:, :5] != 0).flatten(2).any(2).any(0).all()
+    if branch != "whole":
+        assert_close(run_lse(branch, tensors, listed, case), torch.cat(gathered(run_lse), 1), 1e-12)
+    if branch == "selection":
+        blocks = torch.cat(gathered(lambda _, *rest: choose(*rest)))
+        assert torch.equal(choose(tensors, listed, case), blocks)
+
+
+@each_branch
+def test_listing_the_usual_query_heads_changes_nothing(branch):
+    tensors, lengths = make_inputs(WHOLE_CASE)
+    listed = dict(lengths, query_heads=[[0, 1], [2, 3]])
+    assert_close(
+        run_branch(branch, tensors, listed, WHOLE_CASE), run_branch(branch, tensors, lengths, WHOLE_CASE), 1e-12
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Fewer queries than keys, and chunks
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -877,11 +940,11 @@ def test_memory_stays_below_that_of_all_scores(n, mode, matrices):
 # ----------------------------------------------------------------------------------------------------------------------
 
 ARGUMENTS = {
-    "nsa_attention": "q k v gates cu_seqlens cu_seqlens_k block_size block_count window_size",
-    "compressed_attention": "q k v cu_seqlens cu_seqlens_k block_size",
-    "select_blocks": "q k lse cu_seqlens cu_seqlens_k block_size block_count",
-    "selected_attention": "q k v blocks cu_seqlens cu_seqlens_k block_size",
-    "window_attention": "q k v cu_seqlens cu_seqlens_k window_size",
+    "nsa_attention": "q k v gates cu_seqlens cu_seqlens_k query_heads block_size block_count window_size",
+    "compressed_attention": "q k v cu_seqlens cu_seqlens_k query_heads block_size",
+    "select_blocks": "q k lse cu_seqlens cu_seqlens_k query_heads block_size block_count",
+    "selected_attention": "q k v blocks cu_seqlens cu_seqlens_k query_heads block_size",
+    "window_attention": "q k v cu_seqlens cu_seqlens_k query_heads window_size",
 }
 each_function = pytest.mark.parametrize("function", ARGUMENTS)
 
@@ -901,6 +964,7 @@ def call(function, **changes):
         "blocks": torch.zeros(2, 30, 3, dtype=torch.int32),
         "cu_seqlens": offsets((20, 10)),
         "cu_seqlens_k": None,
+        "query_heads": None,
         "block_size": 16,
         "block_count": 3,
         "window_size": 8,
@@ -940,6 +1004,31 @@ def test_window_size_must_be_1_or_more(function, window_size):
 def test_query_heads_must_be_a_multiple_of_kv_heads(function):
     with pytest.raises(ValueError, match=r"\bq\b|heads"):
         call(function, q=torch.zeros(30, 3, 8), gates=torch.zeros(30, 3, 3), lse=torch.zeros(30, 3))
+
+
+@pytest.mark.parametrize(
+    "query_heads",
+    [[[0, 1]], [[0], [1], [2]], [[0, 1], []], [[0, 0], [1]], [[0], [4]], [[0], [-1]], [[0], [1.0]], []],
+    ids=str,
+)
+@each_function
+def test_query_heads_must_be_different_heads_for_each_kv_head(function, query_heads):
+    with pytest.raises(ValueError, match="query_heads"):
+        call(function, query_heads=query_heads)
+
+
+@each_function_with("gates")
+def test_gates_need_a_row_for_each_listed_query_head(function):
+    call(function, gates=torch.zeros(30, 3, 3), query_heads=[[0, 2], [2]])
+    with pytest.raises(ValueError, match="gates"):
+        call(function, query_heads=[[0, 2], [2]])
+
+
+@each_function_with("lse")
+def test_lse_needs_a_row_for_each_listed_query_head(function):
+    call(function, lse=torch.zeros(30, 3), query_heads=[[0, 2], [2]])
+    with pytest.raises(ValueError, match="lse"):
+        call(function, query_heads=[[0, 2], [2]])
 
 
 MISMATCHES = [

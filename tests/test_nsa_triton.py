@@ -2,33 +2,43 @@
 what ptxas makes of them for GPUs that are not here. The interpreter takes seconds per case, so cases do much at once.
 """
 
+import importlib.machinery
+import importlib.util
 import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
 from pathlib import Path
 
 import offline
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from videonsa import nsa_torch, nsa_triton
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 3e-3}  # relative RMS
+GRADIENT_TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 5e-3}
 needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU: too large for the interpreter, or about devices")
 
-# lengths of the samples, query heads, KV heads, head dim, block size, block count, window, dtype[, lengths of the keys]
+LISTS = [[*range(16)], [*range(12, 28)], [*range(4, 20)], [*range(27, 19, -1)]]
+CAPABILITIES = [80, 89, 90]
+
+# lengths of the samples, query heads, KV heads, head dim, block size, block count, window, dtype, and where they differ
+# lengths of the keys, query heads of each KV head
 SMALL = {
-    "group 7, lengths 1, 63, 0, 65, packed": ([1, 63, 0, 65], 14, 2, 16, 16, 3, 20, torch.float32),
-    "group 7, bf16, dim 128, as the 7B": ([150], 7, 1, 128, 64, 32, 256, torch.bfloat16),
-    "group 7, bf16, blocks chosen": ([200], 7, 1, 32, 16, 5, 64, torch.bfloat16),
+    "group 7, lengths 1, 63, 0, 65, packed": ([1, 63, 0, 65], 7, 1, 16, 16, 3, 20, torch.float32),
+    "group 7, bf16, dim 128, as the 7B": ([66], 7, 1, 128, 64, 32, 256, torch.bfloat16),
+    "group 7, bf16, blocks chosen": ([130], 7, 1, 32, 16, 4, 50, torch.bfloat16),
     "group 1, dim 80, window 1, blocks of 32": ([64, 130], 2, 2, 80, 32, 3, 1, torch.float32),
     "group 16, dim 96, fewer queries than keys": ([5, 16], 16, 1, 96, 16, 4, 30, torch.float32, [150, 16]),
     "group 2, fp16, dim 64, one query of a long stream": ([1], 4, 2, 64, 16, 3, 7, torch.float16, [333]),
     "group 4, blocks of 128, window beyond the sample": ([140], 4, 1, 32, 128, 3, 500, torch.bfloat16),
+    "lists of query heads": ([20, 36], 6, 3, 16, 16, 3, 9, torch.float32, None, [[4, 0, 2], [1], [3, 2, 1, 0]]),
 }
 LARGE = {
     "7B, bf16": ([4096, 1, 63, 64, 65, 5000], 28, 4, 128, 64, 32, 256, torch.bfloat16),
@@ -39,29 +49,37 @@ LARGE = {
     "group 4": ([2000], 16, 4, 96, 128, 5, 100, torch.bfloat16),
     "group 16": ([2000], 32, 2, 128, 64, 16, 100, torch.bfloat16),
     "dim 16, chunks": ([77, 10], 7, 1, 16, 16, 7, 33, torch.bfloat16, [5000, 10]),
+    "lists of 16, 16, 16 and 8 heads": ([1500, 700], 28, 4, 128, 64, 8, 256, torch.bfloat16, None, LISTS),
 }
 CASES = [pytest.param(case, id=name) for name, case in SMALL.items()]
 CASES += [pytest.param(case, id=f"large: {name}", marks=needs_gpu) for name, case in LARGE.items()]
+TINY = ([30, 5], 2, 1, 16, 16, 3, 9, torch.float32)  # where one case is enough
 
 
-def inputs(lengths, heads, groups, dim, block_size, block_count, window_size, dtype, lengths_k=None, size=1.0):
-    """q, k, v, gates, and the options of nsa_attention; queries follow their keys, so that choices are decided."""
+def inputs(
+    lengths, heads, groups, dim, block_size, block_count, window_size, dtype, lengths_k=None, query_heads=None, size=1.0
+):
+    """q, k, v, gates, leaves that want a gradient; where samples start in q and, if elsewhere, in k; and the options of
+    nsa_attention."""
     generator = torch.Generator().manual_seed(0)
     q, k, v = (
         torch.randn(sum(n), h, dim, generator=generator)
         for n, h in ((lengths, heads), (lengths_k or lengths, groups), (lengths_k or lengths, groups))
     )
-    gates = torch.rand(sum(lengths), heads, 3, generator=generator)
+    entries = sum(map(len, query_heads)) if query_heads else heads
+    gates = torch.rand(sum(lengths), entries, 3, generator=generator)
     cu_seqlens, cu_seqlens_k = (
         torch.tensor([0, *accumulate(n)], dtype=torch.int32, device=DEVICE) for n in (lengths, lengths_k or lengths)
     )
-    tensors = [x.to(DEVICE, dtype) for x in (q * size, k * size, v, gates)]
+    tensors = [x.to(DEVICE, dtype).requires_grad_() for x in (q * size, k * size, v, gates)]
     options = {"block_size": block_size, "block_count": block_count, "window_size": window_size}
+    options |= {"query_heads": query_heads} if query_heads else {}
     return tensors, cu_seqlens, cu_seqlens_k if lengths_k else None, options
 
 
 def relative_rms(x, reference):
-    return float((x.double() - reference).norm() / reference.norm().clamp_min(1e-30))
+    x, reference = x.detach().double(), reference.detach()
+    return float((x - reference).norm() / reference.norm().clamp_min(1e-30))
 
 
 def assert_close(x, reference, tolerance):
@@ -70,10 +88,35 @@ def assert_close(x, reference, tolerance):
 
 
 def assert_lse_close(lse, reference, tolerance):
-    assert lse.dtype == torch.float32
+    assert lse.dtype == torch.float32 and not lse.requires_grad
     seen = reference.isfinite()
     assert torch.equal(lse == -torch.inf, ~seen)
     assert seen.sum() == 0 or (lse[seen].double() - reference[seen]).abs().max() <= tolerance
+
+
+def cotangent(out):
+    return torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.device, out.dtype)
+
+
+def gradients(out, tensors, **options):
+    return torch.autograd.grad(out, tensors, cotangent(out), **options)
+
+
+def assert_gradients_close(out, tensors, reference, doubles, tolerance=None):
+    """Gradients of `out` against those of `reference` in fp64. One that is (almost) 0, as that of the only logit of a
+    softmax, is compared on the scale of the largest."""
+    grads = gradients(out, tensors)
+    expected = torch.autograd.grad(reference, doubles, cotangent(out).double(), retain_graph=True)
+    largest = max(x.norm() for x in expected)
+    for x, grad, wanted in zip(tensors, grads, expected, strict=True):
+        assert grad.dtype == x.dtype and grad.shape == x.shape and grad.isfinite().all()
+        error = (grad.double() - wanted).norm() / wanted.norm().clamp_min(largest / 20).clamp_min(1e-30)
+        assert error <= (tolerance or GRADIENT_TOLERANCE[x.dtype])
+
+
+def assert_all_equal(tensors, others):
+    for x, other in zip(tensors, others, strict=True):
+        assert torch.equal(x, other)
 
 
 @pytest.fixture(autouse=True)
@@ -82,63 +125,86 @@ def poison(monkeypatch):
     empty, empty_like, new_empty = torch.empty, torch.empty_like, torch.Tensor.new_empty
 
     def fill(x):
-        return x.fill_(torch.nan if x.is_floating_point() else 2**30)
+        x.detach().fill_(torch.nan if x.is_floating_point() else 2**30)
+        return x
 
     monkeypatch.setattr(torch, "empty", lambda *a, **k: fill(empty(*a, **k)))
     monkeypatch.setattr(torch, "empty_like", lambda *a, **k: fill(empty_like(*a, **k)))
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: fill(new_empty(*a, **k)))
 
 
+@pytest.fixture(autouse=True)
+def larger_tiles(monkeypatch):
+    """The interpreter takes as long for a small tile as for a large one; those of fp32 are small."""
+    if DEVICE == "cpu":
+        config = {"BM": 32, "BN": 32, "num_warps": 8, "num_stages": 1}
+        monkeypatch.setattr(nsa_triton, "_FP32", dict.fromkeys(nsa_triton._FP32, config))
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """(name of the kernel, grid) of each launch."""
+    done, launch = [], nsa_triton._Call.launch
+
+    def record(self, kernel, grid, *arguments, **constants):
+        done.append((kernel.fn.__name__, grid))
+        launch(self, kernel, grid, *arguments, **constants)
+
+    monkeypatch.setattr(nsa_triton._Call, "launch", record)
+    return done
+
+
 @pytest.mark.parametrize("case", CASES)
-def test_every_branch_equals_the_torch_path_in_fp64(case):
+def test_every_branch_and_its_gradients_equal_the_torch_path_in_fp64(case):
     (q, k, v, gates), cu, cu_k, options = inputs(*case)
-    doubles = [x.double() for x in (q, k, v)]
-    tolerance = TOLERANCE[q.dtype]
-    lengths, size = {"cu_seqlens_k": cu_k}, {"block_size": options["block_size"]}
+    qkv, doubles = (q, k, v), [x.detach().double().requires_grad_() for x in (q, k, v, gates)]
+    lengths = {"cu_seqlens_k": cu_k, "query_heads": options.get("query_heads")}
+    size, window = {"block_size": options["block_size"]}, {"window_size": options["window_size"]}
+    tolerance, exact = TOLERANCE[q.dtype], q.dtype == torch.float32
 
-    o, lse = nsa_triton.compressed_attention(q, k, v, cu, **lengths, **size)
-    reference, reference_lse = nsa_torch.compressed_attention(*doubles, cu, **lengths, **size)
-    assert_close(o, reference, tolerance)
-    assert_lse_close(lse, reference_lse, 1e-2 if q.dtype != torch.float32 else 1e-5)
-
-    chosen = options["block_count"]
-    blocks = nsa_triton.select_blocks(q, k, lse, cu, **lengths, **size, block_count=chosen)
-    best = nsa_torch.select_blocks(*doubles[:2], reference_lse, cu, **lengths, **size, block_count=chosen)
+    compressed = nsa_triton.compressed_attention(*qkv, cu, **lengths, **size)
+    reference = nsa_torch.compressed_attention(*doubles[:3], cu, **lengths, **size)
+    count = {"block_count": options["block_count"]}
+    blocks = nsa_triton.select_blocks(q, k, compressed[1], cu, **lengths, **size, **count)
+    best = nsa_torch.select_blocks(*doubles[:2], reference[1], cu, **lengths, **size, **count)
     assert blocks.dtype == torch.int32
     different = (blocks != best).any(-1).float().mean()
-    assert different == 0 if q.dtype == torch.float32 else different < 0.05  # means are rounded to the dtype of k
+    assert different == 0 if exact else different < 0.05  # means are rounded to the dtype of k
 
-    o, lse = nsa_triton.selected_attention(q, k, v, best, cu, **lengths, **size)
-    reference, reference_lse = nsa_torch.selected_attention(*doubles, best, cu, **lengths, **size)
-    assert_close(o, reference, tolerance)
-    assert_lse_close(lse, reference_lse, 1e-4 if q.dtype != torch.float32 else 1e-5)
+    # With the kernels' own choice of blocks, since one near tie decided otherwise is no error.
+    selected = nsa_triton.selected_attention(*qkv, blocks, cu, **lengths, **size)
+    windowed = nsa_triton.window_attention(*qkv, cu, **lengths, **window)
+    references = [
+        reference,
+        nsa_torch.selected_attention(*doubles[:3], blocks, cu, **lengths, **size),
+        nsa_torch.window_attention(*doubles[:3], cu, **lengths, **window),
+    ]
+    for branch, lse_tolerance in ((0, 1e-2), (1, 1e-4), (2, 1e-4)):
+        o, lse = (compressed, selected, windowed)[branch]
+        reference, reference_lse = references[branch]
+        assert_close(o, reference, tolerance)
+        assert_lse_close(lse, reference_lse, 1e-5 if exact else lse_tolerance)
+        assert_gradients_close(o, qkv, reference, doubles[:3])
 
-    window = {"window_size": options["window_size"]}
-    o, lse = nsa_triton.window_attention(q, k, v, cu, **lengths, **window)
-    reference, reference_lse = nsa_torch.window_attention(*doubles, cu, **lengths, **window)
-    assert_close(o, reference, tolerance)
-    assert_lse_close(lse, reference_lse, 1e-4 if q.dtype != torch.float32 else 1e-5)
-
-    # The whole: with the kernels' own choice of blocks, since one near tie decided otherwise is no error.
-    out = nsa_triton.nsa_attention(q, k, v, gates, cu, **lengths, **options)
-    branches = (
-        nsa_torch.compressed_attention(*doubles, cu, **lengths, **size)[0],
-        nsa_torch.selected_attention(*doubles, blocks, cu, **lengths, **size)[0],
-        nsa_torch.window_attention(*doubles, cu, **lengths, **window)[0],
-    )
-    assert_close(out, sum(gates.double()[..., b, None] * o for b, o in enumerate(branches)), tolerance)
+    out = nsa_triton.nsa_attention(*qkv, gates, cu, cu_seqlens_k=cu_k, **options)
+    reference = sum(doubles[3][..., b, None] * o for b, (o, _) in enumerate(references))
+    assert_close(out, reference, tolerance)
+    assert_gradients_close(out, (*qkv, gates), reference, doubles)
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # in the interpreter, where masked
 def test_large_logits_neither_overflow_nor_lose_the_largest():
-    (q, k, v, gates), cu, _, options = inputs([70], 7, 1, 32, 16, 3, 9, torch.float32, size=9.0)
-    assert (q[:, 0] @ k[:, 0].T).abs().max() * 32**-0.5 > 150
-    out = nsa_triton.nsa_attention(q, k, v, gates, cu, **options)
-    reference = nsa_torch.nsa_attention(*(x.double() for x in (q, k, v, gates)), cu, **options)
+    tensors, cu, _, options = inputs([70], 3, 1, 32, 16, 3, 9, torch.float32, size=10.0)
+    q, k = tensors[:2]
+    assert (q[:, 0] @ k[:, 0].T).abs().max() * 32**-0.5 > 200
+    doubles = [x.detach().double().requires_grad_() for x in tensors]
+    out, reference = nsa_triton.nsa_attention(*tensors, cu, **options), nsa_torch.nsa_attention(*doubles, cu, **options)
     assert_close(out, reference, 1e-4)
+    assert_gradients_close(out, tensors, reference, doubles, 1e-4)
 
 
 def test_ties_go_to_the_lower_block():
-    (q, k, v, gates), cu, _, options = inputs([150], 7, 1, 16, 16, 5, 9, torch.float32)
+    (q, k, v, _), cu, _, _ = inputs([150], 2, 1, 16, 16, 5, 9, torch.float32)
     q = torch.zeros_like(q)  # all blocks are equally important
     _, lse = nsa_triton.compressed_attention(q, k, v, cu, block_size=16)
     blocks = nsa_triton.select_blocks(q, k, lse, cu, block_size=16, block_count=5)
@@ -146,35 +212,206 @@ def test_ties_go_to_the_lower_block():
     assert blocks[0, 40].tolist() == [0, 1, 2, -1, -1]
 
 
+def test_any_blocks_can_be_given():
+    """Repeated, in any order, after the query, beyond the sample, none at all."""
+    (q, k, v, _), cu, _, _ = inputs([37, 20], 4, 2, 16, 16, 3, 9, torch.float32)
+    generator = torch.Generator().manual_seed(2)
+    blocks = torch.randint(-2, 7, (2, len(q), 6), generator=generator).to(DEVICE, torch.int32)
+    blocks[0, 5], blocks[:, 50] = 0, -1
+    doubles = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    o, lse = nsa_triton.selected_attention(q, k, v, blocks, cu, block_size=16)
+    reference, reference_lse = nsa_torch.selected_attention(*doubles, blocks, cu, block_size=16)
+    assert (o[50] == 0).all() and (lse[50] == -torch.inf).all()
+    assert_close(o, reference, 1e-5)
+    assert_lse_close(lse, reference_lse, 1e-5)
+    assert_gradients_close(o, (q, k, v), reference, doubles)
+
+
 def test_importance_in_chunks_changes_nothing(monkeypatch):
-    (q, k, v, gates), cu, _, options = inputs([100, 90], 7, 1, 16, 16, 3, 9, torch.float32)
-    whole = nsa_triton.nsa_attention(q, k, v, gates, cu, **options)
+    (q, k, v, _), cu, _, _ = inputs([100, 90], 2, 2, 16, 16, 3, 9, torch.float32)
+    _, lse = nsa_triton.compressed_attention(q, k, v, cu, block_size=16)
+    whole = nsa_triton.select_blocks(q, k, lse, cu, block_size=16, block_count=4)
     monkeypatch.setattr(nsa_triton, "MAX_IMPORTANCE", 1)
-    assert torch.equal(nsa_triton.nsa_attention(q, k, v, gates, cu, **options), whole)
+    assert torch.equal(nsa_triton.select_blocks(q, k, lse, cu, block_size=16, block_count=4), whole)
 
 
-@pytest.mark.parametrize("changed", [0, 31, 64])
-def test_later_tokens_leave_earlier_outputs_bit_identical(changed):
-    (q, k, v, gates), cu, _, options = inputs([20, 70], 7, 1, 16, 16, 3, 9, torch.float32)
-    before = nsa_triton.nsa_attention(q, k, v, gates, cu, **options)
-    for x in (q, k, v):
-        x[20 + changed] += 1.0
-    after = nsa_triton.nsa_attention(q, k, v, gates, cu, **options)
-    assert torch.equal(before[: 20 + changed], after[: 20 + changed])
-    assert not torch.equal(before[20 + changed :], after[20 + changed :])
+def test_how_sums_are_split_changes_gradients_by_rounding_alone(launches, monkeypatch):
+    tensors, cu, _, options = inputs([100, 40], 2, 2, 16, 16, 4, 9, torch.float32)
+
+    q, k, v, gates = tensors
+    out = nsa_triton.nsa_attention(q.detach(), k, v, gates.detach(), cu, **options)
+
+    def run():
+        """dk and dv, and the grids of three kernels."""
+        launches.clear()
+        grads = gradients(out, (k, v), retain_graph=True)
+        kernels = "_band_dkv_kernel", "_selected_dkv_kernel", "_collect_kernel"
+        return grads, *([grid for name, grid in launches if name == kernel] for kernel in kernels)
+
+    grads, bands, pieces, collections = run()
+    assert bands[1][2] > 1 and len(collections) == 1  # the queries of the compression are split
+    monkeypatch.setattr(nsa_triton, "MAX_PARTIAL", 1)
+    by_head, _, _, collections = run()
+    assert len(collections) == 2  # KV head by KV head
+    assert_all_equal(by_head, grads)
+    monkeypatch.setattr(nsa_triton, "MAX_LIST", 32)
+    monkeypatch.setattr(nsa_triton, "MIN_PROGRAMS", 1)
+    split, bands, more_pieces, _ = run()
+    assert bands[1][2] == 1 and more_pieces[0][0] > pieces[0][0]
+    for grad, expected in zip(split, grads, strict=True):
+        assert_close(grad, expected.double(), 1e-6)
+
+
+def test_later_tokens_change_nothing_earlier():
+    """Neither outputs, bit by bit, nor do gradients of outputs reach what comes after them."""
+    lengths, changes = [16, 50, 66], [0, 31, 48]  # a token of each sample
+    tensors, cu, _, options = inputs(lengths, 2, 1, 16, 16, 3, 9, torch.float32)
+    token, sample = (
+        torch.cat([torch.arange(n) for n in lengths]),
+        torch.arange(3).repeat_interleave(torch.tensor(lengths)),
+    )
+    changed = torch.tensor(changes)[sample]
+    earlier = (token < changed).to(DEVICE)
+    before = nsa_triton.nsa_attention(*tensors, cu, **options)
+    grads = torch.autograd.grad(before, tensors, cotangent(before) * earlier[:, None, None])
+    for grad in grads:
+        assert (grad[~earlier] == 0).all() and (grad[earlier] != 0).any()
+    moved = [x.detach() + (token == changed).to(DEVICE)[:, None, None] for x in tensors[:3]]
+    after = nsa_triton.nsa_attention(*moved, tensors[3], cu, **options)
+    assert torch.equal(before[earlier], after[earlier])
+    assert not torch.equal(before[~earlier], after[~earlier])
 
 
 def test_two_runs_are_bit_identical_and_inputs_need_not_be_contiguous():
-    (q, k, v, gates), cu, _, options = inputs([70], 7, 1, 16, 16, 3, 9, torch.bfloat16)
-    first = nsa_triton.nsa_attention(q, k, v, gates, cu, **options)
-    strided = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in (q, k, v, gates)]
-    assert torch.equal(nsa_triton.nsa_attention(*strided, cu, **options), first)
+    tensors, cu, _, options = inputs([20, 50], 3, 1, 16, 16, 3, 9, torch.bfloat16)
+    strided = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in tensors]
+    first, second = (nsa_triton.nsa_attention(*x, cu, **options) for x in (tensors, strided))
+    assert torch.equal(first, second)
+    d_out = cotangent(first)[:, :1, :1].expand(first.shape)  # of stride 0, as that of a sum
+    expected = torch.autograd.grad(first, tensors, d_out.contiguous())
+    assert_all_equal(torch.autograd.grad(second, tensors, d_out), expected)
 
 
-def test_no_queries_give_no_output():
-    (q, k, v, gates), _, _, options = inputs([0], 7, 1, 16, 16, 3, 9, torch.float32)
-    cu = torch.tensor([0, 0], dtype=torch.int32, device=DEVICE)
-    assert nsa_triton.nsa_attention(q, k, v, gates, cu, **options).shape == (0, 7, 16)
+def test_one_tensor_can_be_query_key_and_value():
+    tensors, cu, _, options = inputs([40], 2, 2, 16, 16, 3, 9, torch.float32)
+    x, gates = tensors[0], tensors[3]
+    doubles = [y.detach().double().requires_grad_() for y in (x, gates)]
+    out = nsa_triton.nsa_attention(x, x, x, gates, cu, **options)
+    reference = nsa_torch.nsa_attention(*doubles[:1] * 3, doubles[1], cu, **options)
+    assert_gradients_close(out, (x, gates), reference, doubles)
+
+
+DQ = {"_dots_kernel", "_means_kernel", "_union_kernel", "_band_dq_kernel", "_selected_dq_kernel"}
+DKV = {"_dots_kernel", "_means_kernel", "_band_dkv_kernel", "_selected_dkv_kernel", "_collect_kernel"}
+
+
+def test_what_is_frozen_costs_nothing(launches):
+    tensors, cu, _, options = inputs([40], 2, 1, 16, 16, 3, 9, torch.float32)
+    expected = gradients(nsa_triton.nsa_attention(*tensors, cu, **options), tensors)
+    for wanted, kernels in enumerate((DQ, DKV, DKV, {"_dots_kernel"})):
+        for i, x in enumerate(tensors):
+            x.requires_grad_(i == wanted)
+        out = nsa_triton.nsa_attention(*tensors, cu, **options)
+        launches.clear()
+        out.backward(cotangent(out))
+        assert {name for name, _ in launches} == kernels
+        assert torch.equal(tensors[wanted].grad, expected[wanted])
+        assert [x.grad is None for x in tensors] == [i != wanted for i in range(4)]
+        tensors[wanted].grad = None
+    assert not nsa_triton.nsa_attention(*(x.detach() for x in tensors), cu, **options).requires_grad
+
+
+def test_checkpointing_changes_nothing():
+    tensors, cu, _, options = inputs(*TINY)
+
+    def attend(*tensors):
+        return nsa_triton.nsa_attention(*tensors, cu, **options)
+
+    expected = attend(*tensors)
+    grads = gradients(expected, tensors)
+    for use_reentrant in (False, True):
+        out = checkpoint(attend, *tensors, use_reentrant=use_reentrant)
+        assert torch.equal(out, expected)
+        out.backward(cotangent(out))
+        assert_all_equal([x.grad for x in tensors], grads)
+        for x in tensors:
+            x.grad = None
+
+
+def test_compiled_training_steps_equal_eager_ones_at_any_length():
+    def attend(q, k, v, gates, cu):
+        return 2 * nsa_triton.nsa_attention(q * 1.5, k, v, gates, cu, block_size=16, block_count=3, window_size=9)
+
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    for lengths in ([20, 13], [40], [7, 0, 23]):
+        tensors, cu, _, _ = inputs(lengths, *TINY[1:])
+        out, expected = compiled(*tensors, cu), attend(*tensors, cu)
+        assert torch.equal(out, expected)
+        assert_all_equal(gradients(out, tensors), gradients(expected, tensors))
+
+
+def test_autocast_changes_nothing():
+    tensors, cu, _, options = inputs(*TINY)
+    expected = nsa_triton.nsa_attention(*tensors, cu, **options)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        out = nsa_triton.nsa_attention(*tensors, cu, **options)
+        grads = gradients(out, tensors)
+    assert out.dtype == torch.float32 and torch.equal(out, expected)
+    assert_all_equal(grads, gradients(expected, tensors))
+
+
+def test_training_can_follow_inference_mode():
+    tensors, cu, _, options = inputs(*TINY)
+    nsa_triton._head_table.cache_clear()
+    with torch.inference_mode():
+        before = nsa_triton.nsa_attention(*tensors, cu, **options)
+    out = nsa_triton.nsa_attention(*tensors, cu, **options)
+    assert torch.equal(out, before)
+    assert all(grad.isfinite().all() for grad in gradients(out, tensors))
+
+
+def test_operators_are_what_torch_expects_of_them():
+    tensors, cu, _, _ = inputs(*TINY)
+    lists = nsa_triton._head_lists(*tensors[:2], None)
+    arguments = (*tensors, None, cu, cu, *lists, "all", 16, 3, 9, None, True)
+    torch.library.opcheck(nsa_triton._attend, arguments)
+    out, lse, outputs, blocks = (x.detach() for x in nsa_triton._attend(*arguments))
+    tensors = [x.detach() for x in tensors]
+    arguments = (out, *tensors, blocks, cu, cu, outputs, lse, *lists, "all", 16, 9, None, True, True)
+    torch.library.opcheck(nsa_triton._attend_backward, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_the_file_can_be_imported_again_under_another_name_and_under_the_same():
+    """As remote code is next to the installed package, and by two checkpoints."""
+    tensors, cu, _, options = inputs([20], *TINY[1:])
+    expected = nsa_triton.nsa_attention(*tensors, cu, **options)
+    spec = importlib.machinery.ModuleSpec("other", None, is_package=True)
+    spec.submodule_search_locations = [str(Path(nsa_triton.__file__).parent)]
+    names = ["other", "other.nsa_torch", "other.nsa_triton"]
+    copies = []
+    try:
+        for _ in range(2):
+            sys.modules["other"] = importlib.util.module_from_spec(spec)
+            copies.append(importlib.import_module("other.nsa_triton"))
+            for name in names:
+                del sys.modules[name]
+        assert len({copy._namespace for copy in (*copies, nsa_triton)}) == 3
+        for copy in copies:
+            out = copy.nsa_attention(*tensors, cu, **options)
+            assert relative_rms(out, expected.double()) < 1e-6  # tiles are larger here
+            assert all(grad.isfinite().all() for grad in gradients(out, tensors))
+    finally:
+        for name in names:
+            sys.modules.pop(name, None)
+
+
+def test_no_queries_give_no_output_and_no_gradient():
+    for keys in (0, 20):
+        tensors, cu, cu_k, options = inputs([0], 7, 1, 16, 16, 3, 9, torch.float32, [keys])
+        out = nsa_triton.nsa_attention(*tensors, cu, cu_seqlens_k=cu_k, **options)
+        assert out.shape == (0, 7, 16)
+        for x, grad in zip(tensors, gradients(out, tensors), strict=True):
+            assert torch.equal(grad, torch.zeros_like(x))
 
 
 def test_what_the_kernels_cannot_do_is_an_error():
@@ -183,22 +420,31 @@ def test_what_the_kernels_cannot_do_is_an_error():
         nsa_triton.window_attention(q.double(), k.double(), v.double(), cu)
     with pytest.raises(ValueError, match="block_size"):
         nsa_triton.nsa_attention(q, k, v, gates, cu, block_size=24)
-    with pytest.raises(NotImplementedError, match="no backward"):
-        nsa_triton.nsa_attention(q.requires_grad_(), k, v, gates, cu, **options)
-    assert not nsa_triton.available(q)  # on a CPU, and with a gradient to come anywhere
+    with pytest.raises(ValueError, match="query_heads"):
+        nsa_triton.window_attention(q, k, v, cu, query_heads=[[0, 7]])
+    with pytest.raises(ValueError, match="gates"):
+        nsa_triton.nsa_attention(q, k, v, gates, cu, query_heads=[[0, 6]])
+    assert nsa_triton.available(q) == (DEVICE == "cuda")
+    assert not nsa_triton.available(q.double())
 
 
 @needs_gpu
 def test_offsets_beyond_two_to_the_31_are_right():
     n, heads = 700_000, 28  # 2.5e9 elements of q
-    q = torch.randn(n, heads, 128, device=DEVICE, dtype=torch.bfloat16)
-    k, v = (torch.randn(n, 4, 128, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    q = torch.randn(n, heads, 128, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+    k, v = (torch.randn(n, 4, 128, device=DEVICE, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
     cu = torch.tensor([0, n], dtype=torch.int32, device=DEVICE)
     o, _ = nsa_triton.window_attention(q, k, v, cu)
     tail = torch.tensor([0, 100], dtype=torch.int32, device=DEVICE)
     keys = torch.tensor([0, 400], dtype=torch.int32, device=DEVICE)
     few, _ = nsa_triton.window_attention(q[-100:], k[-400:], v[-400:], tail, cu_seqlens_k=keys)
     assert relative_rms(o[-100:], few.double()) < 1e-2
+    for grad, expected in zip(
+        torch.autograd.grad(o[-100:].float().square().sum(), (q, k, v)),
+        torch.autograd.grad(few.float().square().sum(), (q, k, v)),
+        strict=True,
+    ):
+        assert relative_rms(grad[-400:], expected[-400:].double()) < 2e-2
 
 
 @needs_gpu
@@ -227,35 +473,71 @@ def test_workspace_at_128k_stays_below_one_gigabyte():
     assert torch.cuda.max_memory_allocated() - before - branches < 1e9
 
 
-@pytest.fixture(scope="module", params=[80, 89, 90], ids="sm_{}".format)
-def compiled(request):
-    """(compute capability, rows of offline.py)"""
+@needs_gpu
+def test_workspace_of_the_backward_pass_at_64k_stays_below_one_and_a_half_gigabytes():
+    n = 65536
+    q = torch.randn(n, 28, 128, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+    k, v = (torch.randn(n, 4, 128, device=DEVICE, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
+    gates = torch.rand(n, 28, 3, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+    out = nsa_triton.nsa_attention(q, k, v, gates, torch.tensor([0, n], dtype=torch.int32, device=DEVICE))
+    d_out = torch.ones_like(out)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    grads = torch.autograd.grad(out, (q, k, v, gates), d_out)
+    assert torch.cuda.max_memory_allocated() - before - sum(x.nbytes for x in grads) < 1.5e9
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compilations(request):
+    """{compute capability: future of the rows of offline.py}, which run while other tests do."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    script = Path(offline.__file__)
-    done = subprocess.run(
-        [sys.executable, script, str(request.param)], env=environment, cwd=script.parent, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    return request.param, json.loads(done.stdout)
+    options = {"env": environment, "cwd": Path(offline.__file__).parent, "capture_output": True, "text": True}
+
+    def compile_for(capability):
+        done = subprocess.run([sys.executable, offline.__file__, str(capability)], **options)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    pool = ThreadPoolExecutor(2)
+    wanted = any("compiled" in getattr(item, "fixturenames", ()) for item in request.session.items)
+    yield {capability: pool.submit(compile_for, capability) for capability in CAPABILITIES if wanted}
+    pool.shutdown(cancel_futures=True)
+
+
+@pytest.fixture(params=CAPABILITIES, ids="sm_{}".format)
+def compiled(request, compilations):
+    """(compute capability, rows of offline.py)"""
+    return request.param, compilations[request.param].result()
 
 
 def test_all_kernels_compile_without_spilling_and_fit(compiled):
     capability, rows = compiled
-    assert {row["case"] for row in rows} == set(offline.CASES)
-    assert {row["kernel"] for row in rows} == {name for name in vars(nsa_triton) if name.endswith("_kernel")}
+    kernels = {name for name in vars(nsa_triton) if name.endswith("_kernel")}
+    for case in offline.CASES:
+        assert {row["kernel"] for row in rows if row["case"] == case} == kernels
     for row in rows:
-        spilled = 0 if capability == 90 else 8  # elsewhere a few words, outside of the loops
-        assert row["spills"] <= spilled and row["stack"] <= 4 * spilled, row
+        assert row["spills"] <= (0 if capability == 90 else 8), row  # a few words, outside of the loops
+        assert row["stack"] <= (8 if capability == 90 else 32), row
         assert row["shared"] <= offline.SHARED_MEMORY[capability], row
+
+
+DOTS = {
+    "_band_kernel": 2,
+    "_importance_kernel": 1,
+    "_selected_kernel": 2,
+    "_band_dq_kernel": 3,
+    "_selected_dq_kernel": 3,
+    "_band_dkv_kernel": 4,
+    "_selected_dkv_kernel": 4,
+}
 
 
 def test_dots_use_wgmma_where_meant_and_do_not_wait_for_each_other(compiled):
     capability, rows = compiled
-    dots = {"_compressed_kernel": 2, "_selected_kernel": 2, "_window_kernel": 2, "_importance_kernel": 1}
     for row in rows:
-        if capability == 90 and row["case"].startswith("7B bf16") and row["kernel"] in dots:
+        if capability == 90 and row["case"] == "7B bf16" and row["kernel"] in DOTS:
             assert row["wgmma"] and row["arrivals"], row
-            assert max(row["arrivals"]) <= dots[row["kernel"]], row
+        assert max(row["arrivals"], default=0) <= DOTS.get(row["kernel"], 0), row
         if capability < 90:
             assert row["wgmma"] == 0
 
