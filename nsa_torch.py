@@ -71,7 +71,7 @@ def nsa_attention(
         block_size: tokens per block, a power of two of at least 16.
         block_count: blocks that a query selects, at least 3 (the first, the previous and its own are always chosen).
         window_size: keys in the sliding window, the query's own included.
-        scale: factor on q·k, default D ** -0.5.
+        scale: positive factor on q·k, default D ** -0.5.
 
     Returns:
         [N, H, D] in the dtype of q. Differentiable in q, k, v and gates; the choice of blocks carries no gradient.
@@ -79,7 +79,7 @@ def nsa_attention(
     Raises:
         ValueError: an argument has a wrong shape, dtype, device or value; the message names it.
     """
-    check_arguments(q, k, v, cu_seqlens, cu_seqlens_k, gates=gates, window_size=window_size)
+    check_arguments(q, k, v, cu_seqlens, cu_seqlens_k, gates=gates, window_size=window_size, scale=scale)
     dtype, q, k, v = q.dtype, _accumulate(q), _accumulate(k), _accumulate(v)
     lengths = {"cu_seqlens": cu_seqlens, "cu_seqlens_k": cu_seqlens_k}
     blocking = {"block_size": block_size, "scale": scale}
@@ -111,7 +111,7 @@ def compressed_attention(
     Returns:
         o [N, H, D] in the dtype of q, and lse [N, H], natural log, fp32 (fp64 for fp64 inputs), without gradient.
     """
-    check_arguments(q, k, v, cu_seqlens, cu_seqlens_k, block_size=block_size)
+    check_arguments(q, k, v, cu_seqlens, cu_seqlens_k, block_size=block_size, scale=scale)
 
     def attend(q, k, v, first):
         i = _stream_index(q, first)
@@ -146,7 +146,8 @@ def select_blocks(
     Returns:
         int32 [G, N, block_count], ascending, padded with -1 where fewer blocks are available.
     """
-    check_arguments(q, k, None, cu_seqlens, cu_seqlens_k, lse=lse, block_size=block_size, block_count=block_count)
+    sizes = {"block_size": block_size, "block_count": block_count, "scale": scale}
+    check_arguments(q, k, None, cu_seqlens, cu_seqlens_k, lse=lse, **sizes)
 
     def choose(q, k, lse, first):
         own = _stream_index(q, first)[:, None] // block_size  # [C, 1]
@@ -187,7 +188,7 @@ def selected_attention(
         blocks: int32 [G, N, any] block indices of each query within its own sample, -1 for none; the others, and
             what is returned, as in `compressed_attention`.
     """
-    check_arguments(q, k, v, cu_seqlens, cu_seqlens_k, blocks=blocks, block_size=block_size)
+    check_arguments(q, k, v, cu_seqlens, cu_seqlens_k, blocks=blocks, block_size=block_size, scale=scale)
 
     def attend(q, k, v, first, blocks):
         i, n = _stream_index(q, first), first + len(q)
@@ -212,7 +213,7 @@ def window_attention(
     scale: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention over the last `window_size` keys, the query's own included; returns as `compressed_attention`."""
-    check_arguments(q, k, v, cu_seqlens, cu_seqlens_k, window_size=window_size)
+    check_arguments(q, k, v, cu_seqlens, cu_seqlens_k, window_size=window_size, scale=scale)
     span = max(window_size, 64)  # queries per chunk: as many as the window has keys, so that half the scores count
 
     def attend(q, k, v, first):
@@ -238,6 +239,7 @@ def check_arguments(
     block_size: int | None = None,
     block_count: int | None = None,
     window_size: int | None = None,
+    scale: float | None = None,
     read_lengths: bool = True,
 ) -> None:
     """Raise a ValueError that names the first argument which does not fit the others.
@@ -266,39 +268,49 @@ def check_arguments(
             raise ValueError(f"{name} must be {q.dtype} on {q.device} like q, got {x.dtype} on {x.device}")
     if gates is not None and (gates.shape != (n, rows, 3) or gates.device != q.device):
         raise ValueError(f"gates must be {[n, rows, 3]} on {q.device}, got {list(gates.shape)} on {gates.device}")
-    if lse is not None and lse.shape != (n, rows):
-        raise ValueError(f"lse must be {[n, rows]}, got {list(lse.shape)}")
-    if blocks is not None and (blocks.ndim != 3 or blocks.shape[:2] != (groups, n) or blocks.dtype != torch.int32):
-        raise ValueError(f"blocks must be int32 [{groups}, {n}, count], got {blocks.dtype} {list(blocks.shape)}")
+    if lse is not None and (lse.shape != (n, rows) or not lse.is_floating_point() or lse.device != q.device):
+        got = f"{lse.dtype} {list(lse.shape)} on {lse.device}"
+        raise ValueError(f"lse must be floating-point {[n, rows]} on {q.device}, got {got}")
+    if blocks is not None:
+        fits = blocks.ndim == 3 and blocks.shape[:2] == (groups, n)
+        if not fits or blocks.dtype != torch.int32 or blocks.device != q.device:
+            got = f"{blocks.dtype} {list(blocks.shape)} on {blocks.device}"
+            raise ValueError(f"blocks must be int32 [{groups}, {n}, count] on {q.device}, got {got}")
     if block_size is not None and (block_size < 16 or block_size & (block_size - 1)):
         raise ValueError(f"block_size must be a power of two of at least 16, got {block_size}")
     if block_count is not None and block_count < 3:
         raise ValueError(f"block_count must be at least 3 (first, previous and own block), got {block_count}")
     if window_size is not None and window_size < 1:
         raise ValueError(f"window_size must be at least 1, got {window_size}")
-    _check_lengths("cu_seqlens", cu_seqlens, n, "q", read_lengths)
+    if scale is not None and not scale > 0:
+        raise ValueError(f"scale must be positive, got {scale}")
+    _check_lengths("cu_seqlens", cu_seqlens, q, "q", read_lengths)
     if cu_seqlens_k is not None:
-        _check_lengths("cu_seqlens_k", cu_seqlens_k, len(k), "k", read_lengths)
+        _check_lengths("cu_seqlens_k", cu_seqlens_k, k, "k", read_lengths)
         same_samples = cu_seqlens_k.shape == cu_seqlens.shape
         if not same_samples or (read_lengths and (cu_seqlens_k.diff() < cu_seqlens.diff()).any()):
             raise ValueError(
                 "cu_seqlens_k must describe the samples of cu_seqlens, each with at least as many keys as queries, "
                 f"got {cu_seqlens_k.tolist()} and {cu_seqlens.tolist()}"
             )
-    elif len(k) != n:
-        raise ValueError(f"k must have {n} tokens like q where cu_seqlens_k is not given, got {len(k)}")
+    elif k.shape[0] != n:
+        raise ValueError(f"k must have {n} tokens like q where cu_seqlens_k is not given, got {k.shape[0]}")
 
 
 def _are_heads(listed: Sequence[int], heads: int) -> bool:
     return 0 < len(listed) == len(set(listed)) and all(isinstance(h, int) and 0 <= h < heads for h in listed)
 
 
-def _check_lengths(name: str, cu_seqlens: torch.Tensor, n: int, counted: str, read: bool) -> None:
+def _check_lengths(name: str, cu_seqlens: torch.Tensor, counted: torch.Tensor, counted_name: str, read: bool) -> None:
     if cu_seqlens.dtype != torch.int32 or cu_seqlens.ndim != 1 or len(cu_seqlens) < 1:
         raise ValueError(f"{name} must be int32 [samples + 1], got {cu_seqlens.dtype} {list(cu_seqlens.shape)}")
-    values = cu_seqlens.tolist() if read else [0, n]
+    if cu_seqlens.device != counted.device:
+        raise ValueError(f"{name} must be on {counted.device} like {counted_name}, got {cu_seqlens.device}")
+    if not read:
+        return
+    values, n = cu_seqlens.tolist(), len(counted)
     if values[0] != 0 or values[-1] != n or values != sorted(values):
-        raise ValueError(f"{name} must rise from 0 to the {n} tokens of {counted}, got {values}")
+        raise ValueError(f"{name} must rise from 0 to the {n} tokens of {counted_name}, got {values}")
 
 
 def _accumulate(x: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ Each branch adds its gated share to the output. Backward, from inputs, branch ou
                a block, over the list of queries that chose it, cut into pieces               `_selected_dkv_kernel`
                all these partial sums added up in order                                           `_collect_kernel`
 Nothing waits for the device and there are no atomics: results repeat exactly. Dots accumulate in fp32; those of fp32
-inputs are IEEE.
+inputs are IEEE. Gradients cannot be differentiated again; those of `nsa_torch.py` can.
 """
 
 import functools
@@ -43,8 +43,10 @@ LOG2_E = 1.4426950408889634
 
 
 def available(q: torch.Tensor) -> bool:
-    """Whether the kernels can serve such queries: on an NVIDIA GPU; fp16, bf16 or fp32; head dim 16 to 128."""
-    return triton is not None and q.device.type == "cuda" and torch.version.hip is None and _is_supported(q)
+    """Whether the kernels can serve such queries: on an NVIDIA GPU from sm_80 on; fp16, bf16 or fp32; head dim 16 to
+    128."""
+    is_nvidia = triton is not None and q.device.type == "cuda" and torch.version.hip is None
+    return is_nvidia and _capability(q.device) >= (8, 0) and _is_supported(q)
 
 
 def nsa_attention(
@@ -67,12 +69,13 @@ def select_blocks(
 ):
     """See `nsa_torch.select_blocks`."""
     sizes = {"block_size": block_size, "block_count": block_count}
-    _check(q, k, None, cu_seqlens, cu_seqlens_k, query_heads=query_heads, lse=lse, **sizes)
-    blocks = torch.empty(k.shape[1], len(q), block_count, dtype=torch.int32, device=q.device)
-    if len(q):
+    _check(q, k, None, cu_seqlens, cu_seqlens_k, query_heads=query_heads, scale=scale, lse=lse, **sizes)
+    blocks = torch.empty(k.shape[1], q.shape[0], block_count, dtype=torch.int32, device=q.device)
+    if blocks.numel():
         with torch.cuda.device_of(q):
             heads, starts = _head_lists(q, k, query_heads)
-            _Call(q, k, k, cu_seqlens, cu_seqlens_k, heads, starts, block_size, scale).choose(lse.contiguous(), blocks)
+            call = _Call(q, k, k, cu_seqlens, cu_seqlens_k, heads, starts, block_size, scale)
+            call.choose(lse.float().contiguous(), blocks)
     return blocks
 
 
@@ -89,7 +92,8 @@ def window_attention(q, k, v, cu_seqlens, *, cu_seqlens_k=None, query_heads=None
 
 def _call(branch, q, k, v, cu_seqlens, cu_seqlens_k, query_heads, scale, *, gates=None, blocks=None, **sizes):
     """o and lse of a branch ("compressed", "selected", "window"), or the gated sum of "all" of them."""
-    _check(q, k, v, cu_seqlens, cu_seqlens_k, query_heads=query_heads, gates=gates, blocks=blocks, **sizes)
+    optional = {"query_heads": query_heads, "scale": scale, "gates": gates, "blocks": blocks}
+    _check(q, k, v, cu_seqlens, cu_seqlens_k, **optional, **sizes)
     cu_seqlens_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
     lists = _head_lists(q, k, query_heads)
     sizes = [sizes.get(name, default) for name, default in (("block_size", 64), ("block_count", 0), ("window_size", 0))]
@@ -133,7 +137,7 @@ def _head_lists(q, k, query_heads) -> tuple[list[int], list[int]]:
 
 # Operators, so that torch.compile sees one node. Remote code may be imported next to an installed package, and again:
 # each import registers under a name of its own.
-_namespace = "videonsa_" + hashlib.sha1(__name__.encode()).hexdigest()[:8]
+_namespace = "videonsa_" + hashlib.sha1(__name__.encode(), usedforsecurity=False).hexdigest()[:8]
 while hasattr(getattr(torch.ops, _namespace), "attend"):
     _namespace += "_"
 
@@ -166,7 +170,7 @@ def _attend(
         elif branch == "window":
             call.window(out, lse[0], window_size)
         else:
-            blocks = chosen if save else chosen.new_empty(k.shape[1], len(q), block_count)
+            blocks = chosen if save else chosen.new_empty(k.shape[1], q.shape[0], block_count)
             gates, keep = gates.contiguous(), branches if save else (None,) * 3
             call.compressed(out, lse[0], gates, 0, keep[0])
             call.choose(lse[0], blocks)
@@ -177,7 +181,7 @@ def _attend(
 
 def _results(q, k, entries, branch, block_count, save):
     """Empty results for `_attend`."""
-    n, dim, whole = len(q), q.shape[2], branch == "all"
+    n, dim, whole = q.shape[0], q.shape[2], branch == "all"  # a compiler fixes len(q)
     return (
         q.new_empty(n, entries, dim),
         q.new_empty(3 if whole else 1, n, entries, dtype=torch.float32),
@@ -216,7 +220,7 @@ def _attend_backward(
 def _gradients(d_out, q, k, outputs, need_q, need_kv):
     """Empty results for `_attend_backward`."""
     dk, dv = (k.new_empty(k.shape if need_kv else 0) for _ in range(2))
-    d_gates = q.new_empty(*d_out.shape[:2], len(outputs), dtype=torch.float32)
+    d_gates = q.new_empty(*d_out.shape[:2], outputs.shape[0], dtype=torch.float32)
     return q.new_empty(q.shape if need_q else 0), dk, dv, d_gates
 
 
@@ -256,7 +260,8 @@ class _Call:
     def __init__(self, q, k, v, cu_seqlens, cu_seqlens_k, heads, starts, block_size, scale):
         (self.n, n_heads, dim), (self.n_keys, self.groups, _) = q.shape, k.shape
         self.q, self.k, self.v = q.contiguous(), k.contiguous(), v.contiguous()
-        self.cu_seqlens, self.cu_seqlens_k = cu_seqlens, cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
+        cu_seqlens_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
+        self.cu_seqlens, self.cu_seqlens_k = cu_seqlens.contiguous(), cu_seqlens_k.contiguous()
         self.heads, self.starts, self.block_size = heads, starts, block_size
         self.samples = len(cu_seqlens) - 1
         self.heads_p2 = triton.next_power_of_2(max(stop - start for start, stop in pairwise(starts)))
@@ -264,7 +269,7 @@ class _Call:
             "CU_Q": self.cu_seqlens,
             "CU_K": self.cu_seqlens_k,
             "B": self.samples,
-            "HEADS": _head_table(tuple(heads), tuple(starts), q.device),
+            "HEADS": _head_table(tuple(heads), tuple(starts), n_heads, q.device),
             "scale": (dim**-0.5 if scale is None else scale) * LOG2_E,
             "S": block_size,
             "H": n_heads,
@@ -315,25 +320,26 @@ class _Call:
         self.launch(_band_kernel, grid, self.q, self.k, self.v, out, lse, min(window_size, self.n_keys), S=1, **config)
 
     def choose(self, lse, blocks):
-        """Write the choice into blocks [G, N, count]. Importance of a chunk of tiles at a time: its size is bounded,
-        and it stays in the cache."""
+        """Write the choice into blocks [G, N, count], from the importance of a chunk of tiles at a time."""
         count = blocks.shape[2]
         n_blocks = (self.n_keys - 1) // self.block_size + 1  # of any sample, at most
         config, top = _config("importance", self.q), _top_config(n_blocks)
         rows = config["BM"]
         everything = n_blocks <= count  # then there is nothing to compare
-        step = max(1, MAX_IMPORTANCE // (self.groups * n_blocks * rows))
+        stride = triton.cdiv(n_blocks, 16) * 16  # so that rows are aligned
+        size = self.groups * rows * stride  # of a tile
+        step = max(1, MAX_IMPORTANCE // size)
+        size = 0 if everything else min(step, self.tiles(rows)) * size
+        importance = torch.empty(size, dtype=torch.float32, device=lse.device)
         for start in range(0, self.tiles(rows), step):
             tiles = min(step, self.tiles(rows) - start)
-            size = 1 if everything else self.groups * tiles * rows * n_blocks
-            importance = torch.empty(size, dtype=torch.float32, device=lse.device)
             if not everything:
                 grid = (triton.cdiv(n_blocks, config["BN"]), tiles, self.groups)
-                arguments = (self.q, self.means[0], lse, importance, start, n_blocks)
+                arguments = (self.q, self.means[0], lse, importance, start, stride)
                 self.launch(_importance_kernel, grid, *arguments, **config)
             sizes = {"COUNT": count, "COUNT_P2": triton.next_power_of_2(count), "BM": rows, "EVERYTHING": everything}
             grid = (tiles * rows // top["ROWS"], self.groups)
-            arguments = (importance, blocks, start, n_blocks, self.n)
+            arguments = (importance, blocks, start, stride, self.n)
             self.launch(_top_kernel, grid, *arguments, **sizes, **top)
 
     def union(self, blocks, tile):
@@ -389,8 +395,8 @@ class _Backward(_Call):
             self.key_gradients(dk, dv)
 
     def query_gradients(self, dq):
-        one_each = self.heads == list(range(self.common["H"]))
-        rows = dq if one_each else torch.empty_like(self.d_out)
+        table = self.common["HEADS"]
+        rows = dq if table is None else torch.empty_like(self.d_out)
         for index, name in enumerate(self.branches):
             tensors, constants = self.terms[name]
             constants = {**constants, "ADD": index > 0}
@@ -406,10 +412,10 @@ class _Backward(_Call):
                 grid = (self.tiles(config["BM"]), self.common["E"])
                 arguments = (self.q, k, v, rows, *tensors, window)
                 self.launch(_band_dq_kernel, grid, *arguments, S=size, **constants, **config)
-        if not one_each:  # a query head may have several rows, of different KV heads
+        if table is not None:  # a query head may have several rows, of different KV heads
             dq.zero_()
             for start, stop in pairwise(self.starts):
-                dq[:, self.heads[start:stop]] += rows[:, start:stop]
+                dq[:, table[start:stop]] += rows[:, start:stop]
 
     def key_gradients(self, dk, dv):
         """Partial sums of every branch in fp32, then all of them added up."""
@@ -429,6 +435,7 @@ class _Backward(_Call):
             arguments = (*window, *means, *selected, first_piece, dk, dv, len(means[0]), means[0].shape[-3], g)
             present = {name.upper(): name in self.branches for name in ("compressed", "selected", "window")}
             self.launch(_collect_kernel, grid, *arguments, BN=rows, **present, num_warps=8)
+            del selected, arguments  # before the next ones are allocated
 
     def band(self, name):
         """Keys, values, how many of them a query looks back on, and how many tokens each stands for."""
@@ -473,7 +480,7 @@ class _Backward(_Call):
         groups, n, count = blocks.shape
         device, total = blocks.device, groups * self.pieces
         in_sample = (self.cu_seqlens_k.diff() + self.block_size - 1) // self.block_size  # blocks
-        sample = torch.searchsorted(self.cu_seqlens[1:], torch.arange(n, device=device), right=True)
+        sample = torch.searchsorted(self.cu_seqlens[1:], torch.arange(n, dtype=torch.int32, device=device), right=True)
         first = (in_sample.cumsum(0) - in_sample)[sample]  # [N]
         there = (blocks >= 0) & (blocks < in_sample[sample][:, None])
         head = torch.arange(groups, device=device)[:, None, None] * self.pieces
@@ -482,7 +489,7 @@ class _Backward(_Call):
         queries = (order % (n * count) // count).int()
         again = (key[1:] == key[:-1]) & (queries[1:] == queries[:-1])
         queries[1:].masked_fill_(again, -1)
-        offsets = torch.searchsorted(key, torch.arange(total + 1, device=device))
+        offsets = torch.searchsorted(key, torch.arange(total + 1, dtype=torch.int32, device=device))
         per_list = (offsets.diff() + MAX_LIST - 1) // MAX_LIST
         last = per_list.cumsum(0)
         piece = torch.arange(pieces, device=device)
@@ -501,8 +508,12 @@ def _share(out, gates, branch, keep) -> dict:
 
 
 @functools.lru_cache(maxsize=64)
-def _head_table(heads: tuple, starts: tuple, device: torch.device) -> torch.Tensor:
-    """int32: the query head of each entry, its KV head, and where the entries of each KV head start."""
+def _head_table(heads: tuple, starts: tuple, n_heads: int, device: torch.device) -> torch.Tensor | None:
+    """int32: the query head of each entry, its KV head, and where the entries of each KV head start. None where the
+    heads are shared out evenly in their order, which kernels do without a table."""
+    groups, each = len(starts) - 1, n_heads // (len(starts) - 1)
+    if heads == tuple(range(n_heads)) and starts == tuple(each * g for g in range(groups + 1)):
+        return None
     groups = [g for g, (start, stop) in enumerate(pairwise(starts)) for _ in range(start, stop)]
     with torch.inference_mode(False):
         return torch.tensor([*heads, *groups, *starts], dtype=torch.int32).to(device)
@@ -521,10 +532,10 @@ _HOPPER = {
     "selected_dkv": {"BM": 64, "BN": 64, "num_warps": 8, "num_stages": 2},
 }
 _AMPERE = {
-    "compressed": {"BM": 64, "BN": 32, "num_warps": 8, "num_stages": 2},
+    "compressed": {"BM": 64, "BN": 64, "num_warps": 8, "num_stages": 2},
     "importance": {"BM": 64, "BN": 64, "num_warps": 4, "num_stages": 2},
     "selected": {"BM": 64, "BN": 64, "num_warps": 8, "num_stages": 2},
-    "window": {"BM": 64, "BN": 32, "num_warps": 8, "num_stages": 2},
+    "window": {"BM": 64, "BN": 64, "num_warps": 8, "num_stages": 2},
     "band_dq": {"BM": 64, "BN": 64, "num_warps": 8, "num_stages": 2},
     "band_dkv": {"BM": 32, "BN": 64, "num_warps": 8, "num_stages": 2},
     "selected_dq": {"BM": 64, "BN": 64, "num_warps": 8, "num_stages": 2},
@@ -650,8 +661,7 @@ def _band_kernel(
     e = tl.program_id(1)
     first, q0, k0, key0, n_q, n_k = _place(tile, CU_Q, CU_K, B, BM, 0, S, B_P2)
     if first < n_q:
-        h = tl.load(HEADS + e)
-        g = tl.load(HEADS + E + e)
+        h, g = _heads(HEADS, e, True, H, E, G)
         m = first + tl.arange(0, BM)
         row = m < n_q
         seen = (n_k - n_q + m + 1) // S
@@ -685,12 +695,12 @@ def _band_kernel(
 
 @_jit
 def _importance_kernel(
-    Q, KM, LSE, IMPORTANCE, tile0, n_blocks, CU_Q, CU_K, B, HEADS, scale,
+    Q, KM, LSE, IMPORTANCE, tile0, stride, CU_Q, CU_K, B, HEADS, scale,
     H: tl.constexpr, E: tl.constexpr, G: tl.constexpr, D: tl.constexpr, D_P2: tl.constexpr, B_P2: tl.constexpr,
     PRECISION: tl.constexpr, S: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Compression probabilities of a tile's queries for BN blocks, summed over the heads of a KV head, one after
-    another so that nothing is summed across rows: IMPORTANCE [G, rows of the chunk, n_blocks]."""
+    another so that nothing is summed across rows: IMPORTANCE [G, rows of the chunk, stride]."""
     start = tl.program_id(0) * BN
     local = tl.program_id(1)
     g = tl.program_id(2)
@@ -702,20 +712,21 @@ def _importance_kernel(
         j = start + tl.arange(0, BN)
         k = _load(KM, ((block0 + j).to(tl.int64) * G + g) * D, j < own, D, D_P2, True)
         importance = tl.zeros((BM, BN), tl.float32)
-        for e in range(tl.load(HEADS + 2 * E + g), tl.load(HEADS + 2 * E + g + 1)):
-            h = tl.load(HEADS + e)
+        e0, e1 = _entries(HEADS, g, E, G)
+        for e in range(e0, e1):
+            h, _ = _heads(HEADS, e, True, H, E, G)
             q = _load(Q, ((q0 + m).to(tl.int64) * H + h) * D, row, D, D_P2, True)
             lse = tl.load(LSE + (q0 + m).to(tl.int64) * E + e, mask=row, other=0.0) * 1.4426950408889634
             x = tl.dot(q, tl.trans(k), input_precision=PRECISION)
             importance += tl.math.exp2(x * scale - lse[:, None])
         out = (g * tl.num_programs(1) + local).to(tl.int64) * BM + tl.arange(0, BM)
-        where = IMPORTANCE + out[:, None] * n_blocks + j[None, :]
-        tl.store(where, importance, mask=row[:, None] & (j < n_blocks)[None, :])
+        where = IMPORTANCE + out[:, None] * stride + j[None, :]
+        tl.store(where, importance, mask=row[:, None] & (j < stride)[None, :])
 
 
 @_jit
 def _top_kernel(
-    IMPORTANCE, BLOCKS, tile0, n_blocks, n, CU_Q, CU_K, B,
+    IMPORTANCE, BLOCKS, tile0, stride, n, CU_Q, CU_K, B,
     G: tl.constexpr, B_P2: tl.constexpr, S: tl.constexpr, COUNT: tl.constexpr, COUNT_P2: tl.constexpr, BM: tl.constexpr,
     EVERYTHING: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -737,8 +748,9 @@ def _top_kernel(
     else:
         rows = (g * (tl.num_programs(0) * ROWS) + chunk_row).to(tl.int64) + tl.arange(0, ROWS)
         before = row[:, None] & (j[None, :] < own[:, None])
-        x = tl.load(IMPORTANCE + rows[:, None] * n_blocks + j[None, :], mask=before, other=0.0)
-        key = x.to(tl.int32, bitcast=True)
+        x = tl.load(IMPORTANCE + rows[:, None] * stride + j[None, :], mask=before, other=0.0)
+        x = tl.where(x >= 0.0, x, 0.0)  # a NaN would order as any bits do, and COUNT be exceeded
+        key = tl.minimum(x.to(tl.int32, bitcast=True), 0x7F800000)
         key = tl.where((j[None, :] == 0) | (j[None, :] >= own[:, None] - 1), 0x7F800000, key)  # forced: infinity
         key = tl.where(there, key, -1)
         low = tl.zeros((ROWS,), tl.int32)  # at least COUNT keys are >= low, unless there are fewer in all
@@ -783,6 +795,7 @@ def _union_kernel(
     slot = e % COUNT_P2
     there = (m < n_q) & (slot < COUNT)
     block = tl.load(BLOCKS + (g * n + q0 + m).to(tl.int64) * COUNT + slot, mask=there, other=-1)
+    block = tl.where(block <= (n_k - n_q + m) // S, block, -1)  # of blocks given, some may be beyond the query's own
     key = tl.sort(tl.where(block >= 0, block * BQ + e // COUNT_P2, 0x7FFFFFFF))
     valid = key != 0x7FFFFFFF
     block = key // BQ
@@ -814,7 +827,7 @@ def _selected_kernel(
     g = tl.program_id(1)
     first, q0, k0, block0, n_q, n_k = _place(tile, CU_Q, CU_K, B, BQ, 0, S, B_P2)
     if first < n_q:
-        m, row, at_q, at_e = _head_rows(first, q0, n_q, g, HEADS, H, E, BQ, HEADS_P2)
+        m, row, at_q, at_e = _head_rows(first, q0, n_q, g, HEADS, H, E, G, BQ, HEADS_P2)
         i = n_k - n_q + m
         q = _load(Q, at_q * D, row, D, D_P2, True)
         acc = tl.zeros((BQ * HEADS_P2, D_P2), tl.float32)
@@ -864,14 +877,42 @@ def _store_share(
 
 
 @_jit
-def _head_rows(first, q0, n_q, g, HEADS, H: tl.constexpr, E: tl.constexpr, BQ: tl.constexpr, HEADS_P2: tl.constexpr):
+def _heads(HEADS, e, keep, H: tl.constexpr, E: tl.constexpr, G: tl.constexpr):
+    """Query head and KV head of an entry, or of several."""
+    if HEADS is None:
+        h = e
+        g = e // (H // G)
+    else:
+        h = tl.load(HEADS + e, mask=keep, other=0)
+        g = tl.load(HEADS + E + e, mask=keep, other=0)
+    return h, g
+
+
+@_jit
+def _entries(HEADS, g, E: tl.constexpr, G: tl.constexpr):
+    """Where the entries of a KV head start and end."""
+    if HEADS is None:
+        start = g * (E // G)
+        stop = start + E // G
+    else:
+        start = tl.load(HEADS + 2 * E + g)
+        stop = tl.load(HEADS + 2 * E + g + 1)
+    return start, stop
+
+
+@_jit
+def _head_rows(
+    first, q0, n_q, g, HEADS,
+    H: tl.constexpr, E: tl.constexpr, G: tl.constexpr, BQ: tl.constexpr, HEADS_P2: tl.constexpr,
+):  # fmt: skip
     """Rows of a tile of queries times the heads of a KV head: query, whether there is one, and the row in [N, H] and in
     [N, E]."""
     r = tl.arange(0, BQ * HEADS_P2)
     m = first + r // HEADS_P2
-    e = tl.load(HEADS + 2 * E + g) + r % HEADS_P2
-    row = (m < n_q) & (e < tl.load(HEADS + 2 * E + g + 1))
-    h = tl.load(HEADS + e, mask=row, other=0)
+    e0, e1 = _entries(HEADS, g, E, G)
+    e = e0 + r % HEADS_P2
+    row = (m < n_q) & (e < e1)
+    h, _ = _heads(HEADS, e, row, H, E, G)
     token = (q0 + m).to(tl.int64)
     return m, row, token * H + h, token * E + e
 
@@ -949,8 +990,7 @@ def _band_dq_kernel(
     e = tl.program_id(1)
     first, q0, k0, key0, n_q, n_k = _place(tile, CU_Q, CU_K, B, BM, 0, S, B_P2)
     if first < n_q:
-        h = tl.load(HEADS + e)
-        g = tl.load(HEADS + E + e)
+        h, g = _heads(HEADS, e, True, H, E, G)
         m = first + tl.arange(0, BM)
         row = m < n_q
         seen = (n_k - n_q + m + 1) // S
@@ -987,7 +1027,7 @@ def _selected_dq_kernel(
     g = tl.program_id(1)
     first, q0, k0, block0, n_q, n_k = _place(tile, CU_Q, CU_K, B, BQ, 0, S, B_P2)
     if first < n_q:
-        m, row, at_q, at_e = _head_rows(first, q0, n_q, g, HEADS, H, E, BQ, HEADS_P2)
+        m, row, at_q, at_e = _head_rows(first, q0, n_q, g, HEADS, H, E, G, BQ, HEADS_P2)
         i = n_k - n_q + m
         q = _load(Q, at_q * D, row, D, D_P2, True)
         do = _load(D_OUT, at_e * D, row, D, D_P2, True)
@@ -1042,14 +1082,15 @@ def _band_dkv_kernel(
         step = tl.cdiv(tl.maximum(high - low, 0), tl.num_programs(2) * BM) * BM
         low += split * step
         high = tl.minimum(high, low + step)
-        e0 = tl.load(HEADS + 2 * E + g)
+        e0, e1 = _entries(HEADS, g, E, G)
         tiles = tl.cdiv(tl.maximum(high - low, 0), BM)
-        for t in range(tiles * (tl.load(HEADS + 2 * E + g + 1) - e0)):  # head by head
+        for t in range(tiles * (e1 - e0)):  # head by head
             e = e0 + t // tiles
             m = low + t % tiles * BM + tl.arange(0, BM)
             row = m < high
             at = (q0 + m).to(tl.int64) * E + e
-            q = _load(Q, ((q0 + m).to(tl.int64) * H + tl.load(HEADS + e)) * D, row, D, D_P2, True)
+            h, _ = _heads(HEADS, e, True, H, E, G)
+            q = _load(Q, ((q0 + m).to(tl.int64) * H + h) * D, row, D, D_P2, True)
             do = _load(D_OUT, at * D, row, D, D_P2, True)
             lse, gate, dot = _row_terms(LSE, GATES, DOTS, at, row, GATED, BRANCHES, BRANCH)
             seen = ((before + m + 1) // S)[None, :]
@@ -1085,9 +1126,10 @@ def _selected_dkv_kernel(
         dk = tl.zeros((BN, D_P2), tl.float32)
         dv = tl.zeros((BN, D_P2), tl.float32)
         r = tl.arange(0, BQ * HEADS_P2)
-        e = tl.load(HEADS + 2 * E + g) + r % HEADS_P2
-        is_head = e < tl.load(HEADS + 2 * E + g + 1)
-        h = tl.load(HEADS + e, mask=is_head, other=0)
+        e0, e1 = _entries(HEADS, g, E, G)
+        e = e0 + r % HEADS_P2
+        is_head = e < e1
+        h, _ = _heads(HEADS, e, is_head, H, E, G)
         for at in range(start, stop, BQ):
             token = tl.load(QUERIES + at + r // HEADS_P2, mask=at + r // HEADS_P2 < stop, other=-1)
             row = (token >= 0) & is_head
