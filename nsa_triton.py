@@ -529,7 +529,7 @@ _HOPPER = {
     "band_dq": {"BM": 128, "BN": 64, "num_warps": 8, "num_stages": 2},
     "band_dkv": {"BM": 32, "BN": 64, "num_warps": 8, "num_stages": 2},
     "selected_dq": {"BM": 128, "BN": 64, "num_warps": 8, "num_stages": 2},
-    "selected_dkv": {"BM": 64, "BN": 64, "num_warps": 8, "num_stages": 2},
+    "selected_dkv": {"BM": 32, "BN": 64, "num_warps": 4, "num_stages": 2},
 }
 _AMPERE = {
     "compressed": {"BM": 64, "BN": 64, "num_warps": 8, "num_stages": 2},
