@@ -1,13 +1,14 @@
-"""What both benchmarks share: the checkout they measure, command-line options, timing, and rows of results.
+"""What the benchmarks share: the checkout they measure, command-line options, timing, and rows of results.
 
 A row is one measured figure with everything needed to judge it: shape, kernel, selection, hardware, versions, clocks.
-`attention.py` and `prefill.py` write them, `plot.py` draws them, README.md says how to read them.
+`attention.py`, `prefill.py` and `video.py` write them, `plot.py` draws them, README.md says how to read them.
 """
 
 import importlib.machinery
 import importlib.metadata
 import importlib.util
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -34,10 +35,15 @@ def parse_length(text: str) -> int:
 
 
 def add_options(parser) -> None:
-    """The options of both scripts that do not say what is measured."""
+    """The options of attention.py and prefill.py that do not say what is measured."""
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
     parser.add_argument("--dtype", default="bf16", choices=DTYPES, help="(%(default)s)")
     parser.add_argument("--seconds", type=float, default=1.0, help="time for each figure beyond its least runs (1)")
+    add_output_options(parser)
+
+
+def add_output_options(parser) -> None:
+    """The options of all scripts."""
     parser.add_argument("--date", help="stored with every row, and tells runs apart (default: now, in UTC)")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the JSON file (benchmarks/results)")
 
@@ -46,7 +52,7 @@ def environment(device: torch.device, date: str | None) -> dict:
     """Hardware, clocks as found, versions and commit: the same for all rows of a run."""
     found = {
         "date": date or datetime.now(UTC).isoformat(timespec="seconds"),
-        "hardware": f"CPU ({platform.machine()})",
+        "hardware": _processor(),
         **{name: _version(name) for name in ("torch", "triton", "transformers", "flash_attn", "flash_attn_3")},
         "commit": _commit(),
     }
@@ -110,6 +116,13 @@ def print_table(columns: tuple[str, ...], rows: list[dict]) -> None:
     for line in table:
         cells = (x.rjust(w) if right else x.ljust(w) for x, w, right in zip(line, widths, numeric, strict=True))
         print("  ".join(cells).rstrip(), flush=True)
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    models = [x for x in cpuinfo.read_text().splitlines() if x.startswith("model name")] if cpuinfo.exists() else []
+    model = models[0].partition(": ")[2] if models else platform.machine()
+    return f"CPU ({model}, {os.cpu_count()} cores)"
 
 
 def _event_times(fn, device, runs) -> list[float]:

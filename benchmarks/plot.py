@@ -1,4 +1,4 @@
-"""Draw the results of attention.py and prefill.py: one PNG for each JSON file, of its latest run.
+"""Draw the results of attention.py, prefill.py and video.py: one PNG for each JSON file, of its latest run.
 
     python benchmarks/plot.py                               # results/*.json -> results/*.png
     python benchmarks/plot.py --input my/results --date 2026-01-31
@@ -15,6 +15,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import numpy as np
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -28,7 +29,7 @@ def main() -> None:
     output = args.output or args.input
     output.mkdir(parents=True, exist_ok=True)
     drawn = 0
-    for name, draw in (("attention", draw_attention), ("prefill", draw_prefill)):
+    for name, draw in (("attention", draw_attention), ("prefill", draw_prefill), ("video", draw_video)):
         path = args.input / f"{name}.json"
         if not path.exists():
             continue
@@ -38,14 +39,14 @@ def main() -> None:
         if not rows:
             sys.exit(f"plot.py: no figures of {date} in {path}")
         figure = draw(rows)
-        shown = ("hardware", "power_limit_w", "sm_clock_mhz", "torch", "triton", "commit", "date")
+        shown = ("hardware", "power_limit_w", "sm_clock_mhz", "threads", "torch", "triton", "commit", "date")
         about = ", ".join(f"{key} {rows[0][key]}" for key in shown if rows[0].get(key) is not None)
         figure.suptitle(f"{name}: {about}", fontsize=8)
         figure.savefig(output / f"{name}.png", dpi=150)
         print(output / f"{name}.png")
         drawn += 1
     if not drawn:
-        sys.exit(f"plot.py: neither attention.json nor prefill.json in {args.input}")
+        sys.exit(f"plot.py: no attention.json, prefill.json or video.json in {args.input}")
 
 
 def draw_attention(rows: list[dict]):
@@ -77,6 +78,28 @@ def draw_prefill(rows: list[dict]):
         measured = (row for row in rows if row[value] is not None)
         lines(axis, measured, ("model", "kernel"), "tokens", value)
         label(axis, title, "vision tokens", {"peak_mb": "MB", "ms": "ms"}.get(value, "tokens/s"))
+    return figure
+
+
+def draw_video(rows: list[dict]):
+    """Time with its range, and peak memory, of all readers of each clip."""
+    clips = {}
+    for row in rows:
+        name = "{codec} {height}p, {minutes:g} min, key frame every {key_frames} s, at {fps:g} fps".format(**row)
+        clips.setdefault(name, []).append(row)
+    size = {"figsize": (14, 1 + 3 * len(clips)), "layout": "constrained"}
+    figure, axes = plt.subplots(len(clips), 2, squeeze=False, **size)
+    for (time, memory), (name, read) in zip(axes, clips.items(), strict=True):
+        readers = [f"{row['reader']} ({row['output']})" for row in read]
+        seconds, low, high = ([row[field] / 1e3 for row in read] for field in ("ms", "ms_low", "ms_high"))
+        time.barh(readers, seconds, xerr=[np.subtract(seconds, low), np.subtract(high, seconds)])
+        time.set(title=name, xlabel="s")
+        memory.barh(readers, [row["peak_mb"] for row in read], color="C1")
+        memory.set(title="peak memory", xlabel="MB")
+        memory.tick_params(labelleft=False)
+        for axis in (time, memory):
+            axis.invert_yaxis()
+            axis.grid(True, axis="x", alpha=0.3)
     return figure
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import av
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,6 +51,16 @@ def prefill(folder):
     return measure("prefill.py", folder, [128], **MODEL)
 
 
+@pytest.fixture(scope="module")
+def video(folder):
+    readers = ("ffmpeg", "pyav", "decord", "videonsa-frames", "videonsa")
+    clip = {"minutes": 0.5, "heights": 72, "fps": 4, "runs": 1, "threads": 1, "clips": folder / "clips"}
+    options = {**clip, "date": "2000-01-01", "output": folder}
+    done = run("video.py", "--readers", *readers, *(x for name, value in options.items() for x in (f"--{name}", value)))
+    assert done.returncode == 0, done.stderr
+    return {row["reader"]: row for row in json.loads((folder / "video.json").read_text())}, done.stdout
+
+
 def test_attention_times_every_branch_and_dense_kernels_at_every_length(attention):
     rows, printed = attention
     for tokens in (64, 256):
@@ -85,15 +96,46 @@ def test_prefill_compares_two_models_of_the_same_weights(prefill):
     assert rows[0]["speedup"] == pytest.approx(rows[1]["ms"] / rows[0]["ms"], abs=1e-3)
 
 
-def test_rows_are_appended_and_drawn(attention, prefill, folder):
+def test_video_readers_return_the_same_frames(video):
+    rows, printed = video
+    assert set(rows) == {"ffmpeg", "pyav", "decord", "videonsa-frames", "videonsa"}
+    for reader, row in rows.items():
+        assert set(row) >= ABOUT - {"dtype"} and row["codec"] == "h264" and row["threads"] == 1
+        if "skipped" in row:
+            assert reader in ("ffmpeg", "decord") and f"skipped: {reader}: {row['skipped']}" in printed
+            continue
+        assert set(row) >= TIMES and 0 < row["ms_low"] <= row["ms"] <= row["ms_high"] and row["runs"] == 1
+        assert row["frames"] == 120 and row["size"] == "140x84" and "note" not in row
+        if reader != "ffmpeg":
+            assert row["difference"] < 3  # grey levels: another resampling, not another frame
+            pixels = 120 * 84 * 140 * 3 * (4 if row["output"] == "inputs" else 1)
+            assert row["output_mb"] == pytest.approx(pixels / 1e6, abs=0.05) and row["peak_mb"] > row["output_mb"]
+
+
+def test_clips_repeat_what_was_encoded(video, folder):
+    with av.open(folder / "clips" / "h264-72p-0.5min-2s.mp4") as container:
+        frames = list(container.decode(video=0))
+    assert [round(frame.time * 24) for frame in frames] == list(range(720))
+    assert [i for i, frame in enumerate(frames) if frame.key_frame] == list(range(0, 720, 48))
+    assert (frames[7].to_ndarray() == frames[7 + 480].to_ndarray()).all()
+
+
+def test_a_reader_that_takes_too_much_memory_is_ended_and_said_so(video, folder, tmp_path):
+    few = ("--minutes", 0.5, "--heights", 72, "--fps", 4, "--readers", "pyav", "--clips", folder / "clips")
+    done = run("video.py", *few, "--memory", 0.001, "--output", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "skipped: pyav: more than 0.001 GB of memory" in done.stdout
+
+
+def test_rows_are_appended_and_drawn(attention, prefill, video, folder):
     rows, _ = measure("prefill.py", folder, [64], **MODEL)
     assert rows[: len(prefill[0])] == prefill[0] and {row["tokens"] for row in rows} == {128, 64}
     done = run("plot.py", "--input", folder, "--output", folder / "drawn")
     assert done.returncode == 0, done.stderr
-    for name in ("attention.png", "prefill.png"):
+    for name in ("attention.png", "prefill.png", "video.png"):
         assert (folder / "drawn" / name).read_bytes().startswith(b"\x89PNG")
 
 
 def test_plot_says_what_it_misses(attention, folder, tmp_path):
-    assert "neither attention.json nor prefill.json" in run("plot.py", "--input", tmp_path).stderr
+    assert "no attention.json, prefill.json or video.json" in run("plot.py", "--input", tmp_path).stderr
     assert "no figures of 1999-01-01" in run("plot.py", "--input", folder, "--date", "1999-01-01").stderr
