@@ -55,8 +55,8 @@ class VideoPlan:
 
     def __str__(self) -> str:
         return (
-            f"{self.num_frames:,} frames of {self.width} × {self.height}, {self.fps:.3g} per second from {self.start:.1f} "
-            f"to {self.end:.1f} s; {self.frame_tokens} tokens per {self.temporal_patch_size} frames, "
+            f"{self.num_frames:,} frames of {self.width} × {self.height}, {self.fps:.3g} per second from "
+            f"{self.start:.1f} to {self.end:.1f} s; {self.frame_tokens} tokens per {self.temporal_patch_size} frames, "
             f"{self.tokens:,} of {self.budget:,} in all"
         )
 

@@ -272,14 +272,14 @@ class VideoFile:
     @contextmanager
     def _open(self, decode: bool = False) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
         """Open the file and choose its video stream; errors of PyAV come out as ValueErrors that name the file."""
-        source, options = self.source, {"max_pixels": str(self.max_pixels)}
+        source = self.source
         remote = isinstance(source, str) and "://" in source
         if not isinstance(source, str):
             source.seek(0)
         elif not remote:
             source = f"file:{source}"  # a colon in a path is no protocol
         try:
-            container = av.open(source, options=options, timeout=self.timeout if remote else None)
+            container = av.open(source, timeout=self.timeout if remote else None)
         except av.FFmpegError as error:
             raise ValueError(f"{self.name}: cannot be read as a video: {error}") from error
         with container:
@@ -291,7 +291,7 @@ class VideoFile:
             context = streams[0].codec_context
             if context is None:
                 raise ValueError(f"{self.name}: no decoder for its video stream")
-            context.options = options if self.keep else {**options, "err_detect": "explode"}
+            context.options = {"max_pixels": str(self.max_pixels)} | ({} if self.keep else {"err_detect": "explode"})
             threads = THREAD_MEMORY // max(context.width * context.height * 3, 1)
             context.thread_count = max(min(torch.get_num_threads(), threads), 1) if decode else 1
             context.thread_type = "AUTO"
