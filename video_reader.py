@@ -35,7 +35,7 @@ SKIP_UNREFERENCED = ("h264", "mpeg4", "mpeg2video", "mpeg1video")
 # Bytes that frames in flight between decoding threads may take.
 THREAD_MEMORY = 64 * 2**20
 LIMITED_RANGE, FULL_RANGE = 1, 2  # of luma and chroma, as libav numbers them
-DEFAULT_MATRIX = 5  # BT.601, what libswscale takes where a file says nothing
+ANY_MATRIX = 4  # for RGB it means nothing, but PyAV 16 looks at the range only where matrices differ; none has this
 
 
 class VideoFile:
@@ -118,7 +118,7 @@ class VideoFile:
     def _scan(self) -> None:
         """Read all packets; decode the first frame, which tells how frames are to be shown."""
         pts, dts, durations, flags = array("q"), array("q"), array("q"), array("b")
-        first, broken, end = None, None, 0.0
+        first, broken, damaged, end = None, None, None, 0.0
         with self._open() as (container, stream):
             self._check_size(stream.codec_context, "in its header")
             self.tick, rate = float(stream.time_base), float(stream.guessed_rate or stream.average_rate or 24)
@@ -128,6 +128,8 @@ class VideoFile:
             self._check_duration(declared)
             try:
                 for packet in container.demux():
+                    if packet.is_corrupt and damaged is None:
+                        damaged = end
                     if packet.pts is not None:
                         end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
                     if packet.stream.index != stream.index:
@@ -151,6 +153,8 @@ class VideoFile:
                 f"{self.name}: truncated after {end:.1f} of {declared:.1f} s ({len(self)} frames)"
                 f"{f': {broken}' if broken else ''}; on_error='keep' makes do with those"
             )
+        if damaged is not None and not self.keep:
+            raise ValueError(f"{self.name}: damaged after {damaged:.1f} s; on_error='keep' makes do with the rest")
         self._check_duration(self.duration)
         self.quarter_turns = round(first.rotation / 90) if first else 0  # counterclockwise; phones film sideways
         shown = max(round(shape.width * aspect), 1), shape.height
@@ -279,7 +283,7 @@ class VideoFile:
         elif not remote:
             source = f"file:{source}"  # a colon in a path is no protocol
         try:
-            container = av.open(source, timeout=self.timeout if remote else None)
+            container = av.open(source, metadata_errors="replace", timeout=self.timeout if remote else None)
         except av.FFmpegError as error:
             raise ValueError(f"{self.name}: cannot be read as a video: {error}") from error
         with container:
@@ -329,7 +333,7 @@ def to_rgb(frame: av.VideoFrame, reformatter: VideoReformatter) -> np.ndarray:
         frame,
         format="rgba" if alpha else "rgb24",
         src_colorspace=frame.colorspace,
-        dst_colorspace=DEFAULT_MATRIX,
+        dst_colorspace=ANY_MATRIX,
         src_color_range=FULL_RANGE if full else LIMITED_RANGE,
         dst_color_range=FULL_RANGE,
     )

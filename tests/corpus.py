@@ -42,7 +42,7 @@ CORPUS = {
     "vp8.webm": {"codec": "libvpx", "options": VPX},
     "vp9.webm": {"codec": "libvpx-vp9", "options": VPX},
     "vp9-alt-ref.mkv": {"codec": "libvpx-vp9", "options": {"g": "24", "auto-alt-ref": "1", "lag-in-frames": "12"}},
-    "av1.mp4": {"codec": "libsvtav1", "options": {"preset": "12", "g": "12", "svtav1-params": "lp=1"}},
+    "av1.mp4": {"codec": "libsvtav1", "options": {"preset": "8", "crf": "10", "g": "12", "svtav1-params": "lp=1"}},
     "mpeg4.avi": {"codec": "mpeg4", "options": {"g": "12", "bf": "2"}},
     "mpeg4.mp4": {"codec": "mpeg4", "options": {"g": "12", "bf": "2"}},
     "mpeg2.ts": {"codec": "mpeg2video", "options": {"g": "12", "bf": "2"}, "fps": 25},
