@@ -87,12 +87,12 @@ class VideoNSAVideoProcessorKwargs(Qwen2VLVideoProcessorInitKwargs, total=False)
     prefer: str
     frame_tokens: int | None
     block_size: int | None
-    start: float | None
-    end: float | None
+    start: int | float | None
+    end: int | float | None
     on_error: str
-    timeout: float
+    timeout: int | float
     max_source_pixels: int
-    max_duration: float
+    max_duration: int | float
 
 
 class VideoNSAVideoProcessor(Qwen2VLVideoProcessor):
