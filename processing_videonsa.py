@@ -309,8 +309,8 @@ OWN_SETTINGS = (
 class SampledVideoMetadata(VideoMetadata):
     """Metadata of the frames taken of a video, or before sampling of all. `fps` is the mean rate of the video."""
 
-    frame_times: list[float] | None = None  # seconds from the first frame of the video, when each frame taken begins
-    sample_times: list[float] | None = None  # when it was looked for, in the middle of its time or later
+    frame_times: list[float] | None = None  # seconds from the first frame of the video at which those taken begin
+    sample_times: list[float] | None = None  # and at which they were looked for, being on screen then
     plan: VideoPlan | None = None
 
     @property

@@ -7,6 +7,7 @@ decided in `video_planner.py` and `processing_videonsa.py`.
 
 import http.client
 import io
+import math
 import os
 import tempfile
 import urllib.request
@@ -128,12 +129,12 @@ class VideoFile:
             self._check_duration(declared)
             try:
                 for packet in container.demux():
-                    if packet.is_corrupt and damaged is None:
-                        damaged = end
                     if packet.pts is not None:
                         end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
                     if packet.stream.index != stream.index:
                         continue
+                    if packet.is_corrupt and damaged is None:
+                        damaged = end
                     first = first or first_frame(packet)
                     if packet.size:
                         known = packet.pts is not None
@@ -172,7 +173,9 @@ class VideoFile:
         if not len(positions):
             raise ValueError(f"{self.name}: no frames in its video stream")
         positions = positions[np.argsort(pts[positions], kind="stable")]
-        self.positions, self.pts, self.dts, self.keys = positions, pts, dts, np.flatnonzero(key)
+        if not self.in_order:  # two packets of one time are two fields of one frame
+            positions = positions[np.diff(pts[positions], prepend=pts[positions[0]] - 1) > 0]
+        self.positions, self.pts, self.dts, self.key = positions, pts, dts, key
 
         times, count = (pts[positions] - pts[positions[0]]) * self.tick, len(positions)
         last = durations[positions[-1]] * self.tick or (np.median(np.diff(times)) if count > 1 else 1 / rate)
@@ -207,13 +210,13 @@ class VideoFile:
 
     def _stretches(self, positions: np.ndarray) -> list[tuple[int, int]]:
         """First and last position in the file of the packets to decode for the frames at `positions`."""
-        stretches = []
+        stretches, keys = [], np.flatnonzero(self.key)
         for position in sorted(positions.tolist()):
-            # After the key frame, but shown before it, is what may depend on frames before the key frame.
-            k = int(np.searchsorted(self.keys, position, side="right")) - 1
-            while k > 0 and self.pts[self.keys[k]] > self.pts[position]:
+            # What is stored after a key frame, but shown before it, may depend on frames before the key frame.
+            k = int(np.searchsorted(keys, position, side="right")) - 1
+            while k > 0 and self.pts[keys[k]] > self.pts[position]:
                 k -= 1
-            start = int(self.keys[k]) if k >= 0 else 0
+            start = int(keys[k]) if k >= 0 else 0
             if stretches and start <= stretches[-1][1] + MIN_JUMP:
                 stretches[-1] = stretches[-1][0], position
             else:
@@ -223,12 +226,13 @@ class VideoFile:
     def _frames(self, stretches, wanted: dict[int, int], skip: bool) -> Iterator[tuple[int, av.VideoFrame]]:
         """Decode stretches of the file; yield (pts, frame) of the frames whose pts are wanted.
 
-        With `skip`, what no wanted frame depends on is left out within a stretch, too.
+        With `skip`, what no wanted frame depends on is left out within a stretch, too: frames that no other refers to,
+        and those before a key frame that the stretch starts at, which could not be decoded.
         """
         with self._open(decode=True) as (container, stream):
             context, count = stream.codec_context, 0
             intra = skip and context.codec.intra_only
-            skip = skip and context.name in SKIP_UNREFERENCED
+            unreferenced = skip and context.name in SKIP_UNREFERENCED
 
             def decode(packet) -> Iterator[tuple[int, av.VideoFrame]]:
                 nonlocal count
@@ -256,11 +260,12 @@ class VideoFile:
                 else:
                     context.flush_buffers()
                     packet = next(packets, None)
+                start = self.pts[first] if skip and self.key[first] else -math.inf
                 while packet is not None:
                     needed = packet.pts in wanted
-                    if skip:
+                    if unreferenced:
                         context.skip_frame = "DEFAULT" if needed else "NONREF"
-                    if position >= first and (needed or not intra):
+                    if position >= first and (needed or not intra) and (not skip or packet.pts >= start):
                         yield from decode(packet)
                     position += 1
                     packet = next(packets, None) if position <= last else None
@@ -275,7 +280,7 @@ class VideoFile:
 
     @contextmanager
     def _open(self, decode: bool = False) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
-        """Open the file and choose its video stream; errors of PyAV come out as ValueErrors that name the file."""
+        """Open the file and choose its video stream."""
         source = self.source
         remote = isinstance(source, str) and "://" in source
         if not isinstance(source, str):

@@ -851,7 +851,10 @@ class TestQwenVlUtils:
         vision_process = pytest.importorskip("qwen_vl_utils.vision_process")
         monkeypatch.setattr(vision_process, "VIDEO_READER_BACKENDS", dict(vision_process.VIDEO_READER_BACKENDS))
         monkeypatch.setattr(vision_process, "get_video_reader_backend", lambda: "torchvision")
+        monkeypatch.setattr(vision_process, "FORCE_QWENVL_VIDEO_READER", None)
         register_qwen_vl_utils_reader()
+        assert vision_process.FORCE_QWENVL_VIDEO_READER == "videonsa"
+        self.fetch_video, self.readers = vision_process.fetch_video, vision_process.VIDEO_READER_BACKENDS
         self.read = vision_process.VIDEO_READER_BACKENDS["torchvision"]
         self.process_vision_info = vision_process.process_vision_info
 
@@ -893,3 +896,15 @@ class TestQwenVlUtils:
         assert metadata["fps"] == 8 and metadata["total_num_frames"] == last - first + 1
         assert fps == pytest.approx(count / (last - first + 1) * 8)
         assert torch.equal(video, decode(clips / "clip.mp4")[metadata["frames_indices"]])
+
+    @pytest.mark.parametrize(
+        "element", [{"max_pixels": 40_000, "min_pixels": 784}, {"resized_height": 112, "resized_width": 140}, {}]
+    )
+    def test_frames_are_made_smaller_as_they_are_decoded(self, clips, element):
+        element = {"video": str(clips / "clip.mp4"), "fps": 2, **element}
+        small = self.fetch_video(element)
+        whole = lambda ele: (decode(clips / "clip.mp4")[self.read(ele)[1]["frames_indices"]], *self.read(ele)[1:])  # noqa: E731
+        self.readers["torchvision"] = self.readers["videonsa"] = whole
+        # It resizes in floats, so that a number may be rounded otherwise.
+        assert (small - self.fetch_video(element)).abs().max() <= (len(element) > 2)
+        assert self.read(element)[0].shape[2:] == (small.shape[2:] if len(element) > 2 else (224, 224))

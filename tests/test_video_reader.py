@@ -111,6 +111,20 @@ class TestFrames:
         monkeypatch.setattr(VideoFile, "_stretches", lambda self, positions: [(17, int(max(positions)))])
         assert numbers_of(read(clips("one-key-frame.mp4"), [20, 50])) == [20, 50]
 
+    @pytest.mark.parametrize("name", ["open-gop.mp4", "open-gop.ts", "hevc-open-gop.mkv", "mpeg2.ts", "h264.mov"])
+    def test_one_jump_is_enough(self, clips, monkeypatch, name):
+        attempts, frames = [], VideoFile._frames
+        monkeypatch.setattr(VideoFile, "_frames", lambda *args: attempts.append(1) or frames(*args))
+        for indices in ([40], [2, 33, 58], [59]):
+            assert numbers_of(read(clips(name), indices)) == indices
+        assert len(attempts) == 3
+
+    def test_a_recording_may_start_before_its_first_key_frame_and_refer_to_what_it_lacks(self, clips, tmp_path):
+        data = clips("open-gop.ts").read_bytes()
+        (tmp_path / "cut.ts").write_bytes(data[12 * 188 :])
+        numbers = numbers_of(read(tmp_path / "cut.ts"))
+        assert 0 < numbers[0] <= 12 and numbers == list(range(numbers[0], 60))
+
     def test_a_jump_that_lands_behind_its_frame_is_made_good(self, clips, monkeypatch):
         with VideoFile(clips("h264.mp4")) as file:
             file.dts = file.dts + 10**9
