@@ -332,6 +332,11 @@ def register_qwen_vl_utils_reader(patch_size: int = 14) -> None:
     except ImportError as error:
         raise ImportError("register_qwen_vl_utils_reader needs qwen_vl_utils: pip install qwen-vl-utils") from error
 
+    def resize(frame: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        # That of qwen_vl_utils, which rounds otherwise than transformers' does.
+        mode = vision_process.InterpolationMode.BICUBIC
+        return vision_process.transforms.functional.resize(frame, [height, width], interpolation=mode, antialias=True)
+
     def read_video(ele: dict[str, Any]) -> tuple[torch.Tensor, dict[str, Any], float]:
         """Frames [T, 3, H, W] uint8 of ele["video"], their metadata, and the frames per second that they amount to."""
         with VideoFile(ele["video"]) as file:
@@ -340,7 +345,7 @@ def register_qwen_vl_utils_reader(patch_size: int = 14) -> None:
             count = vision_process.smart_nframes(ele, total_frames=total, video_fps=fps)
             indices = torch.linspace(first, last, count).round().long().tolist()
             size = qwen_vl_utils_size(vision_process, ele, count, file.height, file.width, patch_size)
-            video = file.read(indices, *size)
+            video = file.read(indices, *size, resize)
         metadata = {"fps": fps, "frames_indices": indices, "total_num_frames": total, "video_backend": "pyav"}
         return video, metadata, count / total * fps
 
