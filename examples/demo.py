@@ -73,7 +73,7 @@ def report(label: str, text: str) -> None:
     print(f"{label:<10}{text}", flush=True)
 
 
-def answer(model, processor, video: str, question: str, max_new_tokens: int) -> str:
+def answer(model, processor, video: str, question: str, max_new_tokens: int, **video_settings) -> str:
     """Read the video, print what was read and the answer while it is generated; returns the answer."""
     messages = [{"role": "user", "content": [{"type": "video", "video": video}, {"type": "text", "text": question}]}]
     inputs = processor.apply_chat_template(
@@ -82,15 +82,12 @@ def answer(model, processor, video: str, question: str, max_new_tokens: int) -> 
         tokenize=True,
         return_dict=True,
         return_tensors="pt",
-        processor_kwargs={"return_metadata": True},
+        processor_kwargs={"return_metadata": True, **video_settings},
     )
     read = inputs.pop("video_metadata")[0]
-    _, rows, columns = (inputs["video_grid_thw"][0] * processor.video_processor.patch_size).tolist()
-    report(
-        "video",
-        f"{video}: {read.duration:.1f} s of {read.width} × {read.height}; read {len(read.frames_indices)} frames "
-        f"of {columns} × {rows} at {read.sampled_fps:.2f} fps",
-    )
+    del inputs["timestamps"]
+    report("video", f"{video}: {read.duration:.1f} s of {read.width} × {read.height}")
+    report("plan", str(read.plan))
     vision = int((inputs["mm_token_type_ids"] > 0).sum())
     report("tokens", f"{vision:,} vision, {inputs['input_ids'].numel() - vision:,} text")
     budget, pooled = (model.config.attention_budget(vision, pooled_keys=pooled) for pooled in (False, True))
@@ -114,6 +111,9 @@ def main() -> None:
     parser.add_argument("--model", help="folder or Hub id of a VideoNSA repository (default: a tiny untrained one)")
     parser.add_argument("--video", help="file or URL (default: a clip of 8 s, made on the spot)")
     parser.add_argument("--question", default=QUESTION, help=f"(default: {QUESTION})")
+    parser.add_argument("--fps", type=float, help="frames per second to read (default: up to 4, within --max-tokens)")
+    parser.add_argument("--max-tokens", type=int, help="of video and text together (default: 131072)")
+    parser.add_argument("--prefer", help="if they do not suffice: pixels, frames or balanced (default: pixels)")
     parser.add_argument("--max-new-tokens", type=int, default=128, help="(default: 128)")
     parser.add_argument("--variant", help="what vision tokens compute: paper or dense (default: the checkpoint's)")
     parser.add_argument(
@@ -133,7 +133,9 @@ def main() -> None:
             fields = ("nsa_variant", "block_size", "block_count", "window_size")
             settings = ", ".join(f"{field}={getattr(model.config, field)}" for field in fields)
             report("model", f"{name} ({size}, {model.dtype}, {model.device}; {settings})")
-            answer(model, processor, video, args.question, args.max_new_tokens)
+            settings = {"fps": args.fps, "max_tokens": args.max_tokens, "prefer": args.prefer}
+            settings = {name: value for name, value in settings.items() if value is not None}
+            answer(model, processor, video, args.question, args.max_new_tokens, **settings)
         except (OSError, ValueError, NotImplementedError) as error:
             sys.exit(f"demo.py: {error}")
 

@@ -425,7 +425,8 @@ def test_the_demo_without_arguments_reports_what_it_did():
     assert done.returncode == 0, done.stderr
     lines = {line.split(maxsplit=1)[0]: line for line in done.stdout.splitlines() if line.strip()}
     assert "UNTRAINED" in lines["model"]
-    assert "8.0 s of 224 × 224; read 32 frames of 224 × 224 at 4.00 fps" in lines["video"]
+    assert lines["video"].endswith("8.0 s of 224 × 224")
+    assert "32 frames of 224 × 224, 4 per second from 0.0 to 8.0 s" in lines["plan"]
     assert "1,024 vision" in lines["tokens"]
     pairs = 1024 * 1025 / 2
     selected, window = (n * (n + 1) / 2 + (1024 - n) * n for n in (8 * 16, 64))
@@ -443,7 +444,7 @@ def test_the_demo_runs_a_repository_on_a_given_video_in_either_variant(repositor
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         assert f"nsa_variant={variant}" in done.stdout and "Where is it?" in done.stdout
-        assert "read 12 frames of 168 × 84 at 4.00 fps" in done.stdout  # 96 rounds to 3 * 28 = 84, 160 to 6 * 28
+        assert "12 frames of 168 × 84, 4 per second" in done.stdout  # 96 rounds to 3 * 28 = 84, 160 to 6 * 28
         assert f"{6 * 3 * 6:,} vision" in done.stdout
         answers.append(done.stdout)
     assert "100.0% of the query" in answers[1]
@@ -453,8 +454,15 @@ def test_the_demo_runs_a_repository_on_a_given_video_in_either_variant(repositor
 def test_the_demo_reads_a_real_clip(repository):
     done = run("demo.py", "--model", repository, "--video", REAL_CLIP, "--max-new-tokens", 1)
     assert done.returncode == 0, done.stderr
-    assert "of 398 × 224; read 490 frames of 280 × 168 at 2.99 fps" in done.stdout
+    assert "490 frames of 280 × 168, 2.99 per second" in done.stdout
     assert f"{245 * 6 * 10:,} vision" in done.stdout
+
+
+def test_the_demo_reads_a_video_within_a_budget(repository):
+    options = ("--max-tokens", 1500, "--prefer", "frames", "--fps", 2, "--max-new-tokens", 1)
+    done = run("demo.py", "--model", repository, *options)
+    assert done.returncode == 0, done.stderr
+    assert "16 frames of 196 × 196, 2 per second" in done.stdout and "of 476 in all" in done.stdout
 
 
 @pytest.mark.parametrize(
