@@ -445,7 +445,7 @@ def main() -> None:
     samples = [s for split in SPLITS if counts[split] for s in json.loads((output / f"{split}.json").read_text())]
     seconds = sum(sample["seconds"] for sample in samples)
     print(
-        f"wrote {len(samples):,} clips, {seconds:,.0f} s, to {output} in {took:.1f} s ({seconds / took:,.0f}x real time)"
+        f"wrote {len(samples):,} clips to {output}: {seconds:,.0f} s in {took:.1f} s, {seconds / took:,.0f}x real time"
     )
 
 
