@@ -149,6 +149,8 @@ class FinetuneArguments(TrainingArguments):
     def __post_init__(self):
         self.remove_unused_columns = False  # the inputs are those of the model
         self.prediction_loss_only = True
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        self.dataloader_pin_memory = self.dataloader_pin_memory and not self.use_cpu
         if self.gradient_checkpointing and self.gradient_checkpointing_kwargs is None:
             self.gradient_checkpointing_kwargs = {"use_reentrant": False}
         if self.ddp_find_unused_parameters is None:
@@ -218,6 +220,9 @@ class VideoTrainer(Trainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        # Qwen2.5-VL says it does not take `num_items_in_batch`, but it does: with it, every token of a step counts the
+        # same, however it is split into batches and processes.
+        self.model_accepts_loss_kwargs = True
         self.meter = Meter(self.model.config.text_config.num_hidden_layers)
         self.add_callback(self.meter)
         for callback in (ProgressCallback, PrinterCallback):
@@ -257,11 +262,28 @@ class VideoTrainer(Trainer):
         # At 36K tokens the logits of a vocabulary of 152K would take 22 GB; few positions have a loss.
         shifted = nn.functional.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORED)
         keep = (shifted != IGNORED).any(0).nonzero().squeeze(1)
-        inputs = {**inputs, "logits_to_keep": keep, "shift_labels": shifted[:, keep]}
+        inputs = {**inputs, "logits_to_keep": keep, "shift_labels": shifted[:, keep], "use_cache": False}
         if model.training:
             self.meter.count(inputs)
             inputs["keep_gates"] = self.meter.keep_gates
         return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def prediction_step(self, model, inputs, *args, **kwargs):
+        inputs = self._prepare_inputs(inputs)
+        tokens = (inputs["labels"][:, 1:] != IGNORED).sum()
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, inputs)
+        loss = torch.where(tokens > 0, loss, 0.0)
+        self.evaluated += torch.stack([loss.double() * tokens, tokens])
+        return loss, None, None
+
+    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
+        """As in Trainer, but the loss is the mean over tokens, however they are split into batches."""
+        self.evaluated = torch.zeros(2, dtype=torch.float64, device=self.args.device)  # sum of losses, tokens
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        total, tokens = self.accelerator.reduce(self.evaluated, "sum").tolist()
+        output.metrics[f"{metric_key_prefix}_loss"] = total / max(tokens, 1)
+        return output
 
     def log(self, logs, *args, **kwargs):
         if "loss" in logs:
