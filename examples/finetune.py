@@ -23,6 +23,7 @@ import os
 import shutil
 import statistics
 import sys
+import tempfile
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -311,8 +312,8 @@ def part_of(name: str) -> str:
     return "language"
 
 
-def load_model(arguments: ModelArguments, bf16: bool):
-    """(model, dtype of its checkpoint), with the parts frozen, or wrapped in adapters, as asked for."""
+def load_config(arguments: ModelArguments):
+    """The model's configuration with the settings of the arguments."""
     config = AutoConfig.from_pretrained(arguments.model, trust_remote_code=True)
     if config.model_type != "videonsa":
         raise ValueError(
@@ -322,6 +323,11 @@ def load_model(arguments: ModelArguments, bf16: bool):
     for name in ("nsa_variant", "block_size", "block_count", "window_size", "gate_temperature"):
         if getattr(arguments, name) is not None:
             setattr(config, name, getattr(arguments, name))
+    return config
+
+
+def load_model(arguments: ModelArguments, config, bf16: bool):
+    """(model, dtype of its checkpoint), with the parts frozen, or wrapped in adapters, as asked for."""
     saved = config.dtype or torch.float32
     saved = getattr(torch, saved) if isinstance(saved, str) else saved
     mixed = arguments.dtype == "auto" and arguments.method != "full" and bf16
@@ -566,6 +572,7 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: Finetun
     set_seed(args.seed)
     output = Path(args.output_dir)
     resume = None if args.dry_run else find_resume(args)
+    config = load_config(model_args)
     processor = load_processor(model_args.model, data_args)
     seed = args.seed if args.data_seed is None else args.data_seed
     loaded = on_main_process(args, load_data, data_args, processor, seed)
@@ -579,7 +586,7 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: Finetun
     if not held_out and args.eval_strategy != "no":
         raise ValueError(f"--eval_strategy {args.eval_strategy} needs --eval_data with samples that can be used")
 
-    model, saved = load_model(model_args, args.bf16)
+    model, saved = load_model(model_args, config, args.bf16)
     options = {
         "max_length": data_args.max_length,
         "capacity": data_args.max_length if data_args.packing else None,
@@ -601,6 +608,7 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: Finetun
     if args.dry_run:
         args.max_steps, args.logging_steps, args.report_to, args.push_to_hub = DRY_RUN_STEPS, 1, [], False
         args.save_strategy = args.eval_strategy = "no"
+        args.output_dir = tempfile.gettempdir()  # Trainer makes the folder
     trainer = VideoTrainer(
         model=model,
         args=args,
