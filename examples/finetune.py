@@ -33,8 +33,9 @@ from typing import Literal
 import torch
 import yaml
 from accelerate.utils import broadcast_object_list
-from huggingface_hub import HfApi, ModelCardData
+from huggingface_hub import HfApi
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
@@ -49,7 +50,7 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from convert import CARD
+from convert import write_card
 from data import IGNORED, Collator, ConversationDataset, Drop, Sample, load_samples, packed_positions
 
 PARTS = ("language", "merger", "vision", "gates")
@@ -286,10 +287,25 @@ class VideoTrainer(Trainer):
         output.metrics[f"{metric_key_prefix}_loss"] = total / max(tokens, 1)
         return output
 
+    def _save(self, *args, **kwargs):
+        with unsharded_class(self.model):
+            super()._save(*args, **kwargs)
+
     def log(self, logs, *args, **kwargs):
         if "loss" in logs:
             logs = {**logs, **self.meter.read(self.accelerator)}
         super().log(logs, *args, **kwargs)
+
+
+@contextlib.contextmanager
+def unsharded_class(model):
+    """Give a model its own class back to be saved: FSDP2 changes it, and its code would be saved as the model's."""
+    sharded = type(model)
+    model.__class__ = next(c for c in sharded.__mro__ if not issubclass(c, FSDPModule))
+    try:
+        yield
+    finally:
+        model.__class__ = sharded
 
 
 def short_logs(callback: type[TrainerCallback]) -> type[TrainerCallback]:
@@ -484,7 +500,9 @@ def publish(trainer: VideoTrainer, arguments: ModelArguments, saved: torch.dtype
     """Write the trained model, in the dtype of its source, to the output folder so that it loads as it is."""
     folder, lora = Path(trainer.args.output_dir), arguments.method == "lora"
     model = trainer.accelerator.unwrap_model(trainer.model)
-    stock = model.get_base_model() if lora else model
+    with unsharded_class(model):
+        base = model.get_base_model() if lora else model
+        model_class, config = type(base), base.config
     trained = folder / ("adapter" if lora else ".trained")
     trainer.save_model(str(trained), _internal_call=True)
     if trainer.args.should_save:
@@ -494,38 +512,19 @@ def publish(trainer: VideoTrainer, arguments: ModelArguments, saved: torch.dtype
             unset_hf_deepspeed_config()  # else from_pretrained would wait for the other processes
         # Read again from disk: sharded weights cannot be cast or merged where they are.
         source = arguments.model if lora else trained
-        final = type(stock).from_pretrained(source, config=stock.config, dtype=saved)
+        final = model_class.from_pretrained(source, config=config, dtype=saved)
         if lora:
             from peft import PeftModel
 
             final = PeftModel.from_pretrained(final, trained).merge_and_unload().to(saved)
-        else:
-            shutil.rmtree(trained)
         final.config.use_cache = True  # Trainer turns it off
-        for old in folder.glob("model*.safetensors*"):
-            old.unlink()
         final.save_pretrained(folder)
+        if not lora:
+            shutil.rmtree(trained)
         trainer.processing_class.save_pretrained(folder)
-        write_card(folder, arguments.model, final.config, trainer.hub_model_id or folder.resolve().name, note)
+        name = trainer.hub_model_id or folder.resolve().name
+        write_card(Path(arguments.model), folder, final.config, base=arguments.model, name=name, note=note)
     trainer.accelerator.wait_for_everyone()
-
-
-def write_card(folder: Path, base: str, config, name: str, note: str) -> None:
-    local = Path(base).exists()
-    data = ModelCardData(
-        library_name="transformers",
-        pipeline_tag="video-text-to-text",
-        tags=["videonsa", "sparse-attention", "custom_code"],
-        base_model=None if local else base,
-    )
-    text = CARD.format(
-        name=name,
-        base=Path(base).resolve().name if local else base,
-        options=json.dumps({"dtype": "auto", "device_map": "auto"}),
-        trained=note,
-        **{key: getattr(config, key) for key in ("block_size", "block_count", "window_size")},
-    )
-    (folder / "README.md").write_text(f"---\n{data.to_yaml()}\n---\n{text}")
 
 
 def report_time(trainer: VideoTrainer, steps_per_epoch: int) -> None:

@@ -1,6 +1,7 @@
 """finetune.py as a user runs it: short trainings of a miniature model on generated clips and on the real one."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -249,6 +250,64 @@ def test_two_processes_and_accumulation_train_like_one(train, tiny_repository, n
         assert evaluated[0] == pytest.approx(evaluated[1], rel=1e-4)
         for name, tensor in weights(output).items():
             torch.testing.assert_close(tensor, weights(folder)[name], rtol=1e-3, atol=1e-3)
+
+
+SHARDED = """
+import sys
+import torch
+from torch.distributed.fsdp import fully_shard
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from data import Collator, ConversationDataset, load_samples
+from finetune import unsharded_class
+
+folder, file, saved = sys.argv[1:]
+torch.set_num_threads(1)
+torch.distributed.init_process_group("gloo")
+rank = torch.distributed.get_rank()
+processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+samples, _ = load_samples([file], processor)
+dataset = ConversationDataset(samples, processor, max_length=9999)
+video, image = (next(i for i, s in enumerate(samples) if kind in s.record) for kind in ("video", "image"))
+text = next(i for i, s in enumerate(samples) if not s.vision_tokens)
+collate = Collator(processor, always_vision=True)
+
+def load():
+    return AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).train()
+
+alone, sharded = load(), load()
+mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2,))
+for layer in (*sharded.model.visual.blocks, *sharded.model.language_model.layers):
+    fully_shard(layer, mesh=mesh)
+fully_shard(sharded, mesh=mesh)
+for mine in ([[text], [video, image]], [[video], [text]], [[image], [video]], [[video, video], [video]]):
+    batch = collate([dataset[i] for i in mine[rank]])
+    losses = [model(**batch, use_cache=False).loss for model in (alone, sharded)]
+    for loss in losses:
+        loss.backward()
+    torch.testing.assert_close(*losses)
+    if rank == 0:
+        print("equal", flush=True)
+if rank == 0:
+    with unsharded_class(sharded):
+        sharded.save_pretrained(saved, state_dict=alone.state_dict())
+"""
+
+
+def test_sharded_processes_with_different_media_do_not_wait_for_each_other(tiny_repository, needles, tmp_path):
+    program, data = tmp_path / "sharded.py", mixed_data(needles, tmp_path / "mixed.json")
+    program.write_text(SHARDED)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
+    command += [program, tiny_repository, data, tmp_path / "saved"]
+    env = {**os.environ, "PYTHONPATH": str(EXAMPLES), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=120, env=env)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("equal") == 4
+    assert {path.name for path in (tmp_path / "saved").glob("*.py")} == {
+        path.name for path in tiny_repository.glob("*.py") if "processing" not in path.name
+    }
+    before, after = weights(tiny_repository), weights(tmp_path / "saved")
+    assert set(before) == set(after)
 
 
 def test_gates_are_logged_as_the_model_has_them(train):
