@@ -10,7 +10,7 @@ TINY := build/tiny
 .PHONY: help demo tiny test test-oldest lint clean
 
 help:
-	@echo "make demo         a tiny model reads a clip and answers a question"
+	@echo "make demo         the tiny trained model answers questions about an unseen clip"
 	@echo "make tiny         train the tiny VideoNSA and its dense twin on 2 cores, and measure both"
 	@echo "make test         all tests, on the newest versions"
 	@echo "make test-oldest  all tests, on the oldest: $(OLDEST_VERSIONS)"
@@ -20,7 +20,7 @@ help:
 demo: $(VENV)/demo.stamp
 	$(VENV)/bin/python examples/demo.py
 
-tiny: $(TINY)/paper.json $(TINY)/dense.json
+tiny: $(TINY)/paper.json $(TINY)/dense.json $(TINY)/paper-4.json
 
 test: $(VENV)/test.stamp
 	$(VENV)/bin/python -m pytest
@@ -72,27 +72,40 @@ $(TINY)/data-2: | $(VENV)/train.stamp
 $(TINY)/data-3: | $(VENV)/train.stamp
 	$(MAKE_CLIPS) --seed 3 --train 10000 --validation 256 --seconds 1 2 4 4 8 --stills 0.12
 
-$(TINY)/data-test: | $(VENV)/train.stamp
-	$(MAKE_CLIPS) --seed 4 --test 1000 --seconds 4 8 16 32 64
+# Long clips of few frames: their positions, not their length.
+$(TINY)/data-4a: | $(VENV)/train.stamp
+	$(MAKE_CLIPS) --seed 41 --train 1500 --seconds 8 --fps 2 --needle-seconds 1 2
 
-# stage(number, model to start from[, further options])
+$(TINY)/data-4b: | $(VENV)/train.stamp
+	$(MAKE_CLIPS) --seed 42 --train 1500 --seconds 16 --fps 1 --needle-seconds 2 4
+
+$(TINY)/data-4c: | $(VENV)/train.stamp
+	$(MAKE_CLIPS) --seed 43 --train 1500 --seconds 32 --fps 0.5 --needle-seconds 4 8
+
+$(TINY)/data-test: | $(VENV)/train.stamp
+	$(MAKE_CLIPS) --seed 4 --test 400 --seconds 4 8 16 32
+
+# stage(number, model to start from, data[, further options])
 define stage
 	$(PY) examples/finetune.py --config examples/recipes/tiny-$(1).yaml --model $(2) --output_dir $(@D) \
-	    --train_data $(TINY)/data-$(1)/train.jsonl --eval_data $(TINY)/data-$(1)/validation.jsonl $(3) \
+	    --train_data $(3) --eval_data $(firstword $(subst /train.jsonl, ,$(3)))/validation.jsonl $(4) \
 	    $(if $(wildcard $(@D)/checkpoint-*),--resume_from_checkpoint last)
 endef
 
 $(TINY)/stage-1/README.md: | $(TINY)/start $(TINY)/data-1
-	$(call stage,1,$(TINY)/start)
+	$(call stage,1,$(TINY)/start,$(TINY)/data-1/train.jsonl)
 
 $(TINY)/stage-2/README.md: | $(TINY)/stage-1/README.md $(TINY)/data-2
-	$(call stage,2,$(TINY)/stage-1)
+	$(call stage,2,$(TINY)/stage-1,$(TINY)/data-2/train.jsonl)
 
 $(TINY)/paper/README.md: | $(TINY)/stage-2/README.md $(TINY)/data-3
-	$(call stage,3,$(TINY)/stage-2)
+	$(call stage,3,$(TINY)/stage-2,$(TINY)/data-3/train.jsonl)
 
 $(TINY)/dense/README.md: | $(TINY)/stage-2/README.md $(TINY)/data-3
-	$(call stage,3,$(TINY)/stage-2,--nsa_variant dense)
+	$(call stage,3,$(TINY)/stage-2,$(TINY)/data-3/train.jsonl,--nsa_variant dense)
+
+$(TINY)/paper-4/README.md: | $(TINY)/paper/README.md $(TINY)/data-4a $(TINY)/data-4b $(TINY)/data-4c
+	$(call stage,4,$(TINY)/paper,$(TINY)/data-3/train.jsonl%30 $(patsubst %,$(TINY)/data-4%/train.jsonl,a b c))
 
 $(TINY)/%.json: | $(TINY)/%/README.md $(TINY)/data-test
 	$(PY) examples/evaluate.py $(TINY)/$* $(TINY)/data-test/test.jsonl $@ --batch-size 8 --max-new-tokens 12 --workers 1

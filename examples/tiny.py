@@ -1,4 +1,4 @@
-"""A miniature Qwen2.5-VL checkpoint and a short clip, made on the spot: what the demo and the tests run on.
+"""A miniature Qwen2.5-VL checkpoint and a short clip, made on the spot: what tests and the tiny VideoNSA begin with.
 
     python examples/tiny.py build/tiny/start    # where the training of the tiny VideoNSA starts: see `make tiny`
 
