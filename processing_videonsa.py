@@ -164,7 +164,13 @@ class VideoNSAVideoProcessor(Qwen2VLVideoProcessor):
         return batch
 
     def plan(self, video, **kwargs) -> VideoPlan:
-        """What the same call on this one video would take of it; of a file, only the packets are read."""
+        """What the same call on this one video would take of it; of a file, only the packets are read.
+
+        In place of a file that is not to be read at all, `video` may be its `VideoMetadata`, with width and height.
+        """
+        if isinstance(video, VideoMetadata):
+            metadata = frames_metadata(video, video.total_num_frames, video.height, video.width)
+            return self._sample(metadata, kwargs, self._setting("do_sample_frames", kwargs))[0].plan
         (video,), (metadata,) = list_videos(video), list_metadata(kwargs.pop("video_metadata", None), 1)
         with self._opened(video, metadata, kwargs) as (_, _, sampled, _):
             return sampled.plan

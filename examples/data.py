@@ -25,6 +25,8 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers.video_utils import VideoMetadata
 
+from videonsa.processing_videonsa import CLIP_KEYS
+
 logger = logging.getLogger(__name__)
 
 IGNORED = -100  # label of a token without loss
@@ -308,21 +310,13 @@ def count_tokens(part: dict, processor, frames: tuple[int, int] | None) -> int:
                 width, height = image.size
             patches = processor.image_processor.get_number_of_image_patches(height, width, {})
             return patches // processor.image_processor.merge_size**2
-        video = processor.video_processor
-        metadata = probe_frames(path, video.fps) if isinstance(path, list) else probe_video(path)
-        count = metadata.total_num_frames
-        if not isinstance(path, list):
-            request = {name: part[name] for name in ("fps", "num_frames") if part.get(name) is not None}
-            count = len(video.sample_frames(metadata, **request))
+        settings = {CLIP_KEYS[key]: value for key, value in part.items() if key in CLIP_KEYS and value is not None}
+        plan = processor.video_processor.plan(path if isinstance(path, list) else probe_video(path), **settings)
     except (OSError, ValueError, av.FFmpegError, SyntaxError) as error:  # SyntaxError: a broken PNG
         raise BadSample(f"broken {kind}: {error}") from None
-    if frames and not frames[0] <= count <= frames[1]:
-        raise BadSample(f"{count} frames, of {frames[0]} to {frames[1]}: {path}")
-    size = dict(video.size)
-    if part.get("max_pixels"):
-        size["longest_edge"] = part["max_pixels"]
-    patches = video.get_num_of_video_patches(count, metadata.height, metadata.width, {"size": size})
-    return patches // video.merge_size**2
+    if frames and not frames[0] <= plan.num_frames <= frames[1]:
+        raise BadSample(f"{plan.num_frames} frames, of {frames[0]} to {frames[1]}: {path}")
+    return plan.tokens
 
 
 def probe_video(path: str) -> VideoMetadata:
@@ -341,12 +335,6 @@ def probe_video(path: str) -> VideoMetadata:
         total = stream.frames or max(1, round(duration * fps))
         duration = duration or total / fps
         return VideoMetadata(total, fps=total / duration, width=stream.width, height=stream.height, duration=duration)
-
-
-def probe_frames(paths: list[str], fps: float) -> VideoMetadata:
-    with Image.open(paths[0]) as image:
-        width, height = image.size
-    return VideoMetadata(len(paths), fps=fps, width=width, height=height, duration=len(paths) / fps)
 
 
 def answer_spans(ids: Sequence[int], tokenizer) -> list[tuple[int, int]]:

@@ -221,7 +221,10 @@ def test_labels_are_the_assistant_turns_token_by_token(processor, media):
 
 def test_tokens_are_known_before_anything_is_decoded(processor, needles, media):
     records = [ask(video="a.mp4"), ask("<video><video>", video=["a.mp4", ["c.png"] * 6]), ask("<image>", image="c.png")]
+    own = ({"start": 0.5, "end": 1.5}, {"nframes": 4}, {"max_tokens": 1034, "prefer": "frames"}, {"max_pixels": 3136})
+    records += [ask(video={"video": "a.mp4", **settings}) for settings in own]
     samples, drops = load(media, processor, *records)
+    assert all(sample.vision_tokens < samples[0].vision_tokens for sample in samples[3:])
     more, more_drops = load_samples([str(needles / "train.json")], processor)
     assert not drops and not more_drops
     dataset = ConversationDataset(samples + more, processor, max_length=9999)

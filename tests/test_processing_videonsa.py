@@ -554,6 +554,8 @@ class TestBudget:
             plan = processor.video_processor.plan(clips / "clip.mp4", **request)
             features, metadata = process(processor, clips / "clip.mp4", **request)
             assert metadata.plan == plan and metadata.sampled_fps == plan.fps
+            whole = VideoMetadata(metadata.total_num_frames, fps=metadata.fps, width=224, height=224)
+            assert processor.video_processor.plan(whole, **request) == plan
             assert features["video_grid_thw"][0].prod() // 4 == plan.tokens
         assert str(processor.video_processor.plan(clips / "clip.mp4")) == (
             "32 frames of 224 × 224, 4 per second from 0.0 to 8.0 s; 64 tokens per 2 frames, 1,024 of 130,048 in all"
