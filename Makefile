@@ -4,10 +4,14 @@ VENV := .venv
 OLDEST := .venv-oldest
 OLDEST_VERSIONS := torch==2.11.0 torchvision==0.26.0 transformers==5.17.0 av==16.0.0
 
-.PHONY: help demo test test-oldest lint clean
+# Where `make tiny` keeps its data, checkpoints and results; it goes on where it was interrupted.
+TINY := build/tiny
+
+.PHONY: help demo tiny test test-oldest lint clean
 
 help:
-	@echo "make demo         a tiny model reads a clip and answers a question"
+	@echo "make demo         the tiny trained model answers questions about an unseen clip"
+	@echo "make tiny         train the tiny VideoNSA and its dense twin on 2 cores, and measure both"
 	@echo "make test         all tests, on the newest versions"
 	@echo "make test-oldest  all tests, on the oldest: $(OLDEST_VERSIONS)"
 	@echo "make lint         ruff"
@@ -15,6 +19,8 @@ help:
 
 demo: $(VENV)/demo.stamp
 	$(VENV)/bin/python examples/demo.py
+
+tiny: $(TINY)/paper.json $(TINY)/dense.json $(TINY)/paper-4.json
 
 test: $(VENV)/test.stamp
 	$(VENV)/bin/python -m pytest
@@ -41,8 +47,65 @@ endef
 $(VENV)/demo.stamp: setup.cfg pyproject.toml
 	$(call install,$(VENV),demo)
 
+$(VENV)/train.stamp: setup.cfg pyproject.toml
+	$(call install,$(VENV),train)
+
 $(VENV)/test.stamp: setup.cfg pyproject.toml
 	$(call install,$(VENV),test)
 
 $(OLDEST)/test.stamp: setup.cfg pyproject.toml Makefile
 	$(call install,$(OLDEST),test,$(OLDEST_VERSIONS))
+
+# One thread trains, a second process decodes.
+$(TINY)/%: PY := OMP_NUM_THREADS=1 $(VENV)/bin/python
+$(TINY)/%: MAKE_CLIPS = $(PY) examples/make_needle_videos.py $@
+
+$(TINY)/start: | $(VENV)/train.stamp
+	$(PY) examples/tiny.py $@
+
+$(TINY)/data-1: | $(VENV)/train.stamp
+	$(MAKE_CLIPS) --seed 1 --train 16000 --validation 256 --seconds 0.5 --questions describe
+
+$(TINY)/data-2: | $(VENV)/train.stamp
+	$(MAKE_CLIPS) --seed 2 --train 6000 --validation 128 --seconds 0.5 1 --stills 0.4
+
+$(TINY)/data-3: | $(VENV)/train.stamp
+	$(MAKE_CLIPS) --seed 3 --train 10000 --validation 256 --seconds 1 2 4 4 8 --stills 0.12
+
+# Long clips of few frames: their positions, not their length.
+$(TINY)/data-4a: | $(VENV)/train.stamp
+	$(MAKE_CLIPS) --seed 41 --train 1500 --seconds 8 --fps 2 --needle-seconds 1 2
+
+$(TINY)/data-4b: | $(VENV)/train.stamp
+	$(MAKE_CLIPS) --seed 42 --train 1500 --seconds 16 --fps 1 --needle-seconds 2 4
+
+$(TINY)/data-4c: | $(VENV)/train.stamp
+	$(MAKE_CLIPS) --seed 43 --train 1500 --seconds 32 --fps 0.5 --needle-seconds 4 8
+
+$(TINY)/data-test: | $(VENV)/train.stamp
+	$(MAKE_CLIPS) --seed 4 --test 400 --seconds 4 8 16 32
+
+# stage(number, model to start from, data[, further options])
+define stage
+	$(PY) examples/finetune.py --config examples/recipes/tiny-$(1).yaml --model $(2) --output_dir $(@D) \
+	    --train_data $(3) --eval_data $(firstword $(subst /train.jsonl, ,$(3)))/validation.jsonl $(4) \
+	    $(if $(wildcard $(@D)/checkpoint-*),--resume_from_checkpoint last)
+endef
+
+$(TINY)/stage-1/README.md: | $(TINY)/start $(TINY)/data-1
+	$(call stage,1,$(TINY)/start,$(TINY)/data-1/train.jsonl)
+
+$(TINY)/stage-2/README.md: | $(TINY)/stage-1/README.md $(TINY)/data-2
+	$(call stage,2,$(TINY)/stage-1,$(TINY)/data-2/train.jsonl)
+
+$(TINY)/paper/README.md: | $(TINY)/stage-2/README.md $(TINY)/data-3
+	$(call stage,3,$(TINY)/stage-2,$(TINY)/data-3/train.jsonl)
+
+$(TINY)/dense/README.md: | $(TINY)/stage-2/README.md $(TINY)/data-3
+	$(call stage,3,$(TINY)/stage-2,$(TINY)/data-3/train.jsonl,--nsa_variant dense)
+
+$(TINY)/paper-4/README.md: | $(TINY)/paper/README.md $(TINY)/data-4a $(TINY)/data-4b $(TINY)/data-4c
+	$(call stage,4,$(TINY)/paper,$(TINY)/data-3/train.jsonl%30 $(patsubst %,$(TINY)/data-4%/train.jsonl,a b c))
+
+$(TINY)/%.json: | $(TINY)/%/README.md $(TINY)/data-test
+	$(PY) examples/evaluate.py $(TINY)/$* $(TINY)/data-test/test.jsonl $@ --batch-size 8 --max-new-tokens 12 --workers 1

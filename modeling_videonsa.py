@@ -457,7 +457,8 @@ class VideoNSAModel(Qwen2_5_VLModel):
 
         Args:
             input_ids: [batch, length]; the grids are int [images or videos, 3] in patches, second_per_grid_ts are the
-                seconds that a temporal patch of each video spans (default 1); attention_mask is 0 for padding.
+                seconds that a temporal patch of each video spans (default 1) or, of videos whose frames are not evenly
+                spaced, [videos, patches or more]: at which each begins, from 0; attention_mask is 0 for padding.
 
         Returns:
             positions [3, batch, length], and [batch, 1]: what to add to a later token's index for its position.
@@ -493,7 +494,14 @@ class VideoNSAModel(Qwen2_5_VLModel):
                             )
                         t, h, w = (torch.arange(n) for n in (grid[0], grid[1] // merge, grid[2] // merge))
                         if kind == 2:  # whole units; the margin undoes float32 seconds just below their value
-                            t = (t.double() * (tokens_per_second * next(seconds, 1.0) * (1 + 1e-7))).floor().long()
+                            span = next(seconds, 1.0)
+                            if not isinstance(span, list):
+                                t = t.double() * span
+                            elif len(span) < len(t):
+                                raise ValueError(f"second_per_grid_ts has {len(span)} times for {len(t)} patches")
+                            else:
+                                t = torch.tensor(span[: len(t)], dtype=torch.float64)
+                            t = (t * (tokens_per_second * (1 + 1e-7))).floor().long()
                         part = torch.cartesian_prod(t, h, w).T
                     parts.append(part + start)
                     left -= part.shape[1]

@@ -1,43 +1,72 @@
-"""From videos to model inputs: frame times, sampling within a frame budget, decoding, and the processor classes.
+"""From videos to model inputs: which frames a prompt can afford, their pixels as patches, and the processor classes.
 
-A file is read twice. Its packets, not decoded, give the time of every frame; then the sampled frames are decoded and
-resized one by one, so that a video is never held at its full size. Patches, placeholders and the chat template are
-those of Qwen2.5-VL; what the model makes of them is in `modeling_videonsa.py`.
+Files are read by `video_reader.py`, within a plan of `video_planner.py`. Patches, placeholders and the chat template
+are those of Qwen2.5-VL; what the model makes of them is in `modeling_videonsa.py`.
 """
 
-import math
 import os
-from collections import Counter, namedtuple
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
-from urllib.parse import unquote
 
-import av
 import numpy as np
 import torch
-from av.stream import Disposition
 from PIL import Image
 from transformers import BatchFeature, Qwen2_5_VLProcessor, Qwen2VLVideoProcessor
-from transformers.image_utils import infer_channel_dimension_format, load_image
+from transformers.image_utils import SizeDict, infer_channel_dimension_format, load_image
+from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessorInitKwargs
 from transformers.video_utils import VideoMetadata
 
-# A list of such paths is the frames of one video; any other path is a video of its own.
+from .video_planner import RIVALS, VideoPlan, check_range, check_request, plan_video
+from .video_reader import VideoFile, frames_on_screen, local_path
+
+# A list of such paths is the frames of one video, as is a folder of them; any other path is a video of its own.
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-# Seconds. Matroska and FLV keep times in milliseconds, so that a duration can lack this much.
-ROUNDING = 2e-3
+# Keys that a video of a conversation may have of its own, by their names in qwen_vl_utils too.
+CLIP_KEYS = {
+    **{key: key for key in ("fps", "num_frames", "max_pixels", "frame_tokens", "max_tokens", "prefer", "start", "end")},
+    "nframes": "num_frames",
+    "video_start": "start",
+    "video_end": "end",
+}
+# Numbers that are normalised and cut into patches at a time.
+CHUNK = 2**22
+
+
+@dataclass
+class VideoClip:
+    """A video with settings of its own, which go before those of the call: `VideoClip("a.mp4", {"start": 60})`."""
+
+    source: Any
+    settings: dict[str, Any]
 
 
 class VideoNSAProcessor(Qwen2_5_VLProcessor):
-    """`Qwen2_5_VLProcessor` for every form of video that `VideoNSAVideoProcessor` takes."""
+    """`Qwen2_5_VLProcessor` for every form of video that `VideoNSAVideoProcessor` takes.
+
+    In `apply_chat_template`, a video of a message may have settings of its own: `{"type": "video", "video": "a.mp4",
+    "fps": 1, "start": 60, "end": 90}`; see `CLIP_KEYS`. With `return_metadata=True` there is also `timestamps`: a list
+    for each video, of the seconds (float) at which its temporal patches begin.
+    """
+
+    def __call__(self, images=None, text=None, videos=None, audio=None, **kwargs) -> BatchFeature:
+        output = super().__call__(images=images, text=text, videos=videos, audio=audio, **kwargs)
+        if "video_metadata" in output:
+            patch = self.video_processor.temporal_patch_size
+            output["timestamps"] = [metadata.sample_times[::patch] for metadata in output["video_metadata"]]
+        return output
+
+    def apply_chat_template(self, conversation, *args, **kwargs):
+        return super().apply_chat_template(with_clips(conversation), *args, **kwargs)
 
     def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
         images, text, _, audio = super().prepare_inputs_layout(images=images, text=text, audio=audio, **kwargs)
         return images, text, None if videos is None else list_videos(videos), audio
 
     def validate_inputs(self, images=None, text=None, videos=None, audio=None, **kwargs):
-        check_sampling(**{**kwargs, **kwargs.get("videos_kwargs", {})})
+        check_request({**kwargs, **kwargs.get("videos_kwargs", {})})
         # The stock class only counts the videos, but copies all frames to do so and counts image paths as videos.
         names = None if videos is None else ["video"] * len(videos)
         super().validate_inputs(images=images, text=text, videos=names, audio=audio, **kwargs)
@@ -45,38 +74,77 @@ class VideoNSAProcessor(Qwen2_5_VLProcessor):
     def _process_videos(self, videos, **kwargs):
         features = self.video_processor(videos, **{**kwargs, "return_metadata": True})
         patch = self.video_processor.temporal_patch_size
-        features["second_per_grid_ts"] = [patch / metadata.sampled_fps for metadata in features["video_metadata"]]
+        features["second_per_grid_ts"] = seconds_per_patch(features["video_metadata"], patch)
         return features, [self.replace_video_token(features, video_idx=i) for i in range(len(videos))]
 
 
+class VideoNSAVideoProcessorKwargs(Qwen2VLVideoProcessorInitKwargs, total=False):
+    """See `VideoNSAVideoProcessor`."""
+
+    max_frames: int | None
+    max_tokens: int
+    text_tokens: int
+    prefer: str
+    frame_tokens: int | None
+    block_size: int | None
+    start: int | float | None
+    end: int | float | None
+    on_error: str
+    timeout: int | float
+    max_source_pixels: int
+    max_duration: int | float
+
+
 class VideoNSAVideoProcessor(Qwen2VLVideoProcessor):
-    """`Qwen2VLVideoProcessor` with the sampling of the paper, decoding by PyAV, and exact frame times.
+    """`Qwen2VLVideoProcessor` with a budget of tokens instead of frames, decoding by PyAV, and exact times.
 
     A video, each by itself so that a batch may mix them, is one of
-    - a file: a path (`str` or `pathlib.Path`), `file://` or `http(s)://`. It is sampled at `fps`, or `num_frames` are
-      taken of it, or with `do_sample_frames=False` all frames. Its metadata comes from the file.
-    - frames: a list of images (PIL, array or path) or a 4-D array. Without `video_metadata` they count as already
-      sampled at `fps`, and only `num_frames` thins them out; with it, they are sampled like a file.
+    - a file: a path (`str` or `pathlib.Path`), `file://` or `http(s)://`, bytes, or a binary file object. Frames are
+      sampled evenly in time, or with `do_sample_frames=False` all taken. Its metadata comes from the file.
+    - frames: a list of images (PIL, array or path), a folder of images, or a 4-D array. Without `video_metadata` they
+      count as already sampled at `fps`, and only `num_frames` thins them out; with it, they are sampled like a file.
+    - a `VideoClip` of either.
 
-    In a call, `fps` and `num_frames` exclude each other, and either replaces the defaults. `cap_pixels_per_frame=True`
-    makes the frame size depend on the whole video: then the stock class resizes, after all frames have been read.
+    How many frames and how large is the matter of `plan_video`, whose arguments are settings here: `max_tokens`,
+    `text_tokens`, `prefer`, `fps` or `num_frames`, `max_pixels` or `frame_tokens`, `block_size`, `start`, `end`,
+    `min_frames` and `max_frames`. The budget is for each video. In a call `fps`, `num_frames`, `max_pixels` and
+    `frame_tokens` are exact; as attributes, `fps` and `size` (least and most pixels per frame) are what is wanted if
+    the budget allows. `plan` tells what a video comes to, `video_metadata[i].plan` what it came to.
+
+    Args:
+        on_error: "raise", or "keep" to make do with what can be decoded of damaged files.
+        timeout: seconds that a server may take to answer or to go on.
+        max_source_pixels, max_duration: most pixels of a frame and seconds that a file may have.
+        cap_pixels_per_frame: the stock rule for the size of frames, by `max_video_tokens`; then there is no budget.
     """
 
     fps = 4
     min_frames = 2
-    max_frames = 4096  # 128K vision tokens; a longer video is sampled more sparsely
+    max_frames = None
     size = {"shortest_edge": 28 * 28, "longest_edge": 224 * 224}  # pixels per frame; at most 64 tokens per two frames
+    max_tokens = 128 * 1024
+    text_tokens = 1024
+    prefer = "pixels"
+    frame_tokens = None
+    block_size = None
+    start = None
+    end = None
+    on_error = "raise"
+    timeout = 30.0
+    max_source_pixels = 2**26
+    max_duration = 24 * 3600
     do_sample_frames = True
     cap_pixels_per_frame = False
+    valid_kwargs = VideoNSAVideoProcessorKwargs
 
     def preprocess(self, videos, **kwargs) -> BatchFeature:
         """Returns `pixel_values_videos` [patches, 1176] and `video_grid_thw` [videos, 3], the patches along t, h, w.
 
-        With `return_metadata=True` also `video_metadata`, one `VideoMetadata` per video.
+        With `return_metadata=True` also `video_metadata`, one `SampledVideoMetadata` per video.
 
         Raises:
             FileNotFoundError: a file is missing.
-            ValueError: a video cannot be read completely, or lacks what the call asks for.
+            ValueError: a video cannot be read completely, lacks what the call asks for, or exceeds the budget.
         """
         videos = list_videos(videos)
         if not videos:
@@ -84,7 +152,7 @@ class VideoNSAVideoProcessor(Qwen2VLVideoProcessor):
         metadata = list_metadata(kwargs.pop("video_metadata", None), len(videos))
         return_tensors = kwargs.pop("return_tensors", None)
         return_metadata = self._setting("return_metadata", kwargs)
-        features = [self._preprocess_one(*video, **kwargs) for video in zip(videos, metadata, strict=True)]
+        features = [self._preprocess_one(*video, kwargs) for video in zip(videos, metadata, strict=True)]
 
         def join(name: str) -> torch.Tensor:
             parts = [feature[name] for feature in features]
@@ -92,131 +160,250 @@ class VideoNSAVideoProcessor(Qwen2VLVideoProcessor):
 
         batch = BatchFeature({name: join(name) for name in self.model_input_names}, tensor_type=return_tensors)
         if return_metadata:
-            batch["video_metadata"] = [feature["video_metadata"][0] for feature in features]
+            batch["video_metadata"] = [feature["video_metadata"] for feature in features]
         return batch
 
-    def sample_frames(self, metadata: VideoMetadata, **kwargs) -> torch.Tensor:
-        """Indices [n] of the frames on screen at the times k * duration / n, k < n.
+    def plan(self, video, **kwargs) -> VideoPlan:
+        """What the same call on this one video would take of it; of a file, only the packets are read.
 
-        n is `num_frames`, or duration * `fps` held between `min_frames` and `max_frames`; in either case a multiple of
-        `temporal_patch_size`, unless the video has fewer frames than that.
+        In place of a file that is not to be read at all, `video` may be its `VideoMetadata`, with width and height.
         """
-        request = self._sampling_request(**kwargs)
-        total, patch = metadata.total_num_frames, request["temporal_patch_size"]
-        if (count := request["num_frames"]) is not None:
-            if count > total:
-                raise ValueError(f"num_frames={count} is more than the {total} frames of the video")
-            count = max(round(count / patch), 1) * patch
-        elif metadata.fps:
-            count = int((total / metadata.fps + ROUNDING) * request["fps"])
-            count = min(max(count, request["min_frames"], patch), request["max_frames"])
-        else:
-            raise ValueError("to sample at `fps`, `video_metadata` needs the fps of the video")
-        count = min(count, total) // patch * patch or total
-        times = getattr(metadata, "frame_times", None)
-        return torch.from_numpy(frames_on_screen(total, count, times, metadata.duration))
+        if isinstance(video, VideoMetadata):
+            metadata = frames_metadata(video, video.total_num_frames, video.height, video.width)
+            return self._sample(metadata, kwargs, self._setting("do_sample_frames", kwargs))[0].plan
+        (video,), (metadata,) = list_videos(video), list_metadata(kwargs.pop("video_metadata", None), 1)
+        with self._opened(video, metadata, kwargs) as (_, _, sampled, _):
+            return sampled.plan
 
-    def _preprocess_one(self, video, metadata: VideoMetadata | None, **kwargs) -> BatchFeature:
-        """Stock features of one entry of `list_videos`."""
-        request = self._sampling_request(**kwargs)
+    def sample_frames(self, metadata: VideoMetadata, **kwargs) -> torch.Tensor:
+        """Indices [n] of the frames to take of a video with this metadata; without a size in it, frames are squares."""
+        if not metadata.fps and kwargs.get("num_frames") is None and self.num_frames is None:
+            raise ValueError("to sample at `fps`, `video_metadata` needs the fps of the video")
+        shape = metadata.height or 224, metadata.width or 224
+        return torch.tensor(self._sample(frames_metadata(metadata, metadata.total_num_frames, *shape), kwargs, True)[1])
+
+    def _preprocess_one(self, video, metadata: VideoMetadata | None, kwargs: dict[str, Any]) -> BatchFeature:
+        """Features of one entry of `list_videos`, and its metadata."""
+        with self._opened(video, metadata, kwargs) as (source, kwargs, metadata, indices):
+            size = {"height": metadata.plan.height, "width": metadata.plan.width}
+            resample = self._setting("resample", kwargs)
+
+            def resize(frame: torch.Tensor, height: int, width: int) -> torch.Tensor:
+                # The stock class's own, past its choice of a size.
+                size = SizeDict(height=height, width=width)
+                return super(Qwen2VLVideoProcessor, self).resize(image=frame, size=size, resample=resample)
+
+            if isinstance(source, VideoFile):
+                pixels = source.read(indices, **size, resize=resize)
+            else:
+                frames = (frame_to_tensor(source[i], kwargs.get("input_data_format")) for i in indices)
+                pixels = stack_frames((resize(frame[None], **size) for frame in same_shape(frames)), len(indices))
+        features = self._patches(pixels, kwargs)
+        features["video_metadata"] = metadata
+        return features
+
+    def _patches(self, pixels: torch.Tensor, kwargs: dict[str, Any]) -> BatchFeature:
+        """Stock features of sampled and resized frames [n, C, H, W], chunk by chunk: floats are not held twice."""
+        ours = {*OWN_SETTINGS, "fps", "num_frames", "min_pixels", "max_pixels", "min_frames", "max_frames"}
+        kwargs = {key: value for key, value in kwargs.items() if key not in ours}
+        kwargs |= {"do_sample_frames": False, "do_resize": False, "return_metadata": False}
+        kwargs["input_data_format"] = "channels_first"
+        patch = self._setting("temporal_patch_size", kwargs)
+        patches, start = None, 0
+        for chunk in pixels.split(max(CHUNK // pixels[0].numel() // patch, 1) * patch):
+            features = super().preprocess([chunk], **kwargs)
+            if len(chunk) == len(pixels):
+                return features
+            part, (t, h, w) = features["pixel_values_videos"], features["video_grid_thw"][0].tolist()
+            if patches is None:
+                t = -(-len(pixels) // patch)
+                patches, grid = part.new_empty(t * h * w, part.shape[1]), torch.tensor([[t, h, w]])
+            patches[start : start + len(part)] = part
+            start += len(part)
+        return BatchFeature({"pixel_values_videos": patches, "video_grid_thw": grid})
+
+    @contextmanager
+    def _opened(self, video, metadata: VideoMetadata | None, kwargs: dict[str, Any]):
+        """For an entry of `list_videos`: a `VideoFile` or a sequence of frames; the kwargs with its own settings; the
+        metadata of the frames to take, and their indices."""
+        if isinstance(video, VideoClip):
+            replaced = {name for pair in RIVALS for name in pair if not video.settings.keys().isdisjoint(pair)}
+            kwargs = {key: value for key, value in kwargs.items() if key not in replaced} | video.settings
+            (video,) = list_videos(video.source)
         sample = self._setting("do_sample_frames", kwargs)
-        if isinstance(video, str):
-            video = VideoFile(video)
-            metadata = video.metadata()
-        elif metadata is None:
-            sample = sample and request["num_frames"] is not None
-            fps, total = request["fps"] or self.fps, len(video)
-            metadata = VideoMetadata(total, fps=fps, duration=total / fps, frames_indices=list(range(total)))
+        if is_file(video):
+            with VideoFile(
+                video,
+                on_error=self._setting("on_error", kwargs),
+                timeout=self._setting("timeout", kwargs),
+                max_pixels=self._setting("max_source_pixels", kwargs),
+                max_seconds=self._setting("max_duration", kwargs),
+            ) as file:
+                yield file, kwargs, *self._sample(file_metadata(file), kwargs, sample)
+            return
+        if metadata is None:
+            fps, total = kwargs.get("fps") or self.fps, len(video)
+            sample = sample and (kwargs.get("num_frames") or self.num_frames) is not None
+            metadata = VideoMetadata(total, fps=fps, frames_indices=list(range(total)))
         elif sample and metadata.total_num_frames != len(video):
             raise ValueError(
                 f"`video_metadata` is of {metadata.total_num_frames} frames, the video has {len(video)}; "
                 "if these are sampled already, pass do_sample_frames=False"
             )
-        indices = list(range(len(video)))
+        shape = frame_to_tensor(video[0], kwargs.get("input_data_format")).shape[1:]
+        metadata = frames_metadata(metadata, len(video), *shape, sampled=not sample)
+        yield video, kwargs, *self._sample(metadata, kwargs, sample)
+
+    def _sample(
+        self, metadata: "SampledVideoMetadata", kwargs: dict[str, Any], sample: bool
+    ) -> tuple["SampledVideoMetadata", list[int]]:
+        """From the metadata of all frames to that of those to take, and their indices; not to `sample` takes all."""
+        times = np.array(metadata.frame_times)
+        request = self._request(kwargs)
+        start, end = check_range(request["start"], request["end"], metadata.duration)
+        first = int(frames_on_screen(times, np.array([start]))[0])
+        part = np.arange(first, max(np.searchsorted(times, end), first + 1))
+        request |= {"total_frames": len(part), "every_frame": not sample}
+        shape = metadata.duration, metadata.width, metadata.height
+        if self._setting("cap_pixels_per_frame", kwargs):
+            # The stock rule: an even share of a number of pixels for each frame.
+            request["max_tokens"] = 2**62
+            frames, least = plan_video(*shape, **request).num_frames, request["min_pixels"]
+            pixels = int(self._setting("max_video_tokens", kwargs) * request["factor"] ** 2 * 0.9)
+            share = pixels * request["temporal_patch_size"] // frames
+            request["default_pixels"] = max(min(request["default_pixels"], share), int(least * 1.05))
+        plan = plan_video(*shape, **request)
         if sample:
-            indices = self.sample_frames(metadata, **request).tolist()
-            metadata = select_frames(metadata, indices)
+            part = frames_on_screen(times, plan.times)
+        taken = {"frame_times": times[part].tolist(), "sample_times": (plan.times if sample else times[part]).tolist()}
+        if len(metadata.frames_indices) == len(times):  # of an array they may be others: it can be sampled already
+            taken["frames_indices"] = [metadata.frames_indices[i] for i in part]
+        return replace(metadata, plan=plan, **taken), part.tolist()
 
-        do_resize = self._setting("do_resize", kwargs)
-        if isinstance(video, (VideoFile, list)):
-            if isinstance(video, VideoFile):
-                frames = video.frames(indices)
-            else:
-                frames = (frame_to_tensor(video[i], kwargs.get("input_data_format")) for i in indices)
-            if do_resize and not self._setting("cap_pixels_per_frame", kwargs):
-                frames, do_resize = self._resize_frames(frames, kwargs), False
-            video, kwargs["input_data_format"] = stack_frames(frames, len(indices)), "channels_first"
-        elif sample:
-            video = video[indices]
-        # Sampled and, but for an array, resized: what is left to the stock class is the patches.
-        kwargs |= {"fps": None, "num_frames": None, "do_sample_frames": False, "do_resize": do_resize}
-        kwargs |= {"video_metadata": [metadata], "return_metadata": True}
-        return super().preprocess([video], **kwargs)
-
-    def _sampling_request(self, fps=None, num_frames=None, **kwargs) -> dict[str, Any]:
-        """The arguments of `sample_frames` with defaults filled in, checked; one of `fps` and `num_frames` is None."""
-        if fps is None and num_frames is None:
-            fps, num_frames = (self.fps, None) if self.num_frames is None else (None, self.num_frames)
-        names = ("min_frames", "max_frames", "temporal_patch_size")
-        request = {"fps": fps, "num_frames": num_frames, **{name: self._setting(name, kwargs) for name in names}}
-        check_sampling(**request)
-        return request
+    def _request(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of `plan_video` that do not depend on the video."""
+        request = {name: kwargs.get(name) for name in ("fps", "num_frames", "max_pixels", "frame_tokens")}
+        if request["fps"] is None and request["num_frames"] is None:
+            request["num_frames"] = self.num_frames
+        if request["max_pixels"] is None and request["frame_tokens"] is None:
+            request["frame_tokens"] = self.frame_tokens
+        size = dict(self._setting("size", kwargs))
+        if not size.get("shortest_edge") or not size.get("longest_edge"):
+            raise ValueError(f"size must have `shortest_edge` and `longest_edge`, both in pixels per frame, got {size}")
+        names = ("max_tokens", "text_tokens", "prefer", "block_size", "start", "end", "min_frames", "max_frames")
+        return {
+            **request,
+            **{name: self._setting(name, kwargs) for name in (*names, "temporal_patch_size")},
+            "default_fps": self.fps,
+            "default_pixels": size["longest_edge"],
+            "min_pixels": kwargs.get("min_pixels") or size["shortest_edge"],
+            "factor": self._setting("patch_size", kwargs) * self._setting("merge_size", kwargs),
+            "do_resize": self._setting("do_resize", kwargs),
+        }
 
     def _setting(self, name: str, kwargs: dict[str, Any]) -> Any:
         value = kwargs.get(name)
         return getattr(self, name) if value is None else value
 
-    def _resize_frames(self, frames: Iterable[torch.Tensor], kwargs: dict[str, Any]) -> Iterator[torch.Tensor]:
-        """Resize frames [C, H, W] one at a time, to the pixels that the stock class gives for all of them at once."""
-        pixels = {name: kwargs.get(name) for name in ("min_pixels", "max_pixels")}
-        size = self._standardize_kwargs(size=self._setting("size", kwargs), **pixels)["size"]
-        factor = self._setting("patch_size", kwargs) * self._setting("merge_size", kwargs)
-        resample = self._setting("resample", kwargs)
-        for frame in frames:
-            yield self.resize(frame[None], size=size, resample=resample, factor=factor)[0]
+
+OWN_SETTINGS = (
+    VideoNSAVideoProcessorKwargs.__annotations__.keys() - Qwen2VLVideoProcessorInitKwargs.__annotations__.keys()
+)
 
 
 @dataclass
 class SampledVideoMetadata(VideoMetadata):
-    """Metadata of a file. `fps` is its mean rate, from which a variable frame rate's times cannot be computed."""
+    """Metadata of the frames taken of a video, or before sampling of all. `fps` is the mean rate of the video."""
 
-    frame_times: list[float] | None = None  # seconds from the first frame of the video, one per entry of frames_indices
+    frame_times: list[float] | None = None  # seconds from the first frame of the video at which those taken begin
+    sample_times: list[float] | None = None  # and at which they were looked for, being on screen then
+    plan: VideoPlan | None = None
 
     @property
     def timestamps(self) -> list[float]:
         return self.frame_times
 
+    @property
+    def sampled_fps(self) -> float:
+        return self.plan.fps if self.plan else super().sampled_fps
 
-def register_qwen_vl_utils_reader() -> None:
-    """Let `qwen_vl_utils.process_vision_info` decode by PyAV, in place of a function that torchvision has removed.
 
-    It stays the choice of qwen_vl_utils to use decord or torchcodec where one is installed.
+def register_qwen_vl_utils_reader(patch_size: int = 14) -> None:
+    """Let `qwen_vl_utils.process_vision_info` read videos by `VideoFile`, unless FORCE_QWENVL_VIDEO_READER is set.
+
+    Frames that it would make smaller are made so as they are decoded. `patch_size` is the one it is called with.
     """
     try:
         from qwen_vl_utils import vision_process
     except ImportError as error:
         raise ImportError("register_qwen_vl_utils_reader needs qwen_vl_utils: pip install qwen-vl-utils") from error
 
+    def resize(frame: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        # That of qwen_vl_utils, which rounds otherwise than transformers' does.
+        mode = vision_process.InterpolationMode.BICUBIC
+        return vision_process.transforms.functional.resize(frame, [height, width], interpolation=mode, antialias=True)
+
     def read_video(ele: dict[str, Any]) -> tuple[torch.Tensor, dict[str, Any], float]:
         """Frames [T, 3, H, W] uint8 of ele["video"], their metadata, and the frames per second that they amount to."""
-        file = VideoFile(local_path(ele["video"]))
-        fps = len(file) / file.duration
-        first, last, total = vision_process.calculate_video_frame_range(ele, len(file), fps)
-        count = vision_process.smart_nframes(ele, total_frames=total, video_fps=fps)
-        indices = torch.linspace(first, last, count).round().long().tolist()
-        video = stack_frames(file.frames(indices), count)
+        with VideoFile(ele["video"]) as file:
+            fps = len(file) / file.duration
+            first, last, total = vision_process.calculate_video_frame_range(ele, len(file), fps)
+            count = vision_process.smart_nframes(ele, total_frames=total, video_fps=fps)
+            indices = torch.linspace(first, last, count).round().long().tolist()
+            size = qwen_vl_utils_size(vision_process, ele, count, file.height, file.width, patch_size)
+            video = file.read(indices, *size, resize)
         metadata = {"fps": fps, "frames_indices": indices, "total_num_frames": total, "video_backend": "pyav"}
         return video, metadata, count / total * fps
 
-    vision_process.VIDEO_READER_BACKENDS["torchvision"] = read_video
+    # The second is what qwen_vl_utils falls back to, and needs a function that torchvision has removed.
+    vision_process.VIDEO_READER_BACKENDS.update(videonsa=read_video, torchvision=read_video)
+    if vision_process.FORCE_QWENVL_VIDEO_READER is None:
+        vision_process.FORCE_QWENVL_VIDEO_READER = "videonsa"
+        getattr(vision_process.get_video_reader_backend, "cache_clear", lambda: None)()
+
+
+def qwen_vl_utils_size(vision_process, ele, count: int, height: int, width: int, patch_size: int) -> tuple[int, int]:
+    """(height, width) that qwen_vl_utils resizes `count` frames to, or theirs if that is larger."""
+    factor = patch_size * vision_process.SPATIAL_MERGE_SIZE
+    if "resized_height" in ele and "resized_width" in ele:
+        size = vision_process.smart_resize(ele["resized_height"], ele["resized_width"], factor=factor)
+    else:
+        least = ele.get("min_pixels", vision_process.VIDEO_MIN_TOKEN_NUM * factor**2)
+        total = ele.get("total_pixels", vision_process.MODEL_SEQ_LEN * factor**2 * 0.9)
+        share = total / count * vision_process.FRAME_FACTOR
+        most = max(min(vision_process.VIDEO_MAX_TOKEN_NUM * factor**2, share), int(least * 1.05))
+        most = min(ele.get("max_pixels", most), most)
+        size = vision_process.smart_resize(height, width, factor=factor, min_pixels=least, max_pixels=most)
+    return size if size[0] <= height and size[1] <= width else (height, width)
+
+
+def with_clips(conversation):
+    """The conversation, or batch of them, with a `VideoClip` for each video that has settings of its own."""
+    if isinstance(conversation, (list, tuple)):
+        return [with_clips(item) for item in conversation]
+    if not isinstance(conversation, Mapping) or not isinstance(conversation.get("content"), (list, tuple)):
+        return conversation
+    content = []
+    for item in conversation["content"]:
+        if isinstance(item, Mapping) and item.get("type") == "video":
+            settings = {CLIP_KEYS[key]: value for key, value in item.items() if key in CLIP_KEYS and value is not None}
+            key = next((key for key in ("video", "url", "path") if key in item), None)
+            if settings and key:
+                item = {**item, key: VideoClip(item[key], settings)}
+        content.append(item)
+    return {**conversation, "content": content}
 
 
 def list_videos(videos) -> list:
-    """Flatten any nesting of videos to one entry per video: a path or URL (str), a list of frames, or a 4-D array."""
+    """Flatten any nesting of videos to one entry per video: a file as `is_file` has it, a list of frames, a 4-D array,
+    or a `VideoClip`."""
     if isinstance(videos, (str, os.PathLike)):
-        return [local_path(videos)]
+        path = local_path(videos)
+        return [(os.path.isdir(path) and list_images(path)) or path]
     if is_frame(videos):
         return [[videos]]
+    if isinstance(videos, VideoClip) or is_file(videos):
+        return [videos]
     if isinstance(videos, (list, tuple)):
         if videos and all(map(is_frame, videos)):
             return [list(videos)]
@@ -227,17 +414,22 @@ def list_videos(videos) -> list:
     return [videos] if dimensions == 4 else list(videos)
 
 
+def list_images(folder: str) -> list[str]:
+    """The images in a folder, by name, in which numbers count as numbers: 2.png comes before 10.png."""
+    names = [name for name in os.listdir(folder) if name.lower().endswith(IMAGE_SUFFIXES)]
+    names.sort(key=lambda name: [int(part) if part.isdecimal() else part for part in re.split(r"([0-9]+)", name)])
+    return [os.path.join(folder, name) for name in names]
+
+
+def is_file(video) -> bool:
+    return isinstance(video, (str, bytes, bytearray, memoryview)) or hasattr(video, "read")
+
+
 def is_frame(item) -> bool:
     if isinstance(item, (str, os.PathLike)):
         path = os.fspath(item).lower()
         return path.endswith(IMAGE_SUFFIXES) or path.startswith("data:image/")
     return isinstance(item, Image.Image) or getattr(item, "ndim", None) == 3
-
-
-def local_path(path: str | os.PathLike) -> str:
-    """A path as a str; `file://` becomes a plain path, other URLs stay as they are."""
-    path = os.fspath(path)
-    return unquote(path.removeprefix("file://")) if path.startswith("file://") else path
 
 
 def list_metadata(metadata, count: int) -> list[VideoMetadata | None]:
@@ -251,36 +443,56 @@ def list_metadata(metadata, count: int) -> list[VideoMetadata | None]:
     return [VideoMetadata(**entry) if isinstance(entry, dict) else entry for entry in metadata]
 
 
-def check_sampling(*, fps=None, num_frames=None, max_frames=None, temporal_patch_size=None, **_) -> None:
-    """Raise ValueError for a request that no video can meet."""
-    if fps is not None and num_frames is not None:
-        raise ValueError(f"pass `fps` or `num_frames`, not both (got fps={fps}, num_frames={num_frames})")
-    if fps is not None and not (isinstance(fps, (int, float)) and fps > 0):
-        raise ValueError(f"fps must be a positive number, got {fps}")
-    if num_frames is not None and not (isinstance(num_frames, int) and num_frames > 0):
-        raise ValueError(f"num_frames must be a positive integer, got {num_frames}")
-    if max_frames is not None and temporal_patch_size is not None and max_frames < temporal_patch_size:
-        raise ValueError(f"max_frames={max_frames} cannot hold the {temporal_patch_size} frames of a temporal patch")
+def file_metadata(file: VideoFile) -> SampledVideoMetadata:
+    """Metadata of all frames of a file."""
+    return SampledVideoMetadata(
+        total_num_frames=len(file),
+        fps=len(file) / file.duration,
+        width=file.width,
+        height=file.height,
+        duration=file.duration,
+        video_backend="pyav",
+        frames_indices=list(range(len(file))),
+        frame_times=file.times.tolist(),
+    )
 
 
-def frames_on_screen(total: int, count: int, times: list[float] | None, duration: float | None) -> np.ndarray:
-    """Indices [count] of the frames on screen at the times k * duration / count, k < count, of `total` frames.
+def frames_metadata(
+    metadata: VideoMetadata, count: int, height: int, width: int, sampled=False
+) -> SampledVideoMetadata:
+    """Metadata of `count` frames at hand, which are all of a video or, if `sampled`, those that `metadata` names."""
+    fps, indices = metadata.fps or 24, metadata.frames_indices
+    times = getattr(metadata, "frame_times", None)
+    if sampled and indices is not None and len(indices) == count:
+        indices = [int(i) for i in indices]
+        times, duration = [i / fps for i in indices], count / metadata.sampled_fps
+    else:
+        indices, duration = list(range(count)), count / (metadata.sampled_fps if sampled else fps)
+        times = times or [i * duration / count for i in range(count)]
+    return SampledVideoMetadata(
+        total_num_frames=metadata.total_num_frames,
+        fps=fps,
+        width=width,
+        height=height,
+        duration=duration,
+        video_backend=metadata.video_backend,
+        frames_indices=indices,
+        frame_times=times,
+    )
 
-    `times` are seconds, ascending from 0; None stands for a constant frame rate.
-    """
-    steps = np.arange(count)
-    if times is None or np.abs(times - np.arange(total) * (duration / total)).max() < ROUNDING:
-        return steps * total // count  # whole numbers: no frame is missed by the rounding of its time
-    late = 1e-6  # seconds, against the rounding of floats
-    return np.searchsorted(times, steps * (duration / count) + late, side="right") - 1
 
-
-def select_frames(metadata: VideoMetadata, indices: list[int]) -> VideoMetadata:
-    """A copy of the metadata of all frames of a video for those at `indices`."""
-    chosen = {"frames_indices": indices}
-    if (times := getattr(metadata, "frame_times", None)) is not None:
-        chosen["frame_times"] = [times[i] for i in indices]
-    return replace(metadata, **chosen)
+def seconds_per_patch(metadata: list[SampledVideoMetadata], patch: int) -> list[float] | list[list[float]]:
+    """Seconds that a temporal patch of each video spans. If frames of one are not spaced evenly, to a frame of its
+    source, then for each video the seconds at which its patches begin, counted from the first, filled up by 0."""
+    steps = [patch / m.sampled_fps for m in metadata]
+    starts = [np.array(m.sample_times[::patch]) - m.sample_times[0] for m in metadata]
+    even = [np.arange(len(start)) * step for start, step in zip(starts, steps, strict=True)]
+    uneven = [np.abs(a - b).max() > 1 / m.fps + 1e-6 for a, b, m in zip(starts, even, metadata, strict=True)]
+    if not any(uneven):
+        return steps
+    rows = [start if odd else grid for start, grid, odd in zip(starts, even, uneven, strict=True)]
+    longest = max(map(len, rows))
+    return [[*row.tolist(), *[0.0] * (longest - len(row))] for row in rows]
 
 
 def frame_to_tensor(frame, data_format: str | None) -> torch.Tensor:
@@ -293,129 +505,24 @@ def frame_to_tensor(frame, data_format: str | None) -> torch.Tensor:
     return frame.permute(2, 0, 1).contiguous() if data_format == "channels_last" else frame
 
 
+def same_shape(frames: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """Frames [C, H, W] as they come, if they are like the first."""
+    shape = None
+    for k, frame in enumerate(frames):
+        shape = shape or frame.shape
+        if frame.shape != shape:
+            raise ValueError(f"frame {k} is {tuple(frame.shape)} and frame 0 is {tuple(shape)} [C, H, W]")
+        yield frame
+
+
 def stack_frames(frames: Iterable[torch.Tensor], count: int) -> torch.Tensor:
-    """Frames [C, H, W], `count` of them, as one tensor [count, C, H, W], without ever holding them twice."""
+    """Frames [1, C, H, W], `count` of them, as one tensor [count, C, H, W], without ever holding them twice."""
     video = None
     for k, frame in enumerate(frames):
         if video is None:
-            video = torch.empty(count, *frame.shape, dtype=frame.dtype)
-        if frame.shape != video.shape[1:]:
-            raise ValueError(f"frame {k} is {tuple(frame.shape)} and frame 0 is {tuple(video.shape[1:])} [C, H, W]")
-        video[k] = frame
+            video = frame.new_empty(count, *frame.shape[1:])
+        video[k] = frame[0]
     return video
-
-
-# What a packet tells about its frame: when it is shown and for how long, in ticks, and whether it is shown at all.
-Packet = namedtuple("Packet", "pts duration is_keyframe is_discard")
-
-
-class VideoFile:
-    """The video stream of a file or URL: times read from its packets, frames decoded on demand.
-
-    times:    float64 [frames], seconds from the first frame, ascending
-    duration: seconds, until the last frame leaves the screen
-
-    Raises FileNotFoundError, or ValueError for what cannot be read as a video or ends early.
-    """
-
-    def __init__(self, path: str):
-        self.path = path
-        packets, end = [], 0.0
-        with open_video(path) as (container, stream):
-            size = stream.width, stream.height
-            tick, rate = float(stream.time_base), float(stream.guessed_rate or stream.average_rate or 24)
-            # AVI has no presentation times: its packets are timed as they are stored, which is not as they are shown.
-            self.in_order = "avi" in container.format.name
-            declared = (container.duration or 0) / av.time_base
-            for packet in container.demux():
-                if packet.pts is not None:
-                    end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
-                if packet.stream.index == stream.index and packet.size:
-                    packets.append(Packet(packet.pts, packet.duration or 0, packet.is_keyframe, packet.is_discard))
-        if all(packet.pts is None for packet in packets):  # a raw stream, not in a container
-            packets = [Packet(i, 1, True, False) for i in range(len(packets))]
-            tick, self.in_order = 1 / rate, True
-        elif end + 1 < declared:  # streams may end a little before their container does
-            raise ValueError(f"{path}: truncated after {end:.1f} of {declared:.1f} s ({len(packets)} frames)")
-        packets = [packet for packet in packets if packet.pts is not None]
-        # A recording may start anywhere, but what is shown before its first key frame cannot be decoded.
-        start = next((packet.pts for packet in packets if packet.is_keyframe), -math.inf)
-        packets = sorted(packet for packet in packets if packet.pts >= start and not packet.is_discard)
-        if not packets:
-            raise ValueError(f"{path}: no frames in its video stream")
-        self.pts = [packet.pts for packet in packets]  # in ticks
-        self.times = (np.array(self.pts) - self.pts[0]) * tick
-        last = packets[-1].duration * tick or (np.median(np.diff(self.times)) if len(packets) > 1 else 1 / rate)
-        self.duration = float(self.times[-1] + last)
-        if abs(self.duration - len(packets) / rate) < ROUNDING:
-            self.duration = len(packets) / rate
-        self.quarter_turns = self._quarter_turns()
-        self.width, self.height = size[::-1] if self.quarter_turns % 2 else size
-
-    def _quarter_turns(self) -> int:
-        """By how many times 90° frames are to be turned counterclockwise: phones store what they film sideways."""
-        with open_video(self.path) as (container, stream):
-            try:
-                return next((round(frame.rotation / 90) for frame in container.decode(stream)), 0)
-            except av.FFmpegError:
-                return 0  # reading the frames will tell
-
-    def __len__(self) -> int:
-        return len(self.pts)
-
-    def metadata(self) -> SampledVideoMetadata:
-        """Metadata of all frames."""
-        return SampledVideoMetadata(
-            total_num_frames=len(self),
-            fps=len(self) / self.duration,
-            width=self.width,
-            height=self.height,
-            duration=self.duration,
-            video_backend="pyav",
-            frames_indices=list(range(len(self))),
-            frame_times=self.times.tolist(),
-        )
-
-    def frames(self, indices: list[int]) -> Iterator[torch.Tensor]:
-        """Decode the frames at `indices`, which ascend and may repeat: uint8 [3, H, W], upright, all of one size."""
-        wanted = Counter(indices if self.in_order else (self.pts[i] for i in indices))
-        size, problem = {}, "the stream ended"
-        with open_video(self.path) as (container, stream):
-            try:
-                for i, frame in enumerate(container.decode(stream)):
-                    if repeats := wanted.pop(i if self.in_order else frame.pts, 0):
-                        size = size or {"width": frame.width, "height": frame.height}
-                        pixels = np.rot90(frame.to_ndarray(format="rgb24", **size), self.quarter_turns)
-                        yield from [torch.from_numpy(pixels.transpose(2, 0, 1).copy())] * repeats
-                    if not wanted:
-                        return
-            except av.FFmpegError as error:
-                problem = error
-        decoded = f"{len(indices) - wanted.total()} of {len(indices)}"
-        raise ValueError(f"{self.path}: truncated or damaged, {decoded} frames could be decoded: {problem}")
-
-
-@contextmanager
-def open_video(path: str) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
-    """Open a file or URL and choose its video stream; errors of PyAV come out as ValueErrors that name the file."""
-    if "://" not in path:
-        if not os.path.exists(path):
-            raise FileNotFoundError(f"{path}: no such video file")
-        if os.path.getsize(path) == 0:
-            raise ValueError(f"{path}: the file is empty")
-    try:
-        with av.open(path) as container:
-            # The cover of a song is a video stream too, of one picture.
-            streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
-            if not streams:
-                kinds = sorted({stream.type for stream in container.streams} - {"video"})
-                raise ValueError(f"{path}: no video stream, only {', '.join(kinds) or 'pictures'}")
-            if streams[0].codec_context is None:
-                raise ValueError(f"{path}: no decoder for its video stream")
-            streams[0].thread_type = "AUTO"
-            yield container, streams[0]
-    except av.FFmpegError as error:
-        raise ValueError(f"{path}: cannot be read as a video: {error}") from error
 
 
 __all__ = ["VideoNSAProcessor", "VideoNSAVideoProcessor", "register_qwen_vl_utils_reader"]

@@ -127,7 +127,8 @@ def videonsa(job, **settings):
 
     from videonsa.processing_videonsa import VideoNSAVideoProcessor
 
-    processor = VideoNSAVideoProcessor(size=PIXELS, max_frames=job.count, **settings)
+    unlimited = 2**40  # tokens: frames do not become smaller where there are many
+    processor = VideoNSAVideoProcessor(size=PIXELS, max_frames=job.count, max_tokens=unlimited, **settings)
     return lambda: processor(videos=job.path, fps=job.fps, return_tensors="pt")["pixel_values_videos"]
 
 

@@ -34,6 +34,8 @@ CODE_FILES = (
     "nsa_torch.py",
     "nsa_triton.py",
     "processing_videonsa.py",
+    "video_planner.py",
+    "video_reader.py",
 )
 SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "README.md", "LICENSE*"]
 PICKLES = re.compile(r"\.(bin|pt|pth|ckpt)(\.index\.json)?$")
@@ -47,7 +49,7 @@ CARD = """
 through Native Sparse Attention (blocks of {block_size} tokens, the {block_count} most important ones, a window of
 {window_size}), text tokens stay dense.
 
-{trained}
+{note}
 
 ```sh
 pip install "transformers>=5.17,<6" torch torchvision av accelerate
@@ -122,7 +124,8 @@ def convert(
                 shutil.copyfile(source / file, partial / file)
         for file in CODE_FILES:
             shutil.copyfile(Path(modeling_videonsa.__file__).with_name(file), partial / file)
-        write_card(source, partial, config, base=origin, name=name or output.name, trained=has_gates)
+        note, options = (TRAINED, {}) if has_gates else (UNTRAINED, {"nsa_variant": "dense"})
+        write_card(source, partial, config, base=origin, name=name or output.name, note=note, **options)
         partial.chmod(0o755)  # mkdtemp makes it private
         partial.replace(output)
     except BaseException:
@@ -253,8 +256,8 @@ def write_processor(source: Path, folder: Path) -> None:
     ).save_pretrained(folder)
 
 
-def write_card(source: Path, folder: Path, config, *, base: str, name: str, trained: bool) -> None:
-    """A short model card; the licence is the base model's, as its own card states it."""
+def write_card(source: Path, folder: Path, config, *, base: str, name: str, note: str, **options) -> None:
+    """A short model card, with options to load the model by; the licence is as the card of the source states it."""
     card = source / "README.md"
     stated = ModelCard.load(card).data.to_dict() if card.is_file() else {}
     data = ModelCardData(
@@ -264,12 +267,11 @@ def write_card(source: Path, folder: Path, config, *, base: str, name: str, trai
         base_model=None if Path(base).exists() else base,
         **{key: stated[key] for key in ("license", "license_name", "license_link") if key in stated},
     )
-    options = {"dtype": "auto", "device_map": "auto"} | ({} if trained else {"nsa_variant": "dense"})
     text = CARD.format(
         name=name,
-        options=json.dumps(options),
-        base=Path(base).name if Path(base).exists() else base,
-        trained=TRAINED if trained else UNTRAINED,
+        options=json.dumps({"dtype": "auto", "device_map": "auto", **options}),
+        base=Path(base).resolve().name if Path(base).exists() else base,
+        note=note,
         **{key: getattr(config, key) for key in ("block_size", "block_count", "window_size")},
     )
     (folder / "README.md").write_text(f"---\n{data.to_yaml()}\n---\n{text}")

@@ -1,13 +1,15 @@
 """Ask a VideoNSA model about a video.
 
-    python examples/demo.py                                        # a tiny untrained model on a clip made on the spot
+    python examples/demo.py                # the tiny trained model, on an unseen clip made on the spot
     python examples/demo.py --model me/VideoNSA-7B --video talk.mp4 --question "What is the talk about?"
 
-`--model` runs the code files of that repository (`trust_remote_code=True`), as users of the model do.
+The tiny model (`examples/tiny`) knows nothing but the clips of `make_needle_videos.py`; what is true of them is printed
+beside its answers. `--model` runs the code files of that repository (`trust_remote_code=True`), as users of it do.
 """
 
 import argparse
-import contextlib
+import secrets
+import shutil
 import sys
 import tempfile
 import time
@@ -15,12 +17,13 @@ from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModel, AutoProcessor, TextStreamer
-from transformers.utils import logging
 
 import convert
-import tiny
+from make_needle_videos import Settings, make_sample
 
 QUESTION = "What happens in this video?"
+CLIP = Settings(seconds=(8.0,), questions=("colour", "shape", "where", "when"))
+UNSEEN = 3  # the place of the split in the seeds of clips; training, validation and test have 0 to 2
 
 
 class TimedStreamer(TextStreamer):
@@ -35,23 +38,12 @@ class TimedStreamer(TextStreamer):
         super().put(value)
 
 
-def make_tiny_model(folder: Path) -> Path:
-    """A random-weight checkpoint of the real architecture, made by the code that converts the real ones."""
-    with quiet():
-        stock = tiny.make_stock_checkpoint(folder / "tiny-qwen2.5-vl")
-        return convert.convert(stock, folder / "tiny-videonsa", block_size=16, block_count=8, window_size=64)
-
-
-@contextlib.contextmanager
-def quiet():
-    """No progress bars for a checkpoint of a few megabytes."""
-    enabled = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if enabled:
-            logging.enable_progress_bar()
+def assemble_tiny_model(folder: Path) -> Path:
+    """A repository, in the new folder `folder`, of the weights in `tiny/` and the code files of this project."""
+    shutil.copytree(Path(__file__).with_name("tiny"), folder)
+    for file in convert.CODE_FILES:
+        shutil.copyfile(Path(convert.modeling_videonsa.__file__).with_name(file), folder / file)
+    return folder
 
 
 def load(model: str, variant: str | None, device: str):
@@ -73,8 +65,8 @@ def report(label: str, text: str) -> None:
     print(f"{label:<10}{text}", flush=True)
 
 
-def answer(model, processor, video: str, question: str, max_new_tokens: int) -> str:
-    """Read the video, print what was read and the answer while it is generated; returns the answer."""
+def read(processor, video: str, question: str, **settings):
+    """(model inputs of a question about a video, metadata of what was read of it)."""
     messages = [{"role": "user", "content": [{"type": "video", "video": video}, {"type": "text", "text": question}]}]
     inputs = processor.apply_chat_template(
         messages,
@@ -82,38 +74,42 @@ def answer(model, processor, video: str, question: str, max_new_tokens: int) -> 
         tokenize=True,
         return_dict=True,
         return_tensors="pt",
-        processor_kwargs={"return_metadata": True},
+        processor_kwargs={"return_metadata": True, **settings},
     )
-    read = inputs.pop("video_metadata")[0]
-    _, rows, columns = (inputs["video_grid_thw"][0] * processor.video_processor.patch_size).tolist()
-    report(
-        "video",
-        f"{video}: {read.duration:.1f} s of {read.width} × {read.height}; read {len(read.frames_indices)} frames "
-        f"of {columns} × {rows} at {read.sampled_fps:.2f} fps",
-    )
+    del inputs["timestamps"]
+    return inputs, inputs.pop("video_metadata")[0]
+
+
+def report_reading(model, video: str, metadata, inputs) -> None:
+    """Print what was read of a video, and what the sparse attention saves."""
+    report("video", f"{video}: {metadata.duration:.1f} s of {metadata.width} × {metadata.height}")
+    report("plan", str(metadata.plan))
     vision = int((inputs["mm_token_type_ids"] > 0).sum())
     report("tokens", f"{vision:,} vision, {inputs['input_ids'].numel() - vision:,} text")
     budget, pooled = (model.config.attention_budget(vision, pooled_keys=pooled) for pooled in (False, True))
     report("budget", f"{budget:.1%} of the query–key pairs of dense attention, {pooled:.1%} with the pooled keys")
 
-    report("question", question)
+
+def answer(model, processor, inputs, max_new_tokens: int) -> None:
+    """Print the answer while it is generated."""
     print(f"{'answer':<10}", end="", flush=True)
     streamer = TimedStreamer(processor.tokenizer)
-    inputs = inputs.to(model.device)
     start = time.perf_counter()  # the vision tower may run before the streamer is given the prompt
-    output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer)
-    new_tokens = output[0, inputs["input_ids"].shape[1] :]
+    model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer)
     _, first, *rest = streamer.times
     speed = f", then {len(rest) / (rest[-1] - first):.1f} tokens/s" if rest else ""
     report("time", f"first token after {first - start:.2f} s{speed}")
-    return processor.tokenizer.decode(new_tokens, skip_special_tokens=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="folder or Hub id of a VideoNSA repository (default: a tiny untrained one)")
-    parser.add_argument("--video", help="file or URL (default: a clip of 8 s, made on the spot)")
-    parser.add_argument("--question", default=QUESTION, help=f"(default: {QUESTION})")
+    parser.add_argument("--model", help="folder or Hub id of a VideoNSA repository (default: the tiny trained one)")
+    parser.add_argument("--video", help=f"file or URL (default: a clip of {CLIP.seconds[0]:g} s, made on the spot)")
+    parser.add_argument("--question", help=f"(default: for a clip made on the spot, what it shows; else: {QUESTION})")
+    parser.add_argument("--seed", type=int, default=secrets.randbits(16), help="of that clip (default: a random one)")
+    parser.add_argument("--fps", type=float, help="frames per second to read (default: up to 4, within --max-tokens)")
+    parser.add_argument("--max-tokens", type=int, help="of video and text together (default: 131072)")
+    parser.add_argument("--prefer", help="if they do not suffice: pixels, frames or balanced (default: pixels)")
     parser.add_argument("--max-new-tokens", type=int, default=128, help="(default: 128)")
     parser.add_argument("--variant", help="what vision tokens compute: paper or dense (default: the checkpoint's)")
     parser.add_argument(
@@ -125,15 +121,27 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         try:
-            source = args.model or str(make_tiny_model(Path(folder)))
-            video = args.video or str(tiny.make_clip(Path(folder) / "clip.mp4"))
+            source = args.model or str(assemble_tiny_model(Path(folder) / "tiny-videonsa"))
             model, processor = load(source, args.variant, args.device)
-            name = args.model or "tiny VideoNSA with random weights: UNTRAINED, its answer is noise"
             size = f"{sum(p.numel() for p in model.parameters()) / 1e6:,.1f} M parameters"
             fields = ("nsa_variant", "block_size", "block_count", "window_size")
             settings = ", ".join(f"{field}={getattr(model.config, field)}" for field in fields)
+            name = args.model or "tiny VideoNSA, trained on clips like the following"
             report("model", f"{name} ({size}, {model.dtype}, {model.device}; {settings})")
-            answer(model, processor, video, args.question, args.max_new_tokens)
+            wanted = {"fps": args.fps, "max_tokens": args.max_tokens, "prefer": args.prefer}
+            wanted = {name: value for name, value in wanted.items() if value is not None}
+            video, questions = args.video, [{"question": args.question or QUESTION}]
+            if video is None:
+                sample = make_sample(Path(folder) / "clip", CLIP, (args.seed, UNSEEN, 0))
+                video, questions = sample["video"], questions if args.question else sample["questions"]
+            for i, asked in enumerate(questions):
+                inputs, metadata = read(processor, video, asked["question"], **wanted)
+                if i == 0:
+                    report_reading(model, video, metadata, inputs)
+                report("question", asked["question"])
+                answer(model, processor, inputs.to(model.device), args.max_new_tokens)
+                if "answer" in asked:
+                    report("truth", asked["answer"])
         except (OSError, ValueError, NotImplementedError) as error:
             sys.exit(f"demo.py: {error}")
 

@@ -1,17 +1,23 @@
-"""A miniature Qwen2.5-VL checkpoint and a short clip, made on the spot: what the demo and the tests run on.
+"""A miniature Qwen2.5-VL checkpoint and a short clip, made on the spot: what tests and the tiny VideoNSA begin with.
+
+    python examples/tiny.py build/tiny/start    # where the training of the tiny VideoNSA starts: see `make tiny`
 
 The checkpoint has the real architecture (vision tower with windows, multimodal rotary, grouped-query attention with a
-group of 7), a byte-level tokenizer with Qwen's special tokens and a chat template of the same format, all saved by
-the stock classes. Its weights are random: `convert.py` turns it into VideoNSA exactly as it would the 7B.
+group of 7), a tokenizer with Qwen's special tokens and a chat template of the same format, all saved by the stock
+classes. Its weights are random: `convert.py` turns it into VideoNSA exactly as it would the 7B.
 """
 
+import argparse
 import math
+import re
+import sys
+import tempfile
 from pathlib import Path
 
 import av
 import numpy as np
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import (
     GenerationConfig,
     PreTrainedTokenizerFast,
@@ -22,6 +28,11 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
+from convert import convert
+from make_needle_videos import COLOURS, COUNTS, PLACES, SHAPES, TIMES
+
+# What the tiny VideoNSA sees: block_count of 8 blocks in 4 s, of 64 in 32 s, and as many tokens as two blocks nearby.
+NSA = {"block_size": 16, "block_count": 4, "window_size": 32}
 SPECIAL_TOKENS = (
     "<|endoftext|>",
     "<|im_start|>",
@@ -31,6 +42,8 @@ SPECIAL_TOKENS = (
     "<|image_pad|>",
     "<|video_pad|>",
 )
+
+UNKNOWN = "<|unknown|>"
 
 CHAT_TEMPLATE = """\
 {%- if messages[0].role != 'system' %}{{ '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}{% endif %}
@@ -57,6 +70,28 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", padding_side="left"
+    )
+
+
+def make_word_tokenizer() -> PreTrainedTokenizerFast:
+    """One token for each word, in lower case, of the chat template and of the questions and answers about needles."""
+    chat = "system user assistant You are a helpful assistant. What How often When Where Which did was the"
+    words = f"{chat} colour shape appear appeared came first, or? \n".lower()
+    answers = " ".join([*COLOURS, *SHAPES, *PLACES, *TIMES, *COUNTS])
+    pattern = r"\n|\w+|[^\w\s]"  # a word or a sign
+    vocab = {word: i for i, word in enumerate(dict.fromkeys(re.findall(pattern, f"{words} {answers}")))}
+    vocab[UNKNOWN] = len(vocab)
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token=UNKNOWN))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "removed", invert=True)
+    tokenizer.decoder = decoders.WordPiece(prefix=UNKNOWN)  # puts the spaces back, but none before a sign
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token=UNKNOWN,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        padding_side="left",
     )
 
 
@@ -109,10 +144,13 @@ def make_config(
     )
 
 
-def make_stock_checkpoint(folder: str | Path, *, seed: int = 0, **config_kwargs) -> Path:
-    """Write a random-weight stock Qwen2.5-VL repository (weights, tokenizer, processor) to `folder` and return it."""
+def make_stock_checkpoint(folder: str | Path, *, seed: int = 0, words: bool = False, **config_kwargs) -> Path:
+    """Write a random-weight stock Qwen2.5-VL repository (weights, tokenizer, processor) to `folder` and return it.
+
+    words: a token per word of the needle questions, in place of one per byte.
+    """
     folder = Path(folder)
-    tokenizer = make_tokenizer()
+    tokenizer = make_word_tokenizer() if words else make_tokenizer()
     config = make_config(tokenizer, **config_kwargs)
     torch.manual_seed(seed)
     model = Qwen2_5_VLForConditionalGeneration(config)
@@ -154,3 +192,20 @@ def make_clip(
             container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
         container.mux(stream.encode())
     return Path(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", help="folder to make: a VideoNSA repository with random weights and a token per word")
+    parser.add_argument("--seed", type=int, default=0, help="of the weights (default: 0)")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            stock = make_stock_checkpoint(Path(folder) / "tiny-qwen2.5-vl", seed=args.seed, words=True)
+            convert(stock, args.output, **NSA, seed=args.seed)
+        except (OSError, ValueError) as error:
+            sys.exit(f"tiny.py: {error}")
+
+
+if __name__ == "__main__":
+    main()

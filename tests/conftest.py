@@ -40,6 +40,26 @@ def stock_checkpoint(tmp_path_factory):
     return make_stock_checkpoint(folder, num_hidden_layers=2, vision_hidden_size=32, **shape)
 
 
+@pytest.fixture(scope="session")
+def tiny_repository(stock_checkpoint, tmp_path_factory):
+    """Folder of a VideoNSA repository made of it: most blocks of a clip of a few seconds are not visible."""
+    from convert import convert
+
+    return convert(
+        stock_checkpoint, tmp_path_factory.mktemp("videonsa") / "tiny", block_size=16, block_count=3, window_size=20
+    )
+
+
+@pytest.fixture(scope="session")
+def needles(tmp_path_factory):
+    """Folder of generated clips of 2 and 3 seconds and stills: train.json and .jsonl (12), validation (4), test (4)."""
+    from make_needle_videos import Settings, make_dataset
+
+    settings = Settings(seconds=(2.0, 3.0), needles=(1, 2), stills=0.25, size=84, turns=3)
+    counts = {"train": 12, "validation": 4, "test": 4}
+    return make_dataset(tmp_path_factory.mktemp("data") / "needles", counts, settings, workers=1)
+
+
 @pytest.fixture
 def published_config():
     """The configuration of Qwen2.5-VL-7B-Instruct as published: flat, written by transformers 4.41."""

@@ -478,6 +478,25 @@ def test_positions_of_an_hour_follow_the_rule_of_qwen2_vl(small, rate, kind):
     assert positions[0, 0].tolist() == expected
 
 
+def test_uneven_times_give_each_patch_its_own_position(small):
+    times = [[0.0, 0.25, 7.5, 7.75, 3600.5], [0.0, 1.0, 2.0, 0.0, 0.0]]
+    inputs = make_inputs([5, video(5, 4, 4), 6, video(3, 4, 4), 1])
+    inputs["second_per_grid_ts"] = torch.tensor(times)
+    positions, _ = small.model.get_rope_index(**inputs)
+    is_video = inputs["mm_token_type_ids"] == 2
+    temporal = positions[0][is_video][::4].tolist()  # of the first of four tokens per patch
+    first, second = temporal[0], temporal[5]
+    assert temporal == [first + t for t in (0, 0, 15, 15, 7201)] + [second + t for t in (0, 2, 4)]
+    # Times that are even after all give what their distance gives.
+    inputs["second_per_grid_ts"] = torch.tensor([0.5, 1.0])[:, None] * torch.arange(5)
+    even, _ = small.model.get_rope_index(**inputs)
+    inputs["second_per_grid_ts"] = torch.tensor([0.5, 1.0])
+    assert torch.equal(even, small.model.get_rope_index(**inputs)[0])
+    inputs["second_per_grid_ts"] = torch.tensor(times)[:, :4]
+    with pytest.raises(ValueError, match="second_per_grid_ts has 4 times for 5 patches"):
+        small.model.get_rope_index(**inputs)
+
+
 def test_seconds_default_to_one_per_temporal_patch(small):
     inputs = make_inputs([5, video(9, 4, 6, seconds=1.0), 6])
     expected, _ = small.model.get_rope_index(**inputs)

@@ -6,7 +6,9 @@ The clips made here are flat: frame i is grey level 8 + 3i, so that a sampled fr
 import functools
 import http.server
 import inspect
+import io
 import itertools
+import re
 import struct
 import subprocess
 import sys
@@ -20,6 +22,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from packaging import version
 from PIL import Image
 from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, AutoVideoProcessor, Qwen2VLVideoProcessor
@@ -140,7 +144,7 @@ class TestSampling:
 
     @pytest.mark.parametrize("fps", [3, 8, 24, 29.97, 60])
     def test_constant_frame_rate_follows_the_stock_rule(self, processor, fps):
-        stock = Qwen2VLVideoProcessor(min_frames=2, max_frames=4096)
+        stock = Qwen2VLVideoProcessor(min_frames=2, max_frames=4064)  # what the budget holds
         for total in [*range(2, 150), 491, 1000, 5000, 100_000]:
             metadata = VideoMetadata(total, fps=fps)
             ours = processor.video_processor.sample_frames(metadata).tolist()
@@ -178,7 +182,7 @@ class TestSampling:
     def test_a_video_beyond_the_budget_is_sampled_more_sparsely(self, processor):
         hours = VideoMetadata(3 * 3600 * 30, fps=30)
         indices = processor.video_processor.sample_frames(hours)
-        assert len(indices) == 4096 and indices[-1] == 4095 * len(range(3 * 3600 * 30)) // 4096
+        assert len(indices) == 4064 and indices[-1] == 4063 * len(range(3 * 3600 * 30)) // 4064
 
     def test_no_frame_is_lost_to_the_rounding_of_times(self, processor):
         sample = processor.video_processor.sample_frames
@@ -385,6 +389,19 @@ class TestForms:
         assert shown(processor, video, num_frames=4) == [0, 2, 4, 6]
         assert chat(processor, video, num_frames=4)["second_per_grid_ts"].tolist() == [1]
 
+    def test_a_folder_of_images_is_a_video_in_the_order_of_their_numbers(self, processor, tmp_path):
+        for i, frame in enumerate(pil_frames(12)):
+            frame.save(tmp_path / f"frame{i}.png")
+        (tmp_path / "notes.txt").touch()
+        for video in (tmp_path, str(tmp_path), [tmp_path], tmp_path.as_uri()):
+            assert shown(processor, video) == list(range(12))
+            assert chat(processor, video, fps=2)["second_per_grid_ts"].tolist() == [1]
+
+    def test_a_file_may_be_bytes_or_open(self, processor, tmp_path):
+        path = encode(tmp_path / "clip.mp4")
+        for video in (path.read_bytes(), io.BytesIO(path.read_bytes()), path.open("rb"), [path.read_bytes()]):
+            assert chat(processor, video)["video_grid_thw"].tolist() == [[8, 4, 4]]
+
     def test_an_odd_number_of_frames_is_kept(self, processor):
         inputs = chat(processor, pil_frames(7))
         assert inputs["video_grid_thw"].tolist() == [[4, 4, 4]]
@@ -483,6 +500,189 @@ class TestChat:
         assert not recwarn.list and "Qwen2VL" not in capfd.readouterr().err
 
 
+class TestBudget:
+    @settings(max_examples=60, deadline=None)
+    @given(
+        st.integers(1, 40),
+        st.sampled_from([(56, 56), (300, 200), (90, 40), (500, 300)]),
+        st.sampled_from([1.0, 8.0, 29.97]),
+        st.integers(1, 900),
+        st.sampled_from(["pixels", "frames", "balanced"]),
+        st.fixed_dictionaries(
+            {},
+            optional={
+                "do_sample_frames": st.just(False),
+                "block_size": st.sampled_from([4, 16]),
+                "start": st.floats(0, 0.5),
+                "end": st.floats(0.6, 5),
+            },
+        ),
+        st.sampled_from([{}, {"fps": 0.7}, {"fps": 20}, {"num_frames": 3}, {"max_pixels": 9000}, {"frame_tokens": 7}]),
+    )
+    def test_the_model_gets_the_planned_tokens_and_no_others(
+        self, processor, frames, size, rate, tokens, prefer, other, exact
+    ):
+        video = np.zeros((frames, *size[::-1], 3), np.uint8)
+        metadata = {"total_num_frames": frames, "fps": rate}
+        request = {"max_tokens": tokens, "text_tokens": 0, "prefer": prefer, **other, **exact}
+        try:
+            plan = processor.video_processor.plan(video, video_metadata=metadata, **request)
+        except ValueError as error:
+            message = str(error)
+        else:
+            inputs = chat(processor, video, video_metadata=[metadata], return_metadata=True, **request)
+            placeholders = (inputs["input_ids"] == processor.video_token_id).sum()
+            assert placeholders == plan.tokens == inputs["video_grid_thw"].prod() // 4 <= tokens
+            assert inputs["video_grid_thw"][0].tolist() == [
+                -(-plan.num_frames // 2),
+                plan.height // 14,
+                plan.width // 14,
+            ]
+            assert inputs["video_metadata"][0].plan == plan
+            assert len(inputs["video_metadata"][0].frames_indices) == plan.num_frames
+            return
+        with pytest.raises(ValueError, match=re.escape(message)):
+            chat(processor, video, video_metadata=[metadata], **request)
+
+    def test_a_plan_of_a_file_is_what_reading_it_gives(self, processor, clips):
+        for request in (
+            {},
+            {"max_tokens": 1500, "prefer": "frames"},
+            {"fps": 1, "start": 2, "end": 6.5},
+            {"frame_tokens": 9},
+        ):
+            plan = processor.video_processor.plan(clips / "clip.mp4", **request)
+            features, metadata = process(processor, clips / "clip.mp4", **request)
+            assert metadata.plan == plan and metadata.sampled_fps == plan.fps
+            whole = VideoMetadata(metadata.total_num_frames, fps=metadata.fps, width=224, height=224)
+            assert processor.video_processor.plan(whole, **request) == plan
+            assert features["video_grid_thw"][0].prod() // 4 == plan.tokens
+        assert str(processor.video_processor.plan(clips / "clip.mp4")) == (
+            "32 frames of 224 × 224, 4 per second from 0.0 to 8.0 s; 64 tokens per 2 frames, 1,024 of 130,048 in all"
+        )
+
+    def test_there_is_no_hidden_cap_on_frames(self, processor):
+        assert len(processor.video_processor.sample_frames(VideoMetadata(10**6, fps=30), max_tokens=10**7)) == 133_332
+        video = np.zeros((5000, 28, 28, 3), np.uint8)
+        assert process(processor, video)[0]["video_grid_thw"].tolist() == [[2500, 2, 2]]
+
+    def test_preferences_divide_what_there_is(self, processor, clips):
+        def grid(**request):
+            return process(processor, clips / "clip.mp4", text_tokens=0, **request)[0]["video_grid_thw"][0].tolist()
+
+        assert grid(max_tokens=256) == [4, 16, 16]
+        assert grid(max_tokens=256, prefer="frames") == [16, 8, 8]
+        assert grid(max_tokens=256, prefer="balanced") == [7, 12, 12]
+        assert grid(max_tokens=256, fps=4) == [16, 8, 8]
+        assert grid(max_tokens=256, max_pixels=112 * 112) == [16, 8, 8]
+        assert grid(max_tokens=256, frame_tokens=36) == [7, 12, 12]
+        assert grid(max_pixels=112 * 112, fps=8) == [32, 8, 8]
+        with pytest.raises(ValueError, match="32 frames of 224 × 224 are 1,024 tokens"):
+            grid(max_tokens=256, fps=4, max_pixels=224 * 224)
+
+    def test_it_can_be_set_once_for_all(self, clips):
+        video_processor = VideoNSAVideoProcessor(max_tokens=1024 + 256, prefer="frames")
+        assert video_processor(clips / "clip.mp4")["video_grid_thw"].tolist() == [[16, 8, 8]]
+        assert VideoNSAVideoProcessor(frame_tokens=16)(clips / "clip.mp4")["video_grid_thw"].tolist() == [[16, 8, 8]]
+
+    def test_frames_taken_as_they_are_are_not_counted(self, processor):
+        video = np.zeros((12, 56, 56, 3), np.uint8)
+        assert process(processor, video, do_resize=False)[0]["video_grid_thw"].tolist() == [[6, 4, 4]]
+        with pytest.raises(ValueError, match="do_resize=False needs sides that are multiples of 28, got 60 × 56"):
+            process(processor, np.zeros((12, 56, 60, 3), np.uint8), do_resize=False)
+
+    def test_floats_are_not_held_twice(self, tmp_path):
+        script = f"""
+            import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import conftest
+            import resource, numpy
+            from videonsa.processing_videonsa import VideoNSAVideoProcessor
+            peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+            process, video = VideoNSAVideoProcessor(), numpy.zeros((1000, 224, 224, 3), numpy.uint8)
+            process(video[:4])
+            before = peak()
+            floats = process(video)["pixel_values_videos"]
+            print(peak() - before - floats.nbytes * 5 // 4 // 2**20)
+        """
+        done = subprocess.run([sys.executable, "-c", inspect.cleandoc(script)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert int(done.stdout) < 200  # MB, besides 144 of frames and 574 of floats
+
+
+class TestPartsAndTimes:
+    def test_a_part_of_a_video_is_sampled_from_its_start(self, processor, clips):
+        inputs = chat(processor, clips / "clip.mp4", start=2, end=4, return_metadata=True)
+        assert inputs["video_metadata"][0].frames_indices == list(range(16, 32, 2))
+        assert inputs["second_per_grid_ts"].tolist() == [0.5]
+        assert inputs["timestamps"] == [[2, 2.5, 3, 3.5]]
+        _, metadata = process(processor, clips / "clip.mp4", start=7.99, num_frames=1)
+        assert metadata.frames_indices == [63] and metadata.timestamps == [63 / 8]
+        frames, metadata = pil_frames(8), {"total_num_frames": 8, "fps": 2}
+        assert shown(processor, frames, start=0.5, end=1) == [2, 3]
+        assert shown(processor, frames, video_metadata=metadata, fps=2, start=1, end=3) == [2, 3, 4, 5]
+        assert shown(processor, clips / "clip.mp4", do_sample_frames=False, start=7.5) != []
+        for request in ({"start": 8}, {"start": 3, "end": 2}, {"start": -1}):
+            with pytest.raises(ValueError, match="leave nothing of a video of 8.000 s"):
+                chat(processor, clips / "clip.mp4", **request)
+
+    def test_timestamps_are_those_of_temporal_patches_and_come_with_the_metadata(self, processor, tmp_path):
+        paths = [encode(tmp_path / "a.mp4", 27), encode(tmp_path / "b.mkv", times=[0, 500, 1000, 6000])]
+        inputs = chat(processor, *paths, pil_frames(3), return_metadata=True)
+        assert inputs["timestamps"][0] == pytest.approx([k * 2 * 3.375 / 12 for k in range(6)])
+        duration = inputs["video_metadata"][1].duration
+        assert inputs["timestamps"][1] == pytest.approx([0, duration / 2])
+        assert inputs["timestamps"][2] == [0, 0.5]
+        assert "timestamps" not in chat(processor, *paths)
+        assert chat(processor, encode(tmp_path / "one.mp4", 1), return_metadata=True)["timestamps"] == [[0]]
+
+    def test_uneven_times_reach_the_model_patch_by_patch(self, processor, tmp_path):
+        times = [0, 250, 500, 1000, 5000, 9000, 9100]
+        paths = [encode(tmp_path / "a.mkv", times=times), encode(tmp_path / "b.mp4", 8)]
+        inputs = chat(processor, *paths, do_sample_frames=False, return_metadata=True)
+        assert inputs["timestamps"] == [[0, 0.5, 5, 9.1], [0, 0.25, 0.5, 0.75]]
+        assert inputs["second_per_grid_ts"].tolist() == [pytest.approx([0, 0.5, 5, 9.1]), [0, 0.25, 0.5, 0.75]]
+        sampled = {"total_num_frames": 320, "fps": 10, "frames_indices": [0, 1, 2, 50, 51, 300]}
+        inputs = chat(processor, pil_frames(6), video_metadata=[sampled], do_sample_frames=False)
+        assert inputs["second_per_grid_ts"].tolist() == [pytest.approx([0, 0.2, 5.1])]
+        # Even, but for the rounding to frames of the source.
+        sampled["frames_indices"] = [0, 53, 107, 160, 213, 267]
+        inputs = chat(processor, pil_frames(6), video_metadata=[sampled], do_sample_frames=False)
+        assert inputs["second_per_grid_ts"].ndim == 1
+
+
+class TestMessages:
+    def test_a_video_of_a_message_may_have_settings_of_its_own(self, processor, clips):
+        clip = str(clips / "clip.mp4")
+        videos = [
+            {"video": clip},
+            {"path": clip, "fps": 1},
+            {"url": clip, "num_frames": 6, "max_pixels": 112 * 112},
+            {"video": clip, "start": 2, "end": 4},
+            {"video": clip, "video_start": 2, "video_end": 4, "nframes": 4},
+            {"video": clip, "frame_tokens": 4, "fps": None},
+            {"video": clip, "max_tokens": 1280, "prefer": "frames"},
+            {"video": pil_frames(4), "fps": 1},
+        ]
+        content = [{"type": "video", **video} for video in videos] + [{"type": "text", "text": "Hm?"}]
+        conversation = [{"role": "user", "content": content}]
+        template = functools.partial(
+            processor.apply_chat_template, tokenize=True, return_dict=True, return_tensors="pt"
+        )
+        inputs = template(conversation)
+        grids = [[16, 16, 16], [4, 16, 16], [3, 8, 8], [4, 16, 16], [2, 16, 16], [16, 4, 4], [16, 8, 8], [2, 4, 4]]
+        assert inputs["video_grid_thw"].tolist() == grids
+        assert inputs["second_per_grid_ts"].tolist() == pytest.approx([0.5, 2, 8 / 3, 0.5, 1, 0.5, 0.5, 2])
+        batch = template([conversation, conversation], processor_kwargs={"num_frames": 2})
+        grids = [[1, 16, 16], [4, 16, 16], [3, 8, 8], [1, 16, 16], [2, 16, 16], [1, 4, 4], [1, 16, 16], [2, 4, 4]]
+        assert batch["video_grid_thw"].tolist() == 2 * grids
+        assert content[1] == {"type": "video", "path": clip, "fps": 1}  # the conversation is left as it is
+        with pytest.raises(ValueError, match="`fps` or `num_frames`, not both"):
+            template([{"role": "user", "content": [{"type": "video", "video": clip, "fps": 1, "num_frames": 4}]}])
+
+    def test_text_alone_and_text_of_the_template_are_left_alone(self, processor):
+        conversation = [{"role": "user", "content": "Hm?"}, {"role": "assistant", "content": None}]
+        assert "Hm?" in processor.apply_chat_template(conversation[:1], tokenize=False)
+
+
 class TestRotation:
     @pytest.mark.parametrize("turns", [0, 1, 2, 3])
     def test_a_video_filmed_sideways_is_read_upright(self, processor, tmp_path, turns):
@@ -555,7 +755,7 @@ class TestErrors:
             "text.mp4": "text.mp4: cannot be read as a video",
             "empty.mp4": "empty.mp4: the file is empty",
             "sound.wav": "sound.wav: no video stream, only audio",
-            ".": "cannot be read as a video: .*directory",
+            ".": "a directory, without images",
         }
         for name, message in messages.items():
             with pytest.raises(ValueError, match=message):
@@ -593,6 +793,19 @@ class TestErrors:
         with pytest.raises(ValueError, match=rf"cut{suffix}: truncated after \d\.\d of 8\.0 s \(\d+ frames\)"):
             chat(processor, cut)
 
+    def test_how_files_are_read_can_be_set_in_the_call(self, processor, clips, tmp_path):
+        tiny.make_clip(tmp_path / "clip.mkv", width=64, height=64)
+        data = (tmp_path / "clip.mkv").read_bytes()
+        (tmp_path / "cut.mkv").write_bytes(data[: len(data) * 3 // 4])
+        assert 8 < chat(processor, tmp_path / "cut.mkv", on_error="keep")["video_grid_thw"][0, 0] < 16
+        for request, message in (
+            ({"max_source_pixels": 1000}, "clip.mp4: 224 × 224 pixels in its header, the limit is 1,000"),
+            ({"max_duration": 5.0}, "clip.mp4: 8 seconds long, the limit is 5"),
+            ({"on_error": "skip"}, "on_error must be 'raise' or 'keep'"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                chat(processor, clips / "clip.mp4", **request)
+
     def test_frames_that_cannot_be_decoded(self, processor, tmp_path):
         path = encode(tmp_path / "clip.mp4", options=B_FRAMES)
         data = bytearray(path.read_bytes())
@@ -626,7 +839,11 @@ class TestHub:
         assert alone(clips / "clip.mp4", num_frames=2)["video_grid_thw"].tolist() == [[1, 8, 8]]
 
     def test_as_remote_code_it_needs_nothing_but_what_is_installed_with_it(self):
-        assert check_imports(processing.__file__) == []
+        for file in (
+            processing.__file__,
+            *map(Path(processing.__file__).with_name, ("video_planner.py", "video_reader.py")),
+        ):
+            check_imports(file)
         assert "qwen_vl_utils" not in get_imports(processing.__file__)
 
 
@@ -636,7 +853,10 @@ class TestQwenVlUtils:
         vision_process = pytest.importorskip("qwen_vl_utils.vision_process")
         monkeypatch.setattr(vision_process, "VIDEO_READER_BACKENDS", dict(vision_process.VIDEO_READER_BACKENDS))
         monkeypatch.setattr(vision_process, "get_video_reader_backend", lambda: "torchvision")
+        monkeypatch.setattr(vision_process, "FORCE_QWENVL_VIDEO_READER", None)
         register_qwen_vl_utils_reader()
+        assert vision_process.FORCE_QWENVL_VIDEO_READER == "videonsa"
+        self.fetch_video, self.readers = vision_process.fetch_video, vision_process.VIDEO_READER_BACKENDS
         self.read = vision_process.VIDEO_READER_BACKENDS["torchvision"]
         self.process_vision_info = vision_process.process_vision_info
 
@@ -678,3 +898,18 @@ class TestQwenVlUtils:
         assert metadata["fps"] == 8 and metadata["total_num_frames"] == last - first + 1
         assert fps == pytest.approx(count / (last - first + 1) * 8)
         assert torch.equal(video, decode(clips / "clip.mp4")[metadata["frames_indices"]])
+
+    @pytest.mark.parametrize(
+        "element", [{"max_pixels": 40_000, "min_pixels": 784}, {"resized_height": 112, "resized_width": 140}, {}]
+    )
+    def test_frames_are_made_smaller_as_they_are_decoded(self, clips, element):
+        element = {"video": str(clips / "clip.mp4"), "fps": 2, **element}
+        small = self.fetch_video(element)
+
+        def read_whole(element):
+            _, metadata, fps = self.read(element)
+            return decode(clips / "clip.mp4")[metadata["frames_indices"]], metadata, fps
+
+        self.readers["torchvision"] = self.readers["videonsa"] = read_whole
+        assert torch.equal(small, self.fetch_video(element))
+        assert self.read(element)[0].shape[2:] == (small.shape[2:] if len(element) > 2 else (224, 224))

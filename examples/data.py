@@ -1,0 +1,527 @@
+"""Conversations about videos and images, as training samples: formats, checks, tokens, labels, packing, batches.
+
+`load_samples` reads annotation files and checks every record without decoding; what cannot be used becomes a `Drop`
+with its reason. `ConversationDataset` decodes and tokenises one sample at a time, in the workers of a DataLoader, and
+`Collator` makes batches. `finetune.py` trains on them; `evaluate.py` uses the reading and checking only.
+"""
+
+import bisect
+import json
+import logging
+import os
+import random
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import unquote
+
+import av
+import torch
+from PIL import Image
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+from transformers.video_utils import VideoMetadata
+
+from videonsa.processing_videonsa import CLIP_KEYS
+
+logger = logging.getLogger(__name__)
+
+IGNORED = -100  # label of a token without loss
+ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+}
+MEDIA = ("image", "video")
+TAG = re.compile("(<image>|<video>)")
+# What only the chat template may write: in a text they would forge turns or placeholders.
+RESERVED = re.compile(r"<\|(?:im_start|im_end|vision_start|vision_end|vision_pad|image_pad|video_pad)\|>")
+MOST_FAILURES = 50  # samples in a row that cannot be read, before training stops: then it is not the samples
+
+
+class BadSample(ValueError):
+    """Why a record cannot be used."""
+
+
+@dataclass(frozen=True)
+class Drop:
+    """A record that is not used."""
+
+    id: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A record that can be used, in the form of `processor.apply_chat_template`."""
+
+    id: str  # file name and index, and the record's own id if it has one
+    messages: list  # of {"role", "content": [{"type": "text" | "image" | "video", ...}]}, media as absolute paths
+    record: dict
+    tokens: int  # as estimated from the headers of the media
+    vision_tokens: int
+
+
+def load_samples(
+    specs: Sequence[str],
+    processor,
+    *,
+    roots: Sequence[str] = (),
+    max_length: int | None = None,
+    frames: tuple[int, int] | None = None,
+    seed: int = 0,
+    threads: int = 16,
+    require_answer: bool = True,
+) -> tuple[list[Sample], list[Drop]]:
+    """Read annotation files and check their records: format, tags, media files, token counts.
+
+    Media are opened, not decoded; tokens are counted from their headers.
+
+    Args:
+        specs: paths of .json or .jsonl files; `path%50` takes half of the records, drawn by `seed`.
+        processor: of the model.
+        roots: folders that media paths are relative to, one for each file or one for all; default: each file's own.
+        max_length: most tokens of a sample.
+        frames: fewest and most sampled frames of each video.
+        threads: that open media at the same time.
+        require_answer: drop conversations without an assistant turn.
+
+    Raises:
+        FileNotFoundError, ValueError: a file is missing or is not a list of records.
+    """
+    if len(roots) not in (0, 1, len(specs)):
+        raise ValueError(f"{len(roots)} media roots for {len(specs)} data files; give one for all or one for each")
+    jobs = []
+    for i, spec in enumerate(specs):
+        path, percent = parse_spec(spec)
+        records = read_records(path)
+        if percent < 100:
+            chosen = random.Random(f"{seed} {path.name}").sample(
+                range(len(records)), round(len(records) * percent / 100)
+            )
+            records = [records[k] for k in sorted(chosen)]
+        root = Path(roots[i % len(roots)]) if roots else path.parent
+        jobs += [(path, *record, root) for record in records]
+
+    def check(job) -> Sample | Drop:
+        path, number, record, root = job
+        name = f"{path.name}[{number}]"
+        try:
+            if isinstance(record, BadSample):
+                raise record
+            if isinstance(record, dict) and "id" in record:
+                name = f"{name} {record['id']}"
+            sample = check_record(name, record, root.resolve(), processor, frames, require_answer)
+            if max_length and sample.tokens > max_length:
+                raise BadSample(f"too long: {sample.tokens:,} tokens, of at most {max_length:,}")
+            return sample
+        except BadSample as error:
+            return Drop(name, str(error))
+
+    with ThreadPoolExecutor(threads) as pool:
+        checked = list(tqdm(pool.map(check, jobs), total=len(jobs), desc="check", unit="sample", disable=None))
+    return [x for x in checked if isinstance(x, Sample)], [x for x in checked if isinstance(x, Drop)]
+
+
+def parse_spec(spec: str) -> tuple[Path, float]:
+    """Path and percentage of "path" or "path%50"."""
+    match = re.fullmatch(r"(.+?)(?:%(\d+(?:\.\d*)?))?", spec)
+    percent = float(match[2]) if match and match[2] else 100.0
+    if not match or not 0 < percent <= 100:
+        raise ValueError(f"a data file is named PATH or PATH%N with 0 < N <= 100, got {spec!r}")
+    return Path(match[1]), percent
+
+
+def read_records(path: Path) -> list[tuple[int, dict | BadSample]]:
+    """Numbered records of a .json or .jsonl file. A list in place of a record is taken for several records."""
+    if not path.is_file():
+        raise FileNotFoundError(f"data file {path} does not exist")
+    text = path.read_text(encoding="utf-8")
+    records = []
+    if path.suffix == ".jsonl":
+        for line in text.splitlines():
+            if line.strip():
+                try:
+                    records.append(json.loads(line))
+                except json.JSONDecodeError as error:
+                    records.append(BadSample(f"not JSON: {error}"))
+    else:
+        try:
+            records = json.loads(text)
+        except json.JSONDecodeError as error:
+            hint = "one record per line needs the suffix .jsonl"
+            raise ValueError(f"data file {path} is not JSON: {error}; {hint}") from None
+        if not isinstance(records, list):
+            raise ValueError(f"data file {path} must hold a list of records, got {type(records).__name__}")
+    flat = []
+    for record in records:
+        flat += record if isinstance(record, list) else [record]
+    return list(enumerate(flat))
+
+
+def check_record(name, record, root: Path, processor, frames=None, require_answer=True) -> Sample:
+    """The sample of a record, or BadSample."""
+    messages = to_messages(record, root)
+    texts = [part["text"] for message in messages for part in message["content"] if part["type"] == "text"]
+    for text in texts:
+        if found := RESERVED.search(text):
+            raise BadSample(f"the text holds {found[0]}, which only the chat template may write")
+    answers = sum(message["role"] == "assistant" for message in messages)
+    if require_answer and not answers:
+        raise BadSample("no assistant turn")
+    text = processor.apply_chat_template(messages, tokenize=False)
+    ids = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+    found = len(answer_spans(ids, processor.tokenizer))
+    if found != answers:
+        raise BadSample(f"the chat template writes {found} of {answers} assistant turns")
+    vision = [count_tokens(part, processor, frames) for part in media_parts(messages)]
+    return Sample(name, messages, record, len(ids) - len(vision) + sum(vision), sum(vision))
+
+
+def to_messages(record, root: Path) -> list[dict]:
+    """A record in any of the known formats as chat messages with absolute media paths.
+
+    - Qwen-VL: `conversations` of {"from", "value"}, the media in `image` and `video`, one or a list, and one tag
+      `<image>` or `<video>` in the texts for each.
+    - LLaVA-Video-178K: the same, but `<image>` stands for the video, and the folder may be named by `data_source`.
+    - chat: `messages` of {"role", "content"}, where content is a text, with tags as above, or a list of parts. Further
+      keys of a part, such as `fps`, are handed on to the processor.
+    """
+    if not isinstance(record, dict):
+        raise BadSample(f"a record must be an object, got {type(record).__name__}")
+    if ("conversations" in record) == ("messages" in record):
+        raise BadSample("a record needs `conversations` or `messages`")
+    key, role_key, text_key = (
+        ("conversations", "from", "value") if "conversations" in record else ("messages", "role", "content")
+    )
+    turns = record[key]
+    if not isinstance(turns, list) or not turns:
+        raise BadSample(f"`{key}` must be a list of turns, got {turns!r:.60}")
+
+    listed = {kind: listed_media(record, kind) for kind in MEDIA}
+    contents = []
+    for turn in turns:
+        if not isinstance(turn, dict) or turn.get(role_key) not in ROLES:
+            raise BadSample(f"a turn needs `{role_key}`, one of {', '.join(ROLES)}; got {turn!r:.60}")
+        role, content = ROLES[turn[role_key]], turn.get(text_key)
+        if isinstance(content, str) and role == "assistant":
+            content = [{"type": "text", "text": content.strip()}]
+        elif isinstance(content, str):
+            content = split_tags(content)
+        contents.append((role, check_parts(content, text_key)))
+
+    tags = Counter(part["type"] for _, parts in contents for part in parts if part["type"] in MEDIA and len(part) == 1)
+    if listed["video"] and not listed["image"] and tags["image"] and not tags["video"]:
+        tags = Counter(video=tags["image"])  # LLaVA-Video writes <image> for a video
+        for _, parts in contents:
+            for part in parts:
+                part.update(type="video") if part["type"] == "image" and len(part) == 1 else None
+    for kind in MEDIA:
+        if tags[kind] != len(listed[kind]):
+            raise BadSample(f"{tags[kind]} <{kind}> tags for {len(listed[kind])} {kind}s")
+    queues = {kind: iter(listed[kind]) for kind in MEDIA}
+    source = record.get("data_source")
+    messages = []
+    for role, parts in contents:
+        content = []
+        for part in parts:
+            if part["type"] in MEDIA:
+                kind = part["type"]
+                where = next((name for name in (kind, "path", "url") if name in part), None)
+                item = part.pop(where) if where else next(queues[kind])
+                if isinstance(item, dict):  # a path with settings of its own
+                    part, item = {**part, **item, "type": kind}, item.get(kind)
+                part[kind] = resolve(item, root, source)
+            elif not part["text"]:
+                continue
+            content.append(part)
+        messages.append({"role": role, "content": content})
+    if not any(part["type"] == "text" for message in messages for part in message["content"]):
+        raise BadSample("no text")
+    if any(message["role"] == "assistant" and not message["content"] for message in messages):
+        raise BadSample("an assistant turn is empty")
+    return messages
+
+
+def listed_media(record: dict, kind: str) -> list:
+    """The images or videos of a record, which may name one or a list, in the singular or the plural."""
+    value = record.get(kind) or record.get(f"{kind}s") or []
+    return list(value) if isinstance(value, list) else [value]
+
+
+def split_tags(text: str) -> list[dict]:
+    """Parts of a text at its tags; a tag becomes a part without a path."""
+    parts = []
+    for piece in TAG.split(text):
+        if TAG.fullmatch(piece):
+            parts.append({"type": piece[1:-1]})
+        elif piece.strip():
+            parts.append({"type": "text", "text": piece.strip()})
+    return parts
+
+
+def check_parts(content, name: str) -> list[dict]:
+    """Copies of the parts of a message."""
+    if not isinstance(content, list):
+        raise BadSample(f"`{name}` of a turn must be a text or a list of parts, got {content!r:.60}")
+    parts = []
+    for part in content:
+        if not isinstance(part, dict) or part.get("type") not in ("text", *MEDIA):
+            raise BadSample(f"a part needs a type, one of text, image, video; got {part!r:.60}")
+        if part["type"] == "text" and not isinstance(part.get("text"), str):
+            raise BadSample(f"a text part needs `text`, got {part!r:.60}")
+        parts.append({**part, "text": part["text"].strip()} if part["type"] == "text" else dict(part))
+    return parts
+
+
+def media_parts(messages: Iterable[dict]) -> list[dict]:
+    return [part for message in messages for part in message["content"] if part["type"] in MEDIA]
+
+
+def resolve(path, root: Path, source: str | None):
+    """Absolute form of a path, or of each of a list of frames; URLs stay."""
+    if isinstance(path, list) and path:
+        return [resolve(frame, root, source) for frame in path]
+    if not isinstance(path, str) or not path:
+        raise BadSample(f"a path must be a text, got {path!r:.60}")
+    if path.startswith(("http://", "https://", "data:")):
+        return path
+    plain = unquote(path.removeprefix("file://")) if path.startswith("file://") else path
+    folders = [root, *([root / source] if isinstance(source, str) else [])]
+    for folder in folders:
+        if (folder / plain).is_file():
+            return str(folder / plain)
+    raise BadSample(f"missing file: {path} (in {' and '.join(map(str, folders))})")
+
+
+def count_tokens(part: dict, processor, frames: tuple[int, int] | None) -> int:
+    """Vision tokens that the processor will make of an image or video, told by its header; 0 for a URL."""
+    kind, path = part["type"], part[part["type"]]
+    if isinstance(path, str) and "://" in path or str(path).startswith("data:"):
+        return 0
+    try:
+        if kind == "image":
+            with Image.open(path) as image:
+                width, height = image.size
+            patches = processor.image_processor.get_number_of_image_patches(height, width, {})
+            return patches // processor.image_processor.merge_size**2
+        settings = {CLIP_KEYS[key]: value for key, value in part.items() if key in CLIP_KEYS and value is not None}
+        plan = processor.video_processor.plan(path if isinstance(path, list) else probe_video(path), **settings)
+    except (OSError, ValueError, av.FFmpegError, SyntaxError) as error:  # SyntaxError: a broken PNG
+        raise BadSample(f"broken {kind}: {error}") from None
+    if frames and not frames[0] <= plan.num_frames <= frames[1]:
+        raise BadSample(f"{plan.num_frames} frames, of {frames[0]} to {frames[1]}: {path}")
+    return plan.tokens
+
+
+def probe_video(path: str) -> VideoMetadata:
+    """What the header of a video says; nothing is decoded."""
+    if not os.path.getsize(path):
+        raise ValueError(f"{path} is empty")
+    with av.open(path) as container:
+        stream = next(iter(container.streams.video), None)
+        if stream is None or not stream.width:
+            raise ValueError(f"{path} has no video stream")
+        fps = float(stream.average_rate or stream.guessed_rate or 24)
+        if stream.duration:
+            duration = float(stream.duration * stream.time_base)
+        else:
+            duration = (container.duration or 0) / av.time_base
+        total = stream.frames or max(1, round(duration * fps))
+        duration = duration or total / fps
+        return VideoMetadata(total, fps=total / duration, width=stream.width, height=stream.height, duration=duration)
+
+
+def answer_spans(ids: Sequence[int], tokenizer) -> list[tuple[int, int]]:
+    """Where the assistant turns stand among the tokens of a conversation: [first, last + 1), <|im_end|> included."""
+    header = tokenizer("<|im_start|>assistant\n", add_special_tokens=False)["input_ids"]
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    spans, i = [], 0
+    while i + len(header) <= len(ids):
+        if ids[i] == header[0] and list(ids[i : i + len(header)]) == header:
+            first = last = i + len(header)
+            while last < len(ids) and ids[last] != end:
+                last += 1
+            if last < len(ids):
+                spans.append((first, last + 1))
+            i = last
+        i += 1
+    return spans
+
+
+def make_labels(input_ids: torch.Tensor, tokenizer) -> torch.Tensor:
+    """int64 [length]: the tokens of assistant turns, and IGNORED elsewhere."""
+    labels = torch.full_like(input_ids, IGNORED)
+    for first, last in answer_spans(input_ids.tolist(), tokenizer):
+        labels[first:last] = input_ids[first:last]
+    return labels
+
+
+def plan_packs(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Indices of samples that fit together into `capacity` tokens: the longest first, each where it leaves least."""
+    packs, room = [], []  # room: (tokens left, pack), ascending
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        k = bisect.bisect_left(room, (lengths[i], 0))
+        left, pack = room.pop(k) if k < len(room) else (capacity, len(packs))
+        if pack == len(packs):
+            packs.append([])
+        packs[pack].append(i)
+        bisect.insort(room, (left - lengths[i], pack))
+    return packs
+
+
+class ConversationDataset(torch.utils.data.Dataset):
+    """Samples as model inputs. An item is a list of features: one, or with `capacity` a pack of several.
+
+    Features are tensors: `input_ids` and `labels` [length], and what the processor makes of the media.
+
+    A sample that cannot be read after all is left out, with a line of JSON in the file `skipped` and a warning; if
+    none of an item is left, the next item takes its place. Which one that is depends on the index alone.
+    """
+
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        processor,
+        *,
+        max_length: int,
+        capacity: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        skipped: str | Path | None = None,
+    ):
+        if not samples:
+            raise ValueError("no sample is left to train on")
+        self.samples, self.processor, self.max_length, self.dtype = samples, processor, max_length, dtype
+        self.skipped = None if skipped is None else Path(skipped)
+        self.items = [[i] for i in range(len(samples))]
+        self.capacity = capacity
+        if capacity:
+            self.items = plan_packs([sample.tokens for sample in samples], capacity)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> list[dict[str, torch.Tensor]]:
+        for step in range(min(len(self.items), MOST_FAILURES)):
+            features, room = [], self.capacity or self.max_length
+            for i in self.items[(index + step) % len(self.items)]:
+                try:
+                    feature = self.encode(self.samples[i])
+                    if len(feature["input_ids"]) > room:
+                        raise BadSample(f"too long: {len(feature['input_ids']):,} tokens, of {room:,} that are left")
+                except Exception as error:  # noqa: BLE001  whatever a file does must not end the training
+                    self.skip(self.samples[i], error)
+                    continue
+                room -= len(feature["input_ids"])
+                features.append(feature)
+            if features:
+                return features
+        raise RuntimeError(f"none of {step + 1} samples in a row could be read; the reasons are in {self.skipped}")
+
+    def encode(self, sample: Sample) -> dict[str, torch.Tensor]:
+        """Decode and tokenise one sample."""
+        inputs = self.processor.apply_chat_template(
+            sample.messages, tokenize=True, return_dict=True, return_tensors="pt"
+        )
+        feature = {"input_ids": inputs["input_ids"][0]}
+        feature["labels"] = make_labels(feature["input_ids"], self.processor.tokenizer)
+        for name in MODEL_INPUTS:
+            if name in inputs:
+                feature[name] = torch.as_tensor(inputs[name])
+                if name.startswith("pixel"):
+                    feature[name] = feature[name].to(self.dtype)
+        return feature
+
+    def skip(self, sample: Sample, error: Exception) -> None:
+        reason = str(error) if isinstance(error, BadSample) else f"{type(error).__name__}: {error}"
+        logger.warning("skipped %s: %s", sample.id, reason)
+        if self.skipped:
+            with self.skipped.open("a") as file:
+                file.write(json.dumps({"id": sample.id, "reason": reason}) + "\n")
+
+
+MODEL_INPUTS = (
+    "pixel_values",
+    "image_grid_thw",
+    "pixel_values_videos",
+    "video_grid_thw",
+    "second_per_grid_ts",
+)
+
+
+@dataclass
+class Collator:
+    """Makes a batch of items of `ConversationDataset`.
+
+    Padded: `input_ids`, `labels`, `attention_mask` [samples, length], padding on the right. Packed: `input_ids`,
+    `labels` [1, length] of all samples one after another, and their `lengths` [samples], from which `packed_positions`
+    makes the positions that keep them apart.
+
+    With `always_vision`, a batch without image or without video gets one of a single token behind its last sample,
+    where no token sees it: then every process of a data-parallel training runs the same modules the same number of
+    times, which FSDP, ZeRO-3 and DDP need so as not to wait for each other.
+    """
+
+    processor: object
+    packed: bool = False
+    always_vision: bool = False
+
+    def __call__(self, items: Sequence[list[dict[str, torch.Tensor]]]) -> dict[str, torch.Tensor]:
+        features = [dict(feature) for item in items for feature in item]
+        if self.always_vision:
+            self._add_vision(features)
+        ids, labels = ([feature[name] for feature in features] for name in ("input_ids", "labels"))
+        if self.packed:
+            batch = {"input_ids": torch.cat(ids)[None], "labels": torch.cat(labels)[None]}
+            batch["lengths"] = torch.tensor([len(x) for x in ids])
+        else:
+            batch = {
+                "input_ids": pad_sequence(ids, batch_first=True, padding_value=self.processor.tokenizer.pad_token_id),
+                "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
+                "attention_mask": pad_sequence([torch.ones_like(x) for x in ids], batch_first=True),
+            }
+        for name in MODEL_INPUTS:
+            parts = [feature[name] for feature in features if name in feature]
+            if parts:
+                batch[name] = torch.cat(parts)
+        return batch
+
+    def _add_vision(self, features: list[dict[str, torch.Tensor]]) -> None:
+        last = features[-1]
+        for kind, pixels, grid in (
+            ("image", "pixel_values", "image_grid_thw"),
+            ("video", "pixel_values_videos", "video_grid_thw"),
+        ):
+            if any(grid in feature for feature in features):
+                continue
+            part = getattr(self.processor, f"{kind}_processor")
+            merge = part.merge_size
+            token = getattr(self.processor, f"{kind}_token_id")
+            last["input_ids"] = torch.cat([last["input_ids"], torch.tensor([token])])
+            last["labels"] = torch.cat([last["labels"], torch.tensor([IGNORED])])
+            dtype = next((f[name] for f in features for name in f if name.startswith("pixel")), torch.zeros(())).dtype
+            last[pixels] = torch.zeros(merge**2, 3 * part.temporal_patch_size * part.patch_size**2, dtype=dtype)
+            last[grid] = torch.tensor([[1, merge, merge]])
+            if kind == "video":
+                last["second_per_grid_ts"] = torch.ones(1)
+
+
+def packed_positions(batch: dict[str, torch.Tensor], get_rope_index: Callable) -> torch.Tensor:
+    """Positions [4, 1, length] of a packed batch: text positions, which start anew with each sample, then rotary ones.
+
+    Args:
+        batch: of a packed `Collator`.
+        get_rope_index: of the model.
+    """
+    lengths = batch["lengths"].tolist()
+    rows = pad_sequence(batch["input_ids"][0].split(lengths), batch_first=True)
+    mask = pad_sequence([torch.ones(n, dtype=torch.long, device=rows.device) for n in lengths], batch_first=True)
+    grids = {name: batch.get(name) for name in ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")}
+    rotary, _ = get_rope_index(rows, attention_mask=mask, **grids)
+    text = torch.cat([torch.arange(n, device=rows.device) for n in lengths])
+    return torch.cat([text[None], rotary[:, mask.bool()]])[:, None]

@@ -1,0 +1,679 @@
+"""Fine-tune a VideoNSA model on conversations about videos and images.
+
+    python examples/finetune.py --model VideoNSA-7B --train_data clips.json --output_dir tuned --dry_run
+    python examples/finetune.py --model VideoNSA-7B --train_data a.json b.jsonl%50 --output_dir tuned --method lora
+    accelerate launch --config_file examples/accelerate/fsdp2.yaml examples/finetune.py \\
+        --config examples/recipes/paper.yaml --model VideoNSA-7B --train_data llava-video.json --output_dir tuned
+
+`--config` names a YAML or JSON file of options; the command line goes before it. All options of transformers'
+`TrainingArguments` are options here too. `--model` must be a VideoNSA repository (make one with `convert.py`), whose
+code files run and are saved with the result. `data.py` says what data may look like.
+
+OUTPUT_DIR becomes a repository that loads with `trust_remote_code=True`; with LoRA it holds the merged model, and
+`adapter/` the adapter. Beside it stand the checkpoints, the TensorBoard logs (`runs/`), and what was not used of the
+data: `dropped.jsonl` from the checks at the start, `skipped.jsonl` from reading.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import math
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+import yaml
+from accelerate.utils import broadcast_object_list
+from huggingface_hub import HfApi
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    HfArgumentParser,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from convert import write_card
+from data import IGNORED, Collator, ConversationDataset, Drop, Sample, load_samples, packed_positions
+
+PARTS = ("language", "merger", "vision", "gates")
+BRANCHES = ("compression", "selection", "window")
+LORA_TARGETS = {
+    "language": r".*language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)",
+    "vision": r".*visual\.blocks\.\d+\.(attn\.(qkv|proj)|mlp\.(gate|up|down)_proj)",
+}
+DRY_RUN_STEPS = 4
+
+
+@dataclass
+class ModelArguments:
+    """What is trained."""
+
+    model: str = field(metadata={"help": "folder or Hub id of a VideoNSA repository"})
+    method: Literal["full", "lora", "gates"] = field(
+        default="full",
+        metadata={
+            "help": "full: all weights of the trained parts; lora: low-rank adapters for them; gates: the gates only. "
+            "The gates are trained and saved in every case"
+        },
+    )
+    train_language: bool = field(default=True, metadata={"help": "train the language model (full, lora)"})
+    train_merger: bool = field(default=True, metadata={"help": "train what maps vision to language (full, lora)"})
+    train_vision: bool = field(default=False, metadata={"help": "train the vision tower (full, lora)"})
+    lora_rank: int = field(default=16, metadata={"help": "rank of the adapters"})
+    lora_alpha: int = field(default=32, metadata={"help": "their scale: alpha / rank"})
+    lora_dropout: float = field(default=0.05, metadata={"help": "dropout before the adapters"})
+    dtype: Literal["auto", "float32", "bfloat16"] = field(
+        default="auto",
+        metadata={
+            "help": "of the weights in training. auto: float32 for what is trained, so that small updates count, and "
+            "with --bf16 the checkpoint's own for what is frozen under lora and gates. bfloat16 for all saves memory, "
+            "but loses updates below about 1/256 of a weight"
+        },
+    )
+    attn_implementation: str | None = field(
+        default=None,
+        metadata={
+            "help": "attention of the vision tower and of what is dense: sdpa, flash_attention_2, ... (default: "
+            "transformers' choice); eager is twice as fast on a CPU with --bf16 and short samples"
+        },
+    )
+    nsa_variant: str | None = field(default=None, metadata={"help": "paper or dense (default: the model's)"})
+    block_size: int | None = field(default=None, metadata={"help": "vision tokens per block (default: the model's)"})
+    block_count: int | None = field(default=None, metadata={"help": "blocks per vision query (default: the model's)"})
+    window_size: int | None = field(default=None, metadata={"help": "tokens in the window (default: the model's)"})
+    gate_temperature: float | None = field(default=None, metadata={"help": "of the gates (default: the model's)"})
+
+
+@dataclass
+class DataArguments:
+    """What it is trained on."""
+
+    train_data: list[str] = field(
+        metadata={"help": ".json or .jsonl files of conversations; FILE%%50 takes a random half of one"}
+    )
+    eval_data: list[str] | None = field(default=None, metadata={"help": "the same, for the loss during training"})
+    media_root: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "folders that media paths are relative to: one for all files, or one for each file of train_data "
+            "and then of eval_data (default: the folder of each file)"
+        },
+    )
+    max_length: int = field(default=36864, metadata={"help": "most tokens of a sample, or of a pack"})
+    packing: bool = field(
+        default=False, metadata={"help": "put samples together into sequences of up to max_length tokens"}
+    )
+    fps: float | None = field(default=None, metadata={"help": "frames per second (default: the processor's)"})
+    max_pixels: int | None = field(default=None, metadata={"help": "most pixels per frame (default: the processor's)"})
+    max_frames: int | None = field(default=None, metadata={"help": "longer videos are sampled more sparsely"})
+    clip_frames: list[int] | None = field(
+        default=None, metadata={"help": "fewest and most sampled frames: drop samples with other videos"}
+    )
+    check_threads: int = field(default=16, metadata={"help": "media files opened at a time by the check at the start"})
+
+
+@dataclass
+class FinetuneArguments(TrainingArguments):
+    """TrainingArguments with rates per part and with defaults that suit long samples."""
+
+    gate_learning_rate: float | None = field(
+        default=None, metadata={"help": "of the gates (default: that of the rest)"}
+    )
+    merger_learning_rate: float | None = field(default=None, metadata={"help": "of the merger (default: the same)"})
+    vision_learning_rate: float | None = field(
+        default=None, metadata={"help": "of the vision tower (default: the same)"}
+    )
+    dry_run: bool = field(
+        default=False,
+        metadata={
+            "help": f"check the data, train {DRY_RUN_STEPS} steps, print tokens per sample, what was dropped and the "
+            "time an epoch would take; save nothing"
+        },
+    )
+    per_device_train_batch_size: int = field(default=1, metadata={"help": "samples, or packs, per process and step"})
+    per_device_eval_batch_size: int = field(default=1, metadata={"help": "the same in evaluation"})
+    logging_steps: float = field(default=10, metadata={"help": "steps between logs; below 1, a share of all steps"})
+    dataloader_num_workers: int = field(default=2, metadata={"help": "processes that decode videos"})
+    report_to: None | str | list[str] = field(default="tensorboard", metadata={"help": "trackers, or none"})
+    hub_strategy: str = field(default="end", metadata={"help": "when to push: end, every_save, checkpoint, ..."})
+
+    def __post_init__(self):
+        self.remove_unused_columns = False  # the inputs are those of the model
+        self.prediction_loss_only = True
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        self.dataloader_pin_memory = self.dataloader_pin_memory and not self.use_cpu
+        if self.gradient_checkpointing and self.gradient_checkpointing_kwargs is None:
+            self.gradient_checkpointing_kwargs = {"use_reentrant": False}
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = False  # every process uses all: see Collator
+        super().__post_init__()
+
+
+class Meter(TrainerCallback):
+    """Measures between two logs: tokens, the seconds of training (without evaluation and saving), and mean gates."""
+
+    def __init__(self, layers: int):
+        self.layers, self.layer = layers, 0
+        self.step_seconds = []
+        self.reset()
+
+    def reset(self) -> None:
+        self.tokens = self.seconds = 0.0
+        self.gates = 0.0  # [layers, 4]: sums over vision tokens of the gates of each branch, and the number of these
+
+    def count(self, inputs) -> None:
+        """Note a batch; the model then hands its gates to `keep_gates`, first layer first."""
+        mask = inputs.get("attention_mask")
+        self.tokens += inputs["input_ids"].numel() if mask is None else mask.sum()
+        self.layer, self.batch = 0, []
+
+    def keep_gates(self, gates: torch.Tensor) -> None:
+        """Take the gates [batch, length, heads, 3] of a layer, 0 where there is no vision token."""
+        if self.layer >= self.layers:
+            return  # gradient checkpointing computes them a second time
+        self.layer += 1
+        gates = gates.detach().float()
+        tokens = (gates[..., 0, 0] > 0).sum()
+        self.batch.append(torch.cat([gates.mean(2).sum((0, 1)), tokens[None]]))
+        if self.layer == self.layers:
+            self.gates = self.gates + torch.stack(self.batch)
+
+    def on_train_begin(self, *args, **kwargs):
+        self.mark = time.perf_counter()
+
+    on_evaluate = on_save = on_train_begin
+
+    def on_step_end(self, *args, **kwargs):
+        now = time.perf_counter()
+        self.step_seconds.append(now - self.mark)
+        self.seconds += now - self.mark
+        self.mark = now
+
+    def read(self, accelerator) -> dict[str, float]:
+        """Tokens per second of all processes and the mean gates, since the last call."""
+        gates = torch.as_tensor(self.gates, device=accelerator.device) + torch.zeros(
+            self.layers, 4, device=accelerator.device
+        )
+        tokens = torch.as_tensor(self.tokens, dtype=torch.float64, device=accelerator.device)
+        gates, tokens = accelerator.reduce(gates, "sum"), accelerator.reduce(tokens, "sum")
+        logs = {"tokens_per_second": round(tokens.item() / max(self.seconds, 1e-9), 1)}
+        if gates[:, 3].min() > 0:
+            means = gates[:, :3] / gates[:, 3:]  # [layers, branches]
+            for branch, values in zip(BRANCHES, means.T.tolist(), strict=True):
+                logs[f"gate_{branch}"] = sum(values) / len(values)
+                logs |= {f"gate_{branch}/layer_{i:02}": value for i, value in enumerate(values)}
+        self.reset()
+        return logs
+
+
+class VideoTrainer(Trainer):
+    """Trainer with learning rates per part, packed samples, logits where there is a loss only, and a `Meter`."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        # Qwen2.5-VL says it does not take `num_items_in_batch`, but it does: with it, every token of a step counts the
+        # same, however it is split into batches and processes.
+        self.model_accepts_loss_kwargs = True
+        self.meter = Meter(self.model.config.text_config.num_hidden_layers)
+        self.add_callback(self.meter)
+        for callback in (ProgressCallback, PrinterCallback):
+            if self.pop_callback(callback):
+                self.add_callback(short_logs(callback))
+
+    def create_optimizer(self, *args, **kwargs):
+        """The Trainer's optimizer, its groups split by part."""
+        if self.optimizer is not None:
+            return super().create_optimizer(*args, **kwargs)
+        optimizer = super().create_optimizer(*args, **kwargs)
+        model = args[0] if args else kwargs.get("model") or self.model
+        parts = {parameter: part_of(name) for name, parameter in model.named_parameters()}
+        groups = []
+        for group in optimizer.param_groups:
+            for part in PARTS:
+                parameters = [p for p in group["params"] if parts[p] == part]
+                rate = {
+                    "gates": self.args.gate_learning_rate,
+                    "merger": self.args.merger_learning_rate,
+                    "vision": self.args.vision_learning_rate,
+                }.get(part)
+                if parameters:
+                    groups.append({**group, "params": parameters, "lr": group["lr"] if rate is None else rate})
+        optimizer.param_groups[:] = groups
+        return optimizer
+
+    def _prepare_inputs(self, inputs):
+        inputs = super()._prepare_inputs(inputs)
+        if "lengths" in inputs:
+            model = next(m for m in self.model.modules() if hasattr(m, "get_rope_index"))
+            inputs["position_ids"] = packed_positions(inputs, model.get_rope_index)
+            inputs = {name: x for name, x in inputs.items() if name not in ("lengths", "second_per_grid_ts")}
+        return inputs
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        # At 36K tokens the logits of a vocabulary of 152K would take 22 GB; few positions have a loss.
+        shifted = nn.functional.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORED)
+        keep = (shifted != IGNORED).any(0).nonzero().squeeze(1)
+        inputs = {**inputs, "logits_to_keep": keep, "shift_labels": shifted[:, keep], "use_cache": False}
+        if model.training:
+            self.meter.count(inputs)
+            inputs["keep_gates"] = self.meter.keep_gates
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def prediction_step(self, model, inputs, *args, **kwargs):
+        inputs = self._prepare_inputs(inputs)
+        tokens = (inputs["labels"][:, 1:] != IGNORED).sum()
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, inputs)
+        loss = torch.where(tokens > 0, loss, 0.0)
+        self.evaluated += torch.stack([loss.double() * tokens, tokens])
+        return loss, None, None
+
+    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
+        """As in Trainer, but the loss is the mean over tokens, however they are split into batches."""
+        self.evaluated = torch.zeros(2, dtype=torch.float64, device=self.args.device)  # sum of losses, tokens
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        total, tokens = self.accelerator.reduce(self.evaluated, "sum").tolist()
+        output.metrics[f"{metric_key_prefix}_loss"] = total / max(tokens, 1)
+        return output
+
+    def _save(self, *args, **kwargs):
+        with unsharded_class(self.model):
+            super()._save(*args, **kwargs)
+
+    def log(self, logs, *args, **kwargs):
+        if "loss" in logs:
+            logs = {**logs, **self.meter.read(self.accelerator)}
+        super().log(logs, *args, **kwargs)
+
+
+@contextlib.contextmanager
+def unsharded_class(model):
+    """Give a model its own class back to be saved: FSDP2 changes it, and its code would be saved as the model's."""
+    sharded = type(model)
+    model.__class__ = next(c for c in sharded.__mro__ if not issubclass(c, FSDPModule))
+    try:
+        yield
+    finally:
+        model.__class__ = sharded
+
+
+def short_logs(callback: type[TrainerCallback]) -> type[TrainerCallback]:
+    """A callback that prints logs, without the gates of every layer."""
+
+    class ShortLogs(callback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            logs = {name: value for name, value in (logs or {}).items() if "/" not in name}
+            super().on_log(args, state, control, logs=logs, **kwargs)
+
+    return ShortLogs
+
+
+def part_of(name: str) -> str:
+    """Which of PARTS a parameter belongs to."""
+    if ".g_proj_" in name:
+        return "gates"
+    if "visual." in name:
+        return "merger" if "visual.merger." in name else "vision"
+    return "language"
+
+
+def load_config(arguments: ModelArguments):
+    """The model's configuration with the settings of the arguments."""
+    config = AutoConfig.from_pretrained(arguments.model, trust_remote_code=True)
+    if config.model_type != "videonsa":
+        raise ValueError(
+            f"--model {arguments.model} is a {config.model_type} checkpoint, not a VideoNSA repository; "
+            f"make one with: python examples/convert.py {arguments.model} OUTPUT"
+        )
+    for name in ("nsa_variant", "block_size", "block_count", "window_size", "gate_temperature"):
+        if getattr(arguments, name) is not None:
+            setattr(config, name, getattr(arguments, name))
+    return config
+
+
+def load_model(arguments: ModelArguments, config, bf16: bool):
+    """(model, dtype of its checkpoint), with the parts frozen, or wrapped in adapters, as asked for."""
+    saved = config.dtype or torch.float32
+    saved = getattr(torch, saved) if isinstance(saved, str) else saved
+    mixed = arguments.dtype == "auto" and arguments.method != "full" and bf16
+    dtype = saved if mixed else torch.bfloat16 if arguments.dtype == "bfloat16" else torch.float32
+    model = AutoModelForImageTextToText.from_pretrained(
+        arguments.model,
+        config=config,
+        trust_remote_code=True,
+        dtype=dtype,
+        attn_implementation=arguments.attn_implementation,
+    )
+    trained = {part for part in PARTS[:-1] if getattr(arguments, f"train_{part}")}
+    if arguments.method == "lora":
+        model = add_adapters(model, arguments, trained)
+    else:
+        trained = {"gates"} | (trained if arguments.method == "full" else set())
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(part_of(name) in trained)
+    if mixed:
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+    return model, saved
+
+
+def add_adapters(model, arguments: ModelArguments, trained: set[str]):
+    """A PeftModel: adapters for the language model and the vision tower, whole weights for gates and merger."""
+    from peft import LoraConfig, get_peft_model
+
+    targets = [pattern for part, pattern in LORA_TARGETS.items() if part in trained]
+    if not targets:
+        raise ValueError("--method lora needs --train_language or --train_vision; for the gates alone: --method gates")
+    config = LoraConfig(
+        r=arguments.lora_rank,
+        lora_alpha=arguments.lora_alpha,
+        lora_dropout=arguments.lora_dropout,
+        target_modules="|".join(f"({pattern})" for pattern in targets),
+        modules_to_save=["g_proj_1", "g_proj_2", *(["visual.merger"] if "merger" in trained else [])],
+    )
+    return get_peft_model(model, config)
+
+
+def load_processor(model: str, arguments: DataArguments):
+    """The model's processor with the sampling of the arguments, which is saved with the result."""
+    processor = AutoProcessor.from_pretrained(model, trust_remote_code=True)
+    video = processor.video_processor
+    if arguments.fps is not None:
+        video.fps = arguments.fps
+    if arguments.max_frames is not None:
+        video.max_frames = arguments.max_frames
+    if arguments.max_pixels is not None:
+        video.size = {"shortest_edge": video.size["shortest_edge"], "longest_edge": arguments.max_pixels}
+    return processor
+
+
+def load_data(arguments: DataArguments, processor, seed: int) -> dict[str, tuple[list[Sample], list[Drop]]]:
+    """Checked samples and drops of "train" and "eval"."""
+    files = {"train": arguments.train_data, "eval": arguments.eval_data or []}
+    roots = arguments.media_root or []
+    if len(roots) not in (0, 1, len(files["train"]) + len(files["eval"])):
+        raise ValueError(f"--media_root must name one folder, or one for each data file, got {len(roots)}")
+    if arguments.clip_frames is not None and len(arguments.clip_frames) != 2:
+        raise ValueError(f"--clip_frames must be two numbers, got {arguments.clip_frames}")
+    loaded = {}
+    for split, specs in files.items():
+        own = roots if len(roots) < 2 else roots[: len(specs)] if split == "train" else roots[-len(specs) :]
+        loaded[split] = load_samples(
+            specs,
+            processor,
+            roots=own if specs else (),
+            max_length=arguments.max_length,
+            frames=None if arguments.clip_frames is None else tuple(arguments.clip_frames),
+            seed=seed,
+            threads=arguments.check_threads,
+        )
+    return loaded
+
+
+def on_main_process(args: TrainingArguments, function, *arguments):
+    """What a function returns, on every process, though only the first calls it; an error is raised on all."""
+    result = [None, None]
+    if args.process_index == 0:
+        try:
+            result[0] = function(*arguments)
+        except (OSError, ValueError) as error:
+            result[1] = error
+    if args.world_size > 1:
+        result = broadcast_object_list(result)
+    if result[1] is not None:
+        raise result[1]
+    return result[0]
+
+
+def report_data(loaded, output: Path | None) -> None:
+    """Print how much of the data is used, what is dropped and why, and keep the whole list as dropped.jsonl."""
+    for split, (samples, drops) in loaded.items():
+        if not samples and not drops:
+            continue
+        print(f"{split}: {len(samples):,} samples, {len(drops):,} dropped")
+        if samples:
+            tokens = sorted(sample.tokens for sample in samples)
+            vision = sum(sample.vision_tokens for sample in samples) / sum(tokens)
+            print(
+                f"  tokens per sample: {tokens[0]:,} least, {statistics.median(tokens):,.0f} median, "
+                f"{sum(tokens) / len(tokens):,.0f} mean, {tokens[-1]:,} most; "
+                f"{sum(tokens):,} in all, {vision:.1%} of them vision"
+            )
+        for drop in drops[:10]:
+            print(f"  dropped {drop.id}: {drop.reason}")
+        if len(drops) > 10:
+            kinds = Counter(drop.reason.split(":")[0] for drop in drops)
+            print("  ... in all: " + "; ".join(f"{count:,} × {kind}" for kind, count in kinds.most_common(10)))
+    if output:
+        lines = [
+            json.dumps({"split": split, "id": drop.id, "reason": drop.reason}) + "\n"
+            for split, (_, drops) in loaded.items()
+            for drop in drops
+        ]
+        (output / "dropped.jsonl").write_text("".join(lines))
+
+
+def find_resume(args: FinetuneArguments) -> str | None:
+    """The checkpoint to resume; refuses to train over checkpoints of another run."""
+    last = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+    asked = args.resume_from_checkpoint
+    if asked is None or str(asked).lower() == "false":
+        if last is not None:
+            raise ValueError(
+                f"--output_dir {args.output_dir} holds {Path(last).name}: resume it with "
+                "--resume_from_checkpoint last, or name another folder"
+            )
+        return None
+    if str(asked).lower() in ("last", "true"):
+        if last is None:
+            raise ValueError(f"--resume_from_checkpoint {asked}: there is no checkpoint in {args.output_dir}")
+        return last
+    if not Path(asked).is_dir():
+        raise ValueError(f"--resume_from_checkpoint must be a folder or last, got {asked}")
+    return asked
+
+
+def check_fingerprint(samples: list[Sample], settings: DataArguments, args: FinetuneArguments, resume) -> None:
+    """Refuse to resume on other data, which would be in another order; keep what tells this data in data.json."""
+    digest = hashlib.sha256(repr([(sample.id, sample.tokens) for sample in samples]).encode()).hexdigest()[:16]
+    now = {"samples": len(samples), "packing": settings.packing, "max_length": settings.max_length, "digest": digest}
+    path = Path(args.output_dir) / "data.json"
+    if resume and path.is_file() and not args.ignore_data_skip:
+        before = json.loads(path.read_text())
+        if before != now:
+            raise ValueError(
+                f"the data is not what the checkpoint was trained on ({before['samples']:,} samples then, "
+                f"{now['samples']:,} now), so that the rest of it is not known; --ignore_data_skip starts it over"
+            )
+    path.write_text(json.dumps(now, indent=2) + "\n")
+
+
+def publish(trainer: VideoTrainer, arguments: ModelArguments, saved: torch.dtype, note: str) -> None:
+    """Write the trained model, in the dtype of its source, to the output folder so that it loads as it is."""
+    folder, lora = Path(trainer.args.output_dir), arguments.method == "lora"
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    with unsharded_class(model):
+        base = model.get_base_model() if lora else model
+        model_class, config = type(base), base.config
+    trained = folder / ("adapter" if lora else ".trained")
+    trainer.save_model(str(trained), _internal_call=True)
+    if trainer.args.should_save:
+        if trainer.is_deepspeed_enabled:
+            from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+            unset_hf_deepspeed_config()  # else from_pretrained would wait for the other processes
+        # Read again from disk: sharded weights cannot be cast or merged where they are.
+        source = arguments.model if lora else trained
+        final = model_class.from_pretrained(source, config=config, dtype=saved)
+        if lora:
+            from peft import PeftModel
+
+            final = PeftModel.from_pretrained(final, trained).merge_and_unload().to(saved)
+        final.config.use_cache = True  # Trainer turns it off
+        final.save_pretrained(folder)
+        if not lora:
+            shutil.rmtree(trained)
+        trainer.processing_class.save_pretrained(folder)
+        name = trainer.hub_model_id or folder.resolve().name
+        write_card(Path(arguments.model), folder, final.config, base=arguments.model, name=name, note=note)
+    trainer.accelerator.wait_for_everyone()
+
+
+def report_time(trainer: VideoTrainer, steps_per_epoch: int) -> None:
+    """Print what a dry run measured."""
+    steps = trainer.meter.step_seconds[1:]  # the first one warms up
+    seconds = statistics.median(steps) * steps_per_epoch
+    losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+    print(f"loss of the first steps: {', '.join(f'{loss:.4f}' for loss in losses)}")
+    if torch.cuda.is_available():
+        print(f"GPU memory: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB at most")
+    print(
+        f"time per epoch: {steps_per_epoch:,} steps × {statistics.median(steps):.2f} s = "
+        f"{seconds / 3600:.2f} h ({len(steps)} steps measured, decoding included)"
+    )
+
+
+def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, FinetuneArguments]:
+    """The three groups of options, of `--config FILE` and of the command line, which goes before it."""
+    parser = HfArgumentParser((ModelArguments, DataArguments, FinetuneArguments), description=__doc__)
+    parser.add_argument("--config", help="YAML or JSON file of options")
+    options, rest = [], list(argv)
+    if "--config" in rest:
+        i = rest.index("--config")
+        path = Path(rest[i + 1]) if i + 1 < len(rest) else None
+        if path is None or not path.is_file():
+            raise ValueError(f"--config must be a file, got {path}")
+        del rest[i : i + 2]
+        given = yaml.safe_load(path.read_text())
+        if not isinstance(given, dict):
+            raise ValueError(f"--config {path} must hold names and values of options")
+        for name, value in given.items():
+            values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
+            options += [f"--{name}", *map(str, values)]
+    model, data, args, _ = parser.parse_args_into_dataclasses([*options, *rest], look_for_args_file=False)
+    return model, data, args
+
+
+def finetune(model_args: ModelArguments, data_args: DataArguments, args: FinetuneArguments) -> VideoTrainer:
+    """Train as the arguments say and return the trainer.
+
+    Raises:
+        ValueError, FileNotFoundError: an argument or a data file is wrong, or no sample can be used.
+    """
+    set_seed(args.seed)
+    output = Path(args.output_dir)
+    resume = None if args.dry_run else find_resume(args)
+    config = load_config(model_args)
+    processor = load_processor(model_args.model, data_args)
+    seed = args.seed if args.data_seed is None else args.data_seed
+    loaded = on_main_process(args, load_data, data_args, processor, seed)
+    samples, held_out = loaded["train"][0], loaded["eval"][0]
+    if args.process_index == 0:
+        if not args.dry_run:
+            output.mkdir(parents=True, exist_ok=True)
+        report_data(loaded, None if args.dry_run else output)
+    if not samples:
+        raise ValueError("--train_data: no sample can be used")
+    if not held_out and args.eval_strategy != "no":
+        raise ValueError(f"--eval_strategy {args.eval_strategy} needs --eval_data with samples that can be used")
+
+    model, saved = load_model(model_args, config, args.bf16)
+    options = {
+        "max_length": data_args.max_length,
+        "capacity": data_args.max_length if data_args.packing else None,
+        "dtype": torch.bfloat16 if args.bf16 else torch.float32,
+        "skipped": None if args.dry_run else output / "skipped.jsonl",
+    }
+    train = ConversationDataset(samples, processor, **options)
+    evaluated = ConversationDataset(held_out, processor, **options) if held_out else None
+    if args.process_index == 0:
+        if data_args.packing:
+            print(f"packing: {len(samples):,} samples in {len(train):,} sequences of up to {data_args.max_length:,}")
+        counts = Counter()
+        for name, parameter in model.named_parameters():
+            counts[part_of(name)] += (parameter.numel() or getattr(parameter, "ds_numel", 0)) * parameter.requires_grad
+        print("trained: " + ", ".join(f"{part} {count / 1e6:,.2f} M" for part, count in counts.items() if count))
+        if not args.dry_run:
+            check_fingerprint(samples, data_args, args, resume)
+    per_step = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
+    if args.dry_run:
+        args.max_steps, args.logging_steps, args.report_to, args.push_to_hub = DRY_RUN_STEPS, 1, [], False
+        args.save_strategy = args.eval_strategy = "no"
+        args.output_dir = tempfile.gettempdir()  # Trainer makes the folder
+    trainer = VideoTrainer(
+        model=model,
+        args=args,
+        train_dataset=train,
+        eval_dataset=evaluated,
+        processing_class=processor,
+        data_collator=Collator(processor, packed=data_args.packing, always_vision=args.world_size > 1),
+    )
+    result = trainer.train(resume_from_checkpoint=resume)
+    if args.dry_run:
+        if args.process_index == 0:
+            report_time(trainer, math.ceil(len(train) / per_step))
+        return trainer
+
+    note = (
+        f"Fine-tuned from the above by `examples/finetune.py` ({model_args.method}): {len(samples):,} samples, "
+        f"{result.global_step:,} steps of {per_step}, mean training loss {result.training_loss:.3f}."
+    )
+    publish(trainer, model_args, saved, note)
+    if args.process_index == 0:
+        print(f"wrote {output}")
+        if options["skipped"].exists():
+            count = len({json.loads(line)["id"] for line in options["skipped"].read_text().splitlines()})
+            print(f"{count:,} samples could not be read and were skipped: see {options['skipped']}")
+        if args.push_to_hub:
+            push(output, trainer.hub_model_id, args.hub_token)
+    return trainer
+
+
+def push(folder: Path, repo_id: str, token: str | None) -> None:
+    """Upload the output folder without checkpoints."""
+    ignored = ["checkpoint-*", "*/training_args.bin", "training_args.bin", ".*", "*.jsonl", "data.json"]
+    try:
+        HfApi(token=token).upload_folder(
+            repo_id=repo_id, folder_path=folder, commit_message="Add the trained model", ignore_patterns=ignored
+        )
+    except OSError as error:
+        raise ValueError(
+            f"--push_to_hub: the upload failed: {error}\nresume it with: hf upload {repo_id} {folder}"
+        ) from error
+    print(f"pushed to {repo_id}")
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the workers are the parallelism
+    try:
+        finetune(*parse_arguments(sys.argv[1:]))
+    except (OSError, ValueError, NotImplementedError) as error:
+        sys.exit(f"finetune.py: {error}")
+    finally:
+        if torch.distributed.is_initialized():
+            with contextlib.suppress(Exception):
+                torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,191 @@
+"""evaluate.py: what counts as right, one decoding per clip, resuming, and the table."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import AutoProcessor
+
+import evaluate
+from data import load_samples
+from evaluate import Prompts, accuracy, format_table, is_correct, list_questions
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def run(tiny_repository, needles, tmp_path):
+    """Runs evaluate() on the test split and returns the content of its output."""
+
+    def run(output="out.json", **changes):
+        args = {"model": str(tiny_repository), "data": str(needles / "test.jsonl"), "output": str(tmp_path / output)}
+        args |= {"media_root": None, "variant": None, "fps": None, "max_frames": None, "batch_size": 3, "limit": None}
+        args |= {"max_new_tokens": 3, "workers": 0, "device": "cpu", **changes}
+        result = evaluate.evaluate(SimpleNamespace(**args))
+        assert json.loads((tmp_path / output).read_text()) == result
+        assert not (tmp_path / f"{output}.partial").exists()
+        return result
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("answered", "expected", "right"),
+    [
+        ("red", "red", True),
+        (" Red. ", "red", True),
+        ("red  star", "Red star", True),
+        ("the red star", "red star", False),
+        ("reddish", "red", False),
+        ("B", "B", True),
+        ("b.", "B", True),
+        ("(B) a boat", "B", True),
+        ("Answer: (B)", "(B) a boat", True),
+        ("B. a boat", "Answer: (B) Collision", True),
+        ("A", "B", False),
+        ("Boat", "B", False),
+        ("", "B", False),
+        ("A boat", "A boat", True),
+        ("a", "A boat", False),
+    ],
+)
+def test_answers_are_compared_by_letter_or_by_words(answered, expected, right):
+    assert is_correct(answered, expected) is right
+
+
+def test_every_question_is_asked_by_itself_with_the_media_so_far(tiny_repository, needles, tmp_path):
+    processor = AutoProcessor.from_pretrained(tiny_repository, trust_remote_code=True)
+    image = next((needles / "train").glob("*.png"))
+    clip = next((needles / "train").glob("*.mp4"))
+    turns = [("<video>\nOne?", "1"), ("Two?", "2"), ("<image>Three?", "3")]
+    conversation = [{"from": "system", "value": "Be brief."}]
+    for question, answer in turns:
+        conversation += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    record = {"video": str(clip), "image": str(image), "types": ["a", "b"], "conversations": conversation}
+    (tmp_path / "data.json").write_text(json.dumps([record]))
+    (sample,), _ = load_samples([str(tmp_path / "data.json")], processor)
+    questions = list_questions(sample)
+    assert [(q.type, q.expected) for q in questions] == [("a", "1"), ("b", "2"), ("all", "3")]
+    for question, (_, prompt) in zip(questions, Prompts([questions], processor)[0], strict=True):
+        whole = processor.apply_chat_template(
+            question.messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        )
+        assert prompt["input_ids"].tolist() == whole["input_ids"][0].tolist()
+        for name in set(prompt) - {"input_ids"}:
+            torch.testing.assert_close(prompt[name], torch.as_tensor(whole[name]))
+        kinds = [part["type"] for part in question.messages[1]["content"]]
+        assert kinds == ["video", *["image"] * ("Three" in str(question)), "text"]
+
+
+def test_a_batch_answers_like_single_prompts_and_types_and_lengths_are_counted(run, needles):
+    one, three = run("one.json", batch_size=1), run("three.json")
+    assert one["answers"] == three["answers"]
+    types = [kind for line in (needles / "test.jsonl").read_text().splitlines() for kind in json.loads(line)["types"]]
+    counts = {kind: row["all"]["questions"] for kind, row in one["accuracy"].items()}
+    assert counts == {"all": len(types), **{kind: types.count(kind) for kind in types}}
+    for entry in one["answers"]:
+        assert entry["correct"] == is_correct(entry["answered"], entry["expected"]) and entry["tokens"] > 60
+    assert one["nsa"]["nsa_variant"] == "paper" and one["device"] == "cpu"
+    assert run("dense.json", variant="dense")["nsa"]["nsa_variant"] == "dense"
+
+
+def test_an_interrupted_run_goes_on_where_it_was(run, tmp_path, monkeypatch):
+    whole = run("whole.json")
+    real, calls = evaluate.answer, []
+
+    def stop_at_the_second(*args):
+        calls.append(len(args[2]))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(evaluate, "answer", stop_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    partial = tmp_path / "out.json.partial"
+    partial.write_text(partial.read_text() + '{"id": "cut')
+    with pytest.raises(ValueError, match="partial is of a run with another variant"):
+        run(variant="dense")
+    assert run()["answers"] == whole["answers"]
+    assert sum(calls) == len(whole["answers"]) + 3  # the batch of the interruption twice
+    with pytest.raises(ValueError, match="out.json exists already"):
+        run()
+
+
+def test_right_answers_score_one_and_broken_media_are_dropped(run, needles, tmp_path, monkeypatch):
+    lines = (needles / "test.jsonl").read_text().splitlines()
+    gone = {
+        "messages": [{"role": "user", "content": "<video>?"}, {"role": "assistant", "content": "x"}],
+        "video": "gone.mp4",
+    }
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join([*lines, json.dumps(gone)]))
+    first = next(path for path in sorted((needles / "test").iterdir()) if path.suffix == ".mp4")
+    whole = first.read_bytes()
+    start, moov = whole.index(b"mdat") + 4, whole.index(b"moov") - 4
+    damaged = whole[:start] + bytes(moov - start) + whole[moov:]
+    (tmp_path / "test").mkdir()
+    for path in (needles / "test").iterdir():
+        (tmp_path / "test" / path.name).write_bytes(damaged if path == first else path.read_bytes())
+    expected = iter(())
+
+    def know(model, processor, batch, max_new_tokens):
+        return [next(expected) for _ in batch]
+
+    monkeypatch.setattr(evaluate, "answer", know)
+    original = evaluate.Prompts.__getitem__
+
+    def remember(self, index):
+        nonlocal expected
+        prompts = original(self, index)
+        if isinstance(prompts, list):
+            expected = iter([*expected, *(question.expected.upper() for question, _ in prompts)])
+        return prompts
+
+    monkeypatch.setattr(evaluate.Prompts, "__getitem__", remember)
+    result = run(data=str(data), batch_size=1000)
+    assert result["accuracy"]["all"]["all"]["accuracy"] == 1.0
+    reasons = [drop["reason"] for drop in result["dropped"]]
+    assert len(reasons) == 2 and "missing file: gone.mp4" in reasons[0] and first.name in reasons[1]
+
+
+def test_the_table_has_types_as_rows_and_lengths_as_columns():
+    answers = [
+        {"type": kind, "tokens": tokens, "correct": right}
+        for kind, tokens, right in (
+            ("when", 100, True),
+            ("when", 3000, False),
+            ("colour", 128, True),
+            ("colour", 129, True),
+        )
+    ]
+    table = accuracy(answers)
+    assert table["when"] == {
+        "all": {"accuracy": 0.5, "questions": 2},
+        "128": {"accuracy": 1.0, "questions": 1},
+        "4096": {"accuracy": 0.0, "questions": 1},
+    }
+    lines = format_table(table).splitlines()
+    assert lines[0].split("  ")[-1].strip() == "≤ 4,096"
+    assert [line.split()[0] for line in lines] == ["type", "all", "colour", "when"]
+    assert "75.0 (4)" in lines[1] and len(set(map(len, lines))) == 1
+
+
+def test_the_script_prints_the_table_and_says_what_is_wrong(tiny_repository, needles, tmp_path, monkeypatch):
+    command = [
+        sys.executable,
+        ROOT / "examples/evaluate.py",
+        tiny_repository,
+        needles / "test.json",
+        tmp_path / "out.json",
+    ]
+    done = subprocess.run([*map(str, command), "--limit", "1", "--max-new-tokens", "2"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[:2] == ["type", "all"] and "wrote" in done.stdout
+    with pytest.raises(SystemExit, match="evaluate.py: data file .*gone.json does not exist"):
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", str(tiny_repository), str(tmp_path / "gone.json"), "b.json"])
+        evaluate.main()

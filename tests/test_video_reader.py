@@ -1,0 +1,545 @@
+"""Which frames come out of a file and what they look like, whatever the container, and what is said of bad files.
+
+Frames of `corpus.py` carry their number, so that a test can tell which it got.
+"""
+
+import contextlib
+import functools
+import http.server
+import inspect
+import io
+import os
+import random
+import socket
+import struct
+import subprocess
+import sys
+import threading
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import corpus
+import numpy as np
+import pytest
+import torch
+from corpus import FRAMES, SIZE, numbers_of, picture, write
+from transformers.utils import logging
+
+import tiny
+from videonsa import video_reader
+from videonsa.video_reader import VideoFile
+
+HEIGHT, WIDTH = SIZE[::-1]
+REAL_CLIP = Path(__file__).resolve().parents[2] / "shared/clips/v_TpB_zMG3XBA.mp4"
+
+
+@pytest.fixture(scope="session")
+def clips(tmp_path_factory):
+    """The path of a clip of the corpus, by name; made when first asked for."""
+    folder = tmp_path_factory.mktemp("corpus")
+    return functools.cache(lambda name: corpus.make(folder, name))
+
+
+@pytest.fixture
+def threads():
+    """Sets the number of threads, which is 1 in other tests."""
+    yield torch.set_num_threads
+    torch.set_num_threads(1)
+
+
+def read(source, indices=None, height=HEIGHT, width=WIDTH, **kwargs) -> torch.Tensor:
+    with VideoFile(source, **kwargs) as file:
+        return file.read(range(len(file)) if indices is None else indices, height, width)
+
+
+def solid(path, planes, pix_fmt, *, matrix, full, codec="libx264", options=None) -> Path:
+    """A clip of one colour, given as its luma and chroma as they are stored."""
+    with av.open(str(path), "w") as output:
+        stream = output.add_stream(codec, rate=4, options=options or {})
+        stream.width, stream.height, stream.pix_fmt = 64, 64, pix_fmt
+        stream.codec_context.colorspace, stream.codec_context.color_range = matrix, 2 if full else 1
+        dtype = np.uint16 if "10" in pix_fmt else np.uint8
+        for _ in range(4):
+            frame = av.VideoFrame(64, 64, pix_fmt)
+            for plane, value in zip(frame.planes, planes, strict=True):
+                plane.update(np.full(plane.buffer_size // dtype().itemsize, value, dtype).tobytes())
+            frame.colorspace, frame.color_range = matrix, 2 if full else 1
+            output.mux(stream.encode(frame))
+        output.mux(stream.encode())
+    return path
+
+
+def stored(rgb, matrix, full, bits) -> list[int]:
+    """Luma and chroma of a colour of 0 to 255, by the standards' own formulas."""
+    red, green, blue = (value / 255 for value in rgb)
+    kr, kb = {5: (0.299, 0.114), 1: (0.2126, 0.0722), 9: (0.2627, 0.0593)}[matrix]
+    luma = kr * red + (1 - kr - kb) * green + kb * blue
+    chroma = (blue - luma) / (2 * (1 - kb)), (red - luma) / (2 * (1 - kr))
+    if full:
+        top = 2**bits - 1
+        return [round(luma * top), *(round(c * top + 2 ** (bits - 1)) for c in chroma)]
+    return [round((16 + 219 * luma) * 2 ** (bits - 8)), *(round((128 + 224 * c) * 2 ** (bits - 8)) for c in chroma)]
+
+
+class TestFrames:
+    @pytest.mark.parametrize("name", corpus.CORPUS)
+    def test_each_is_the_one_asked_for(self, clips, threads, name):
+        with VideoFile(clips(name)) as file:
+            assert (len(file), file.width, file.height) == (FRAMES, *SIZE)
+            assert file.times.tolist() == pytest.approx(corpus.times_of(name), abs=2e-3)
+            everything = file.read(range(FRAMES), HEIGHT, WIDTH)
+            assert numbers_of(everything) == list(range(FRAMES))
+            for indices in ([0], [59], [5, 59], [11, 12, 13], [7, 7, 30, 58, 58], list(range(3, 60, 9))):
+                for count in (1, 2):
+                    threads(count)
+                    assert torch.equal(file.read(indices, HEIGHT, WIDTH), everything[indices])
+
+    def test_only_those_are_converted(self, clips, monkeypatch):
+        converted, convert = [], video_reader.to_rgb
+        monkeypatch.setattr(video_reader, "to_rgb", lambda *args: converted.append(1) or convert(*args))
+        read(clips("h264.mp4"), [3, 3, 20, 40])
+        assert len(converted) == 3
+
+    @pytest.mark.parametrize("name", ["h264.mp4", "h264.ts", "hevc.mp4", "open-gop.mp4", "vp9.webm", "variable.mkv"])
+    def test_decoding_starts_at_the_key_frame_before(self, clips, name):
+        with VideoFile(clips(name)) as file:
+            (first, last), (start, stop) = file._stretches(file.positions[[2, 56]])
+            assert first == 0 and last < 12 and start >= 36 and stop - start < 24
+
+    def test_streams_whose_key_frames_are_none_are_decoded_whole(self, clips, monkeypatch):
+        # From any frame but the first on, frames come out damaged or not at all.
+        monkeypatch.setattr(VideoFile, "_stretches", lambda self, positions: [(17, int(max(positions)))])
+        assert numbers_of(read(clips("one-key-frame.mp4"), [20, 50])) == [20, 50]
+
+    @pytest.mark.parametrize("name", ["open-gop.mp4", "open-gop.ts", "hevc-open-gop.mkv", "mpeg2.ts", "h264.mov"])
+    def test_one_jump_is_enough(self, clips, monkeypatch, name):
+        attempts, frames = [], VideoFile._frames
+        monkeypatch.setattr(VideoFile, "_frames", lambda *args: attempts.append(1) or frames(*args))
+        for indices in ([40], [2, 33, 58], [59]):
+            assert numbers_of(read(clips(name), indices)) == indices
+        assert len(attempts) == 3
+
+    def test_a_recording_may_start_before_its_first_key_frame_and_refer_to_what_it_lacks(self, clips, tmp_path):
+        data = clips("open-gop.ts").read_bytes()
+        (tmp_path / "cut.ts").write_bytes(data[12 * 188 :])
+        numbers = numbers_of(read(tmp_path / "cut.ts"))
+        assert 0 < numbers[0] <= 12 and numbers == list(range(numbers[0], 60))
+
+    def test_a_jump_that_lands_behind_its_frame_is_made_good(self, clips, monkeypatch):
+        with VideoFile(clips("h264.mp4")) as file:
+            file.dts = file.dts + 10**9
+            assert numbers_of(file.read([2, 56], HEIGHT, WIDTH)) == [2, 56]
+
+    def test_a_frame_may_change_its_size(self, tmp_path):
+        parts = [write(tmp_path / f"{w}.h264", map(picture_of(w), range(8))) for w in (128, 256)]
+        (tmp_path / "clip.h264").write_bytes(b"".join(part.read_bytes() for part in parts))
+        frames = read(tmp_path / "clip.h264")
+        assert numbers_of(frames) == [*range(8), *range(8)]
+
+    def test_the_real_clip_gives_what_pyav_decodes(self):
+        if not REAL_CLIP.exists():
+            pytest.skip(f"{REAL_CLIP} is not here")
+        indices = [0, 1, 100, 101, 300, 490]
+        with av.open(str(REAL_CLIP)) as container:
+            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+        with VideoFile(REAL_CLIP) as file:
+            assert len(file) == 491 and (file.width, file.height) == (398, 224)
+            ours = file.read(indices, 224, 398)
+        assert torch.equal(ours, torch.from_numpy(np.stack(frames)[indices]).permute(0, 3, 1, 2))
+
+
+def picture_of(width):
+    return lambda number: picture(number, width, width // 2)
+
+
+class TestLooks:
+    @pytest.mark.parametrize("full", [False, True])
+    @pytest.mark.parametrize("matrix", [5, 1, 9], ids=["bt601", "bt709", "bt2020"])
+    @pytest.mark.parametrize(
+        ("pix_fmt", "codec", "options"),
+        [
+            ("yuv420p", "libx264", {"qp": "1"}),
+            ("yuv444p", "libx264", {"qp": "1"}),
+            ("yuv420p10le", "libx265", {"x265-params": "log-level=none:qp=1:pools=none"}),
+            ("yuv422p10le", "ffv1", {}),
+        ],
+    )
+    def test_colours_are_those_that_the_file_states(self, tmp_path, pix_fmt, codec, options, matrix, full):
+        for rgb in ((200, 30, 60), (20, 180, 40), (30, 60, 220), (255, 255, 255), (0, 0, 0)):
+            planes = stored(rgb, matrix, full, 10 if "10" in pix_fmt else 8)
+            path = solid(tmp_path / "c.mkv", planes, pix_fmt, matrix=matrix, full=full, codec=codec, options=options)
+            frame = read(path, [2], 28, 28)[0].float().mean((1, 2))
+            assert frame.tolist() == pytest.approx(rgb, abs=4)
+
+    def test_what_is_transparent_is_white(self, tmp_path):
+        image = np.full((HEIGHT, WIDTH, 4), (200, 100, 0, 255), np.uint8)
+        image[:, : WIDTH // 2, 3] = 0
+        image[: HEIGHT // 2, WIDTH // 2 :, 3] = 128
+        path = write(tmp_path / "clip.mov", [image] * 4, codec="qtrle", pix_fmt="argb")
+        frame = read(path)[1].float()
+        assert (frame[:, :, : WIDTH // 2] == 255).all()
+        corners = frame[:, -1, -1].tolist(), frame[:, 0, -1].tolist()
+        assert corners == ([200, 100, 0], pytest.approx([227.4, 177.2, 127], abs=0.6))
+
+    @pytest.mark.parametrize("turns", [0, 1, 2, 3])
+    def test_frames_are_upright(self, tmp_path, turns):
+        path = write(tmp_path / "phone.mp4", (np.rot90(picture(i), turns).copy() for i in range(8)))
+        cos, sin = ((1, 0), (0, 1), (-1, 0), (0, -1))[turns]  # shown turned clockwise by 90 degrees, `turns` times
+        content = bytearray(path.read_bytes())
+        matrix = content.index(b"tkhd") + 4 + 40
+        values = cos << 16, sin << 16, 0, -sin << 16, cos << 16, 0, 0, 0, 1 << 30
+        content[matrix : matrix + 36] = struct.pack(">9i", *values)
+        path.write_bytes(content)
+        with VideoFile(path) as file:
+            assert (file.width, file.height) == SIZE
+            assert numbers_of(file.read(range(8), HEIGHT, WIDTH)) == list(range(8))
+
+    @pytest.mark.parametrize(("aspect", "size"), [("4/3", (171, 64)), ("1/2", (64, 64))])
+    def test_pixels_that_are_not_square_count_as_they_are_shown(self, tmp_path, aspect, size):
+        def prepare(stream):
+            stream.codec_context.sample_aspect_ratio = Fraction(aspect)
+
+        path = write(tmp_path / "clip.mp4", map(picture, range(8)), prepare=prepare)
+        with VideoFile(path) as file:
+            assert (file.width, file.height) == size
+            assert numbers_of(file.read(range(8), file.height, file.width)) == list(range(8))
+
+
+class TestSources:
+    @pytest.mark.parametrize("name", ["h264.mp4", "h264.mkv", "late.ts", "palette.gif"])
+    def test_bytes_and_files_are_read_as_paths_are(self, clips, name):
+        path = clips(name)
+        data = path.read_bytes()
+
+        class Pipe(io.RawIOBase):
+            inner = io.BytesIO(data)
+
+            def readable(self):
+                return True
+
+            def readinto(self, buffer):
+                return self.inner.readinto(buffer)
+
+        for source in (data, bytearray(data), memoryview(data), io.BytesIO(data), Pipe()):
+            assert numbers_of(read(source, [1, 33, 58])) == [1, 33, 58]
+        with path.open("rb") as file:
+            assert numbers_of(read(file, [1, 33, 58])) == [1, 33, 58]
+            assert not file.closed
+
+    def test_names_may_be_awkward(self, clips, tmp_path):
+        data = clips("h264.mp4").read_bytes()
+        for name in (
+            "a clip.mp4",
+            "прогулка 漫步.mp4",
+            "10:30.mp4",
+            "-i.mp4",
+            "$(touch owned).mp4",
+            "a'b;c&d|e%20f?.mp4",
+        ):
+            path = tmp_path / name
+            path.write_bytes(data)
+            for source in (path, str(path), path.as_uri()):
+                assert numbers_of(read(source, [40])) == [40]
+        assert not (tmp_path / "owned").exists()
+
+    @pytest.fixture
+    def server(self, clips, tmp_path, monkeypatch):
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        data = clips("h264.mp4").read_bytes()
+        requests = []
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                requests.append(self.path)
+                if "missing" in self.path:
+                    self.send_error(404)
+                    return
+                if "moved" in self.path:
+                    self.send_response(302)
+                    self.send_header("Location", "/clip.mp4")
+                    self.end_headers()
+                    return
+                self.send_response(200)
+                if "unsized" not in self.path:
+                    self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data[:-100] if "cut" in self.path else data)
+
+            def log_message(self, *_):
+                pass
+
+        with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            yield f"http://127.0.0.1:{server.server_port}", requests
+            server.shutdown()
+
+    @pytest.mark.parametrize("name", ["clip.mp4", "unsized.mp4", "moved.mp4", "ein Fluß.mp4?token=1"])
+    def test_what_is_on_a_server_is_fetched_once(self, server, name):
+        url, requests = server
+        assert numbers_of(read(f"{url}/{name}", [0, 59])) == [0, 59]
+        assert len(requests) == 1 + ("moved" in name)
+
+    def test_a_server_that_fails_is_named(self, server):
+        url, _ = server
+        with pytest.raises(ValueError, match=r"/missing.mp4: cannot be downloaded: HTTP Error 404"):
+            read(f"{url}/missing.mp4")
+        with pytest.raises(ValueError, match=r"/cut.mp4: truncated after [\d,]+ of [\d,]+ bytes"):
+            read(f"{url}/cut.mp4")
+        with pytest.raises(ValueError, match="http://127.0.0.1:1/clip.mp4: cannot be downloaded: .*refused"):
+            read("http://127.0.0.1:1/clip.mp4")
+
+    @pytest.mark.parametrize("protocol", ["http", "tcp"])
+    def test_a_server_that_never_answers_is_given_up(self, protocol, monkeypatch):
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            url = f"{protocol}://127.0.0.1:{silent.getsockname()[1]}/clip.mp4"
+            with pytest.raises(ValueError, match=f"{url}: cannot be .*(timed out|exit)"):
+                read(url, timeout=0.3)
+
+
+class TestBadFiles:
+    def test_what_is_no_video_is_named(self, tmp_path, clips):
+        (tmp_path / "text.mp4").write_text("This is not a video. " * 100)
+        (tmp_path / "empty.mp4").touch()
+        (tmp_path / "folder").mkdir()
+        (tmp_path / "strange.mp4").write_bytes(clips("h264.mp4").read_bytes().replace(b"avc1", b"zzzz"))
+        for name, message in {
+            "text.mp4": "text.mp4: cannot be read as a video: .*Invalid data",
+            "empty.mp4": "empty.mp4: the file is empty",
+            "folder": "folder: a directory, without images",
+            "strange.mp4": "strange.mp4: no decoder for its video stream",
+        }.items():
+            with pytest.raises(ValueError, match=message):
+                VideoFile(tmp_path / name)
+        with pytest.raises(FileNotFoundError, match="missing.mp4: no such video file"):
+            VideoFile(tmp_path / "missing.mp4")
+        for source, message in {
+            b"": "<bytes>: empty",
+            b"not a video at all": "<bytes>: cannot be read as a video",
+        }.items():
+            with pytest.raises(ValueError, match=message):
+                VideoFile(source)
+        with (tmp_path / "text.mp4").open() as file, pytest.raises(ValueError, match="text.mp4: .* binary mode"):
+            VideoFile(file)
+        with pytest.raises(ValueError, match="on_error must be 'raise' or 'keep', got 'skip'"):
+            VideoFile(clips("h264.mp4"), on_error="skip")
+
+    def test_a_video_without_frames_is_named(self, tmp_path):
+        with av.open(str(tmp_path / "none.mp4"), "w", options={"movflags": "empty_moov"}) as output:
+            stream = output.add_stream("libx264", rate=8)
+            stream.width, stream.height, stream.pix_fmt = *SIZE, "yuv420p"
+            output.start_encoding()
+        with pytest.raises(ValueError, match="none.mp4: (no frames|cannot be read|no video stream)"):
+            VideoFile(tmp_path / "none.mp4")
+
+    @pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".gif", ".ts"])
+    def test_one_frame_is_a_video(self, tmp_path, suffix):
+        codec = {"codec": "gif", "pix_fmt": "bgr8"} if suffix == ".gif" else {}
+        path = write(tmp_path / f"clip{suffix}", [picture(77)], **codec)
+        with VideoFile(path) as file:
+            assert len(file) == 1 and file.duration > 0
+            assert numbers_of(file.read([0, 0], HEIGHT, WIDTH)) == [77, 77]
+
+    @pytest.mark.parametrize("name", ["faststart.mp4", "h264.mkv", "vp9.webm"])
+    def test_a_file_that_ends_early_keeps_what_there_is_when_asked(self, clips, tmp_path, name):
+        path = tmp_path / name
+        whole = faststart(clips(name), path) if name.endswith("mp4") else clips(name).read_bytes()
+        path.write_bytes(whole[: len(whole) * 8 // 10])
+        with pytest.raises(
+            ValueError, match=rf"{name}: truncated after \d\.\d of 7\.5 s \(\d+ frames\).*on_error='keep'"
+        ):
+            VideoFile(path)
+        with VideoFile(path, on_error="keep") as file:
+            assert 20 < len(file) < 56
+            numbers = numbers_of(file.read(range(len(file)), HEIGHT, WIDTH))
+            assert numbers[:-2] == list(range(len(file) - 2))  # the last may be cut in the middle
+
+    @pytest.mark.parametrize("name", ["h264.mp4", "hevc.mp4", "vp9.webm", "mpeg4.mp4", "mjpeg.mov"])
+    def test_damaged_packets_keep_the_others_when_asked(self, clips, tmp_path, name):
+        data, path = bytearray(clips(name).read_bytes()), tmp_path / name
+        with av.open(str(clips(name))) as container:
+            packets = [packet for packet in container.demux(video=0) if packet.size]
+        for packet in packets[26:34]:
+            data[packet.pos + 5 : packet.pos + packet.size] = bytes(packet.size - 5)
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match=f"{name}: truncated or damaged, .* frames could be decoded: .*'keep'"):
+            read(path)
+        numbers = numbers_of(read(path, on_error="keep"))
+        assert numbers[:22] == list(range(22)) and numbers[-10:] == list(range(50, 60))
+        assert all(0 <= i - number < 24 for i, number in enumerate(numbers) if number >= 0)
+
+    @pytest.mark.parametrize("name", ["h264.ts", "mpeg2.ts"])
+    def test_lost_packets_of_a_transport_stream_are_noticed(self, clips, tmp_path, name):
+        data, path = bytearray(clips(name).read_bytes()), tmp_path / name
+        middle = len(data) // 2 // 188 * 188
+        del data[middle : middle + 10 * 188]
+        path.write_bytes(data)
+        with pytest.raises(
+            ValueError, match=rf"{name}: damaged after \d\.\d s; on_error='keep' makes do with the rest"
+        ):
+            read(path)
+        numbers = numbers_of(read(path, on_error="keep"))
+        assert 50 <= len(numbers) < 60 and numbers[:20] == list(range(20)) and numbers[-10:] == list(range(50, 60))
+
+    def test_a_file_of_noise_is_refused_also_when_asked_to_keep(self, clips, tmp_path):
+        data, path = bytearray(clips("h264.mp4").read_bytes()), tmp_path / "noise.mp4"
+        with av.open(str(clips("h264.mp4"))) as container:
+            for packet in container.demux(video=0):
+                if packet.size:
+                    data[packet.pos : packet.pos + packet.size] = bytes(packet.size)
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match="noise.mp4: truncated or damaged, 0 of 60"):
+            read(path)
+        with pytest.raises(ValueError, match="noise.mp4: none of its frames can be decoded"):
+            read(path, on_error="keep")
+
+    def test_flipped_bytes_are_never_worse_than_an_error(self, clips, tmp_path):
+        generator = random.Random(0)
+        for name in ("h264.mp4", "h264.mkv", "h264.ts", "vp9.webm", "palette.gif", "mpeg4.avi"):
+            original = clips(name).read_bytes()
+            for trial in range(8):
+                data = bytearray(original)
+                for _ in range(1 + trial * 4):
+                    data[generator.randrange(len(data))] = generator.randrange(256)
+                for on_error in ("raise", "keep"):
+                    try:
+                        with VideoFile(bytes(data), on_error=on_error) as file:
+                            count = min(len(file), 60)
+                            assert file.read(range(count), 28, 56).shape == (count, 3, 28, 56)
+                    except ValueError as error:
+                        assert "<bytes>" in str(error)
+
+
+def faststart(path: Path, output: Path) -> bytes:
+    """The file with its index in front, so that half of it can be opened."""
+    with av.open(str(path)) as whole, av.open(str(output), "w", options={"movflags": "faststart"}) as copy:
+        stream = copy.add_stream_from_template(whole.streams.video[0])
+        for packet in whole.demux(video=0):
+            if packet.size:
+                packet.stream = stream
+                copy.mux(packet)
+    return output.read_bytes()
+
+
+class TestLimits:
+    def test_frames_that_are_too_large_are_refused(self, clips, tmp_path):
+        with pytest.raises(ValueError, match=r"h264.mp4: 128 × 64 pixels in its header, the limit is 8,000"):
+            VideoFile(clips("h264.mp4"), max_pixels=8000)
+        # A header that lies: of 10,000 × 10,000 pixels, where the frames are small.
+        data = bytearray(clips("h264.mp4").read_bytes())
+        for box, offset in ((b"avc1", 28), (b"tkhd", 80)):
+            where = data.index(box) + offset
+            size = (10_000, 10_000)
+            data[where : where + (4 if box == b"avc1" else 8)] = (
+                struct.pack(">HH", *size) if box == b"avc1" else struct.pack(">II", *(side << 16 for side in size))
+            )
+        (tmp_path / "liar.mp4").write_bytes(data)
+        try:
+            frames = read(tmp_path / "liar.mp4", [0, 30])
+        except ValueError as error:
+            assert "liar.mp4: 10000 × 10000 pixels in its header, the limit is 67,108,864" in str(error)
+        else:
+            assert numbers_of(frames) == [0, 30]  # libav has looked into the frames before
+
+    def test_a_small_file_of_huge_frames_is_refused_before_they_are_decoded(self, tmp_path):
+        path = tmp_path / "bomb.mov"
+        with av.open(str(path), "w") as output:
+            stream = output.add_stream("png", rate=1)
+            stream.width, stream.height, stream.pix_fmt = 9000, 9000, "gray"
+            frame = av.VideoFrame(9000, 9000, "gray")
+            frame.planes[0].update(bytes(frame.planes[0].buffer_size))
+            output.mux(stream.encode(frame))
+            output.mux(stream.encode())
+        assert path.stat().st_size < 200_000
+        with pytest.raises(ValueError, match="bomb.mov: 9000 × 9000 pixels in its header, the limit is 67,108,864"):
+            VideoFile(path)
+
+    def test_videos_that_are_too_long_are_refused(self, clips, tmp_path):
+        with pytest.raises(ValueError, match="h264.mp4: 8 seconds long, the limit is 7"):
+            VideoFile(clips("h264.mp4"), max_seconds=7)
+        path = write(tmp_path / "days.mkv", map(picture, range(3)), times=[0, 1, 1e6])
+        with pytest.raises(ValueError, match="days.mkv: 1,000,.* seconds long, the limit is 86,400"):
+            VideoFile(path)
+        assert len(VideoFile(path, max_seconds=1e7)) == 3
+
+
+class TestResources:
+    @pytest.mark.parametrize("codec", ["libx264", "libx265"])
+    def test_memory_is_that_of_the_frames_read(self, tmp_path, codec):
+        path = tiny.make_clip(tmp_path / "clip.mp4", seconds=2, fps=30, width=1920, height=1080, codec=codec)
+        script = f"""
+            import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import conftest
+            import resource, torch
+            from videonsa.video_reader import VideoFile
+            peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+            torch.set_num_threads(2)
+            before = peak()
+            with VideoFile({str(path)!r}) as file:
+                frames = file.read(range(0, 60, 2), 168, 280)
+            print(peak() - before - frames.nbytes // 2**20)
+        """
+        done = subprocess.run([sys.executable, "-c", inspect.cleandoc(script)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert int(done.stdout) < 200  # MB; 60 frames are 373 MB
+
+    @pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker")
+    def test_four_workers_read_alike_and_leak_nothing(self, tmp_path):
+        path = write(tmp_path / "clip.mp4", map(picture, range(12)))
+        loader = torch.utils.data.DataLoader(
+            Clips(path, 500), batch_size=None, num_workers=4, multiprocessing_context="fork"
+        )
+        seen = {}
+        for worker, files, memory, frames in loader:
+            assert files == 0 and torch.equal(frames, seen.setdefault(worker, [frames])[0])
+            seen[worker].append(memory)
+        for frames, *memory in seen.values():
+            assert torch.equal(frames, seen[0][0]) and len(memory) == 125
+            assert max(memory[25:]) < max(memory[:25]) + 20  # MB; 100 leaks of a decoder would be far more
+        assert len(seen) == 4 and numbers_of(seen[0][0]) == [0, 5, 11]
+
+    def test_files_are_closed_after_errors_too(self, clips, tmp_path):
+        (tmp_path / "text.mp4").write_text("This is not a video. " * 100)
+        bad = tmp_path / "cut.mkv"
+        bad.write_bytes(clips("h264.mkv").read_bytes()[:2000])
+        before = os.listdir("/proc/self/fd")
+        for _ in range(20):
+            for path in (tmp_path / "text.mp4", bad):
+                with pytest.raises(ValueError):
+                    read(path)
+            with pytest.raises(RuntimeError), VideoFile(clips("h264.mp4")) as file:
+                file.read([2, 50], HEIGHT, WIDTH, resize=lambda *_: torch.zeros(1).view(2))
+        assert len(os.listdir("/proc/self/fd")) <= len(before)
+
+    def test_progress_is_shown_after_seconds_only_and_not_where_it_is_off(self, clips, capfd, monkeypatch):
+        read(clips("h264.mp4"))
+        assert not capfd.readouterr().err
+        bars, tqdm = [], logging.tqdm
+        monkeypatch.setattr(logging, "tqdm", lambda *args, **kwargs: bars.append(tqdm(*args, **kwargs)) or bars[-1])
+        read(clips("h264.mp4"), [0, 3])
+        assert (bars[0].total, bars[0].n, bars[0].desc, bars[0].delay) == (2, 2, "h264.mp4", 3)
+        logging.disable_progress_bar()
+        try:
+            read(clips("h264.mp4"), [0, 3])
+            assert type(bars[1]).__name__ == "EmptyTqdm"
+        finally:
+            logging.enable_progress_bar()
+
+
+class Clips(torch.utils.data.Dataset):
+    """The same frames again and again, with how often the worker has the file open and the MB of memory it takes."""
+
+    def __init__(self, path: Path, length: int):
+        self.path, self.length = path, length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, i: int):
+        frames = read(self.path, [0, 5, 11])
+        files = 0
+        for name in os.listdir("/proc/self/fd"):
+            with contextlib.suppress(FileNotFoundError):  # the loader's own come and go
+                files += os.readlink(f"/proc/self/fd/{name}") == str(self.path)
+        memory = int(Path("/proc/self/status").read_text().split("VmRSS:")[1].split()[0]) // 1024
+        return torch.utils.data.get_worker_info().id, files, memory, frames

@@ -1,0 +1,231 @@
+"""Decides how many frames of a video a model gets to see, and how large: the tokens of a prompt can go into either.
+
+Plain arithmetic: nothing is read here. `processing_videonsa.py` carries a plan out.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from transformers.models.qwen2_vl.video_processing_qwen2_vl import smart_resize
+
+PREFERENCES = ("pixels", "frames", "balanced")
+# Of each pair, a request may have one.
+RIVALS = (("fps", "num_frames"), ("max_pixels", "frame_tokens"))
+# Seconds that a duration may lack: Matroska and FLV keep times in milliseconds.
+ROUNDING = 2e-3
+
+
+@dataclass(frozen=True)
+class VideoPlan:
+    """What to take of a video: the frames on screen at `times`, evenly spaced from start to end.
+
+    Attributes:
+        num_frames, height, width: frames, and the pixels to which each is resized.
+        start, end: seconds from the first frame.
+        frame_tokens: vision tokens of a temporal patch, which is `temporal_patch_size` frames.
+        budget: vision tokens that there were to spend.
+    """
+
+    num_frames: int
+    height: int
+    width: int
+    start: float
+    end: float
+    frame_tokens: int
+    budget: int
+    temporal_patch_size: int = 2
+
+    @property
+    def tokens(self) -> int:
+        """Vision tokens of the video."""
+        return math.ceil(self.num_frames / self.temporal_patch_size) * self.frame_tokens
+
+    @property
+    def fps(self) -> float:
+        return self.num_frames / (self.end - self.start)
+
+    @property
+    def times(self) -> np.ndarray:
+        """float64 [num_frames], seconds from the first frame of the video."""
+        return self.start + np.arange(self.num_frames) * ((self.end - self.start) / self.num_frames)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.num_frames:,} frames of {self.width} × {self.height}, {self.fps:.3g} per second from "
+            f"{self.start:.1f} to {self.end:.1f} s; {self.frame_tokens} tokens per {self.temporal_patch_size} frames, "
+            f"{self.tokens:,} of {self.budget:,} in all"
+        )
+
+
+def plan_video(
+    duration: float,
+    width: int,
+    height: int,
+    *,
+    max_tokens: int = 128 * 1024,
+    text_tokens: int = 1024,
+    prefer: str = "pixels",
+    fps: float | None = None,
+    num_frames: int | None = None,
+    max_pixels: int | None = None,
+    frame_tokens: int | None = None,
+    block_size: int | None = None,
+    start: float | None = None,
+    end: float | None = None,
+    total_frames: int | None = None,
+    every_frame: bool = False,
+    do_resize: bool = True,
+    default_fps: float = 4.0,
+    min_pixels: int = 28 * 28,
+    default_pixels: int = 224 * 224,
+    min_frames: int = 2,
+    max_frames: int | None = None,
+    temporal_patch_size: int = 2,
+    factor: int = 28,
+) -> VideoPlan:
+    """Plan a video of `duration` seconds and `width` × `height` pixels within `max_tokens`.
+
+    At most, there are `default_fps` frames per second, each the size that Qwen2.5-VL makes of a frame for
+    `default_pixels`. Where that is too much, with n temporal patches of t tokens each, n·t within the budget:
+    - `prefer="pixels"` takes the largest t of which one patch fits, then the most patches;
+    - `prefer="frames"` takes the most patches that fit at the smallest t, then the largest t;
+    - `prefer="balanced"` keeps alike the shares of both that remain: the larger is the smaller one of n / n_most and
+      t / t_most, the better; then the larger n·t; then the larger t.
+    t is one of the sizes that Qwen2.5-VL makes of a frame for `min_pixels` to `default_pixels`.
+
+    Args:
+        max_tokens, text_tokens: of the prompt, and those of them to leave for text.
+        fps or num_frames: exactly that many, as far as the video has them; then only the frames may become smaller.
+        max_pixels or frame_tokens: frames of exactly that size: what Qwen2.5-VL makes of one for `max_pixels`, or the
+            largest of at most `frame_tokens` tokens per temporal patch; then only their number may become smaller.
+        block_size: take only sizes whose tokens per temporal patch are a multiple of it; frames may be stretched.
+        start, end: seconds, the part of the video to plan for.
+        total_frames: that the part has; no more are taken.
+        every_frame: take all of them, whatever `fps` and `num_frames` say.
+        do_resize: False leaves frames as they are.
+        min_frames, max_frames: bounds for the frames that a number per second comes to.
+        min_pixels, factor: of a frame; its sides are multiples of `factor`, and factor² pixels are a token.
+
+    Raises:
+        ValueError: an argument is out of range, two contradict each other, or the budget cannot hold what is asked for.
+    """
+    check_request(locals())
+    start, end = check_range(start, end, duration)
+    budget = max_tokens - text_tokens
+
+    counted = every_frame or fps is not None or num_frames is not None
+    if every_frame:
+        frames = total_frames
+    else:
+        bounds = min_frames, max_frames, total_frames
+        frames = count_frames(end - start, fps or default_fps, num_frames, *bounds, temporal_patch_size)
+    patches = math.ceil(frames / temporal_patch_size)
+    if not do_resize:
+        if width % factor or height % factor:
+            raise ValueError(f"do_resize=False needs sides that are multiples of {factor}, got {width} × {height}")
+        sizes = [(width * height // factor**2, (height, width))]
+    else:
+        most = max_pixels or default_pixels if frame_tokens is None else frame_tokens * factor**2
+        sizes = frame_sizes(width, height, min(min_pixels, most), most, factor, block_size)
+        if frame_tokens is not None:
+            sizes = [(tokens, size) for tokens, size in sizes if tokens <= frame_tokens]
+            if not sizes:
+                raise ValueError(f"frame_tokens={frame_tokens} cannot hold a frame of {width} × {height}")
+        if max_pixels is not None or frame_tokens is not None:
+            sizes = sizes[-1:]
+    options = []
+    for tokens, size in sizes:
+        n = min(patches, budget // tokens)
+        if n == patches or (n > 0 and not counted):
+            options.append((n, tokens, size))
+    if not options:
+        tokens, (h, w) = sizes[0]
+        n, asked = (patches, "") if counted else (1, "even ")
+        raise ValueError(
+            f"max_tokens={max_tokens:,} less text_tokens={text_tokens:,} leaves {budget:,} for the video, but {asked}"
+            f"{min(n * temporal_patch_size, frames):,} frames of {w} × {h} are {n * tokens:,} tokens"
+        )
+    largest = max(tokens for tokens, _ in sizes)
+    key = {
+        "pixels": lambda o: (o[1], o[0]),
+        "frames": lambda o: (o[0], o[1]),
+        "balanced": lambda o: (min(o[0] / patches, o[1] / largest), o[0] * o[1], o[1]),
+    }[prefer]
+    n, tokens, (h, w) = max(options, key=key)
+    frames = frames if n == patches else n * temporal_patch_size
+    return VideoPlan(frames, h, w, start, end, tokens, budget, temporal_patch_size)
+
+
+def count_frames(seconds, fps, num_frames, min_frames, max_frames, total, patch) -> int:
+    """Frames that a request comes to before any budget: a multiple of `patch` unless the video has fewer."""
+    if num_frames is not None:
+        if total is not None and num_frames > total:
+            raise ValueError(f"num_frames={num_frames} is more than the {total} frames of the video")
+        count = max(round(num_frames / patch), 1) * patch
+    else:
+        count = max(int((seconds + ROUNDING) * fps), min_frames, patch)
+        count = min(count, max_frames or count)
+    total = count if total is None else total
+    return min(count, total) // patch * patch or total
+
+
+def frame_sizes(
+    width: int, height: int, min_pixels: int, max_pixels: int, factor: int, block_size: int | None = None
+) -> list[tuple[int, tuple[int, int]]]:
+    """(tokens, (height, width)) of the sizes to choose from, by tokens; the last is the one for `max_pixels`."""
+    token = factor**2
+    if block_size is not None:
+        sizes = block_sizes(width / height, block_size, min_pixels / token, max_pixels // token, width * height / token)
+        if not sizes:
+            raise ValueError(
+                f"block_size={block_size} needs frames of {block_size * token:,} pixels, the most is {max_pixels:,}"
+            )
+        return [(rows * columns, (rows * factor, columns * factor)) for rows, columns in sizes]
+    sizes = {}
+    rounded = round(width / factor) * round(height / factor) * token  # more does not make a frame any larger
+    for pixels in [*range(min_pixels, min(max_pixels, rounded), token), max_pixels]:
+        h, w = smart_resize(height, width, factor, min_pixels, pixels)
+        sizes[h * w // token] = h, w
+    return sorted(sizes.items())
+
+
+def block_sizes(aspect: float, block: int, least: float, most: float, tokens: float) -> list[tuple[int, int]]:
+    """(rows, columns) in tokens that stretch a frame the least, for each multiple of `block` between least and most,
+    and not above the next multiple of what the frame has."""
+    sizes = []
+    for count in range(block, min(int(most), math.ceil(max(tokens, least) / block) * block) + 1, block):
+        pairs = [(rows, count // rows) for rows in range(1, math.isqrt(count) + 1) if count % rows == 0]
+        pairs += [pair[::-1] for pair in pairs]
+        if count >= least:
+            sizes.append(min(pairs, key=lambda pair: abs(math.log(pair[1] / pair[0] / aspect))))
+    return sizes
+
+
+def check_range(start: float | None, end: float | None, duration: float) -> tuple[float, float]:
+    """Start and end in seconds, within the video."""
+    first, last = start or 0.0, duration if end is None else min(end, duration)
+    if not 0 <= first < last:
+        raise ValueError(f"start={start} and end={end} leave nothing of a video of {duration:.3f} s")
+    return float(first), float(last)
+
+
+def check_request(request: Mapping[str, Any]) -> None:
+    """Raise ValueError for arguments of `plan_video` that no video can meet; others are ignored."""
+    given = defaultdict(lambda: None, request)
+    for a, b in RIVALS:
+        if given[a] is not None and given[b] is not None:
+            raise ValueError(f"pass `{a}` or `{b}`, not both (got {a}={given[a]}, {b}={given[b]})")
+    fps, most, patch = (given[name] for name in ("fps", "max_frames", "temporal_patch_size"))
+    if fps is not None and not (isinstance(fps, (int, float)) and 0 < fps < math.inf):
+        raise ValueError(f"fps must be a positive number, got {fps}")
+    for name in ("num_frames", "max_pixels", "frame_tokens", "block_size", "max_tokens"):
+        if (value := given[name]) is not None and not (isinstance(value, int) and value > 0):
+            raise ValueError(f"{name} must be a positive integer, got {value}")
+    if most is not None and patch is not None and most < patch:
+        raise ValueError(f"max_frames={most} cannot hold the {patch} frames of a temporal patch")
+    if given["prefer"] is not None and given["prefer"] not in PREFERENCES:
+        raise ValueError(f"prefer must be one of {', '.join(PREFERENCES)}; got {given['prefer']!r}")

@@ -1,0 +1,414 @@
+"""Reads chosen frames of a video file, each resized as it is decoded.
+
+A file is read twice. Its packets, not decoded, give the time of every frame and where decoding can start; then what the
+chosen frames depend on is decoded, and no other frame is converted or held. Which frames to choose, and how large, is
+decided in `video_planner.py` and `processing_videonsa.py`.
+"""
+
+import http.client
+import io
+import math
+import os
+import tempfile
+import urllib.request
+from array import array
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import BinaryIO
+from urllib.parse import quote, unquote
+
+import av
+import numpy as np
+import torch
+import torchvision.transforms.v2.functional as tvF
+from av.stream import Disposition
+from av.video.reformatter import VideoReformatter
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+# Seconds. Matroska and FLV keep times in milliseconds, so that a duration can lack this much.
+ROUNDING = 2e-3
+# Packets. Leaving out fewer saves nothing: the decoder is emptied and starts anew.
+MIN_JUMP = 16
+# Codecs whose decoders know the frames that no other refers to. (What HEVC's takes for such may still be needed.)
+SKIP_UNREFERENCED = ("h264", "mpeg4", "mpeg2video", "mpeg1video")
+# Bytes that frames in flight between decoding threads may take.
+THREAD_MEMORY = 64 * 2**20
+LIMITED_RANGE, FULL_RANGE = 1, 2  # of luma and chroma, as libav numbers them
+ANY_MATRIX = 4  # for RGB it means nothing, but PyAV 16 looks at the range only where matrices differ; none has this
+
+
+class VideoFile:
+    """The video stream of a file: times read from its packets, frames decoded on demand. To be used in a `with`.
+
+    Attributes:
+        name: what errors call the file.
+        times: float64 [frames], seconds from the first frame, ascending.
+        duration: seconds, until the last frame leaves the screen.
+        width, height: of a frame as it is shown, upright and with square pixels.
+
+    Args:
+        source: path, URL, bytes or binary file object. What http(s) sends, or what cannot be read twice, is first
+            copied to a temporary file.
+        on_error: "raise", or "keep" to make do with what can be decoded: the frame before stands in for a damaged one.
+        max_pixels, max_seconds: what a frame and a file may come to, against decompression bombs.
+        timeout: seconds that a server may take to answer or to go on.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it cannot be read as a video, ends early (unless `on_error="keep"`) or exceeds a limit.
+    """
+
+    def __init__(self, source, *, on_error="raise", max_pixels=2**26, max_seconds=24 * 3600, timeout=30.0):
+        if on_error not in ("raise", "keep"):
+            raise ValueError(f"on_error must be 'raise' or 'keep', got {on_error!r}")
+        self.keep = on_error == "keep"
+        self.max_pixels, self.max_seconds, self.timeout = max_pixels, max_seconds, timeout
+        self.name, self.source, self.temporary = open_source(source, timeout, self.keep)
+        try:
+            self._scan()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> "VideoFile":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def __len__(self) -> int:
+        return len(self.times)
+
+    def close(self) -> None:
+        if self.temporary:
+            self.source.close()
+
+    def read(self, indices: list[int], height: int, width: int, resize: Callable | None = None) -> torch.Tensor:
+        """The frames at `indices`, which ascend and may repeat: uint8 [len(indices), 3, height, width].
+
+        `resize(frame, height, width)` takes a frame uint8 [1, 3, H, W]; by default it is bicubic with antialiasing.
+
+        Raises:
+            ValueError: a frame cannot be decoded (unless `on_error="keep"`).
+        """
+        resize, reformatter = resize or resize_bicubic, VideoReformatter()
+        slots = {}  # where each frame goes
+        for slot, i in enumerate(indices):
+            slots.setdefault(i, []).append(slot)
+        video, missing = np.empty((len(indices), 3, height, width), np.uint8), set(slots)
+        name = os.path.basename(self.name)
+        with logging.tqdm(total=len(slots), desc=name, unit="frame", delay=3, leave=False) as bar:
+            for i, frame in self._decode(sorted(slots)):
+                pixels = np.ascontiguousarray(np.rot90(to_rgb(frame, reformatter), self.quarter_turns))
+                # Copies are numpy's: those of torch take threads, which go on waiting where decoding needs the cores.
+                video[slots[i]] = resize(torch.from_numpy(pixels).permute(2, 0, 1)[None], height, width).numpy()
+                missing.discard(i)
+                bar.update()
+        if missing:
+            decoded = sorted(slots.keys() - missing)
+            if not decoded:
+                raise ValueError(f"{self.name}: none of its frames can be decoded")
+            logger.warning(f"{self.name}: {len(missing)} of {len(slots)} frames are damaged; those before stand in")
+            for i in missing:
+                stand_in = max((j for j in decoded if j < i), default=decoded[0])
+                video[slots[i]] = video[slots[stand_in][0]]
+        return torch.from_numpy(video)
+
+    def _scan(self) -> None:
+        """Read all packets; decode the first frame, which tells how frames are to be shown."""
+        pts, dts, durations, flags = array("q"), array("q"), array("q"), array("b")
+        first, broken, damaged, end = None, None, None, 0.0
+        with self._open() as (container, stream):
+            self._check_size(stream.codec_context, "in its header")
+            self.tick, rate = float(stream.time_base), float(stream.guessed_rate or stream.average_rate or 24)
+            # AVI has no presentation times: its packets are timed as they are stored, which is not as they are shown.
+            self.in_order = "avi" in container.format.name
+            declared = (container.duration or 0) / av.time_base
+            self._check_duration(declared)
+            try:
+                for packet in container.demux():
+                    if packet.pts is not None:
+                        end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+                    if packet.stream.index != stream.index:
+                        continue
+                    if packet.is_corrupt and damaged is None:
+                        damaged = end
+                    first = first or first_frame(packet)
+                    if packet.size:
+                        known = packet.pts is not None
+                        pts.append(packet.pts if known else 0)
+                        dts.append(packet.dts if packet.dts is not None else pts[-1])
+                        durations.append(packet.duration or 0)
+                        flags.append(known + 2 * packet.is_keyframe + 4 * packet.is_discard)
+            except av.FFmpegError as error:
+                broken = error
+            shape = first or stream.codec_context
+            self._check_size(shape, "in its first frame")
+            aspect = stream.sample_aspect_ratio or 1
+        self._set_times(*map(np.array, (pts, dts, durations, flags)), rate)
+        # Streams may end a little before their container does.
+        if not self.keep and (broken or end + 1 < declared):
+            raise ValueError(
+                f"{self.name}: truncated after {end:.1f} of {declared:.1f} s ({len(self)} frames)"
+                f"{f': {broken}' if broken else ''}; on_error='keep' makes do with those"
+            )
+        if damaged is not None and not self.keep:
+            raise ValueError(f"{self.name}: damaged after {damaged:.1f} s; on_error='keep' makes do with the rest")
+        self._check_duration(self.duration)
+        self.quarter_turns = round(first.rotation / 90) if first else 0  # counterclockwise; phones film sideways
+        shown = max(round(shape.width * aspect), 1), shape.height
+        self.width, self.height = shown[::-1] if self.quarter_turns % 2 else shown
+
+    def _set_times(self, pts, dts, durations, flags, rate: float) -> None:
+        """Of packets in the order of the file, int64 [packets] each, to the times of frames in the order shown."""
+        known, key, discard = (flags & bit > 0 for bit in (1, 2, 4))
+        key &= known
+        if not known.any():  # a raw stream, not in a container
+            pts, durations, known, self.tick, self.in_order = np.arange(len(pts)), flags * 0 + 1, ~known, 1 / rate, True
+        elif key.any():  # a recording may start anywhere, but what is shown before its first key frame is lost
+            known &= pts >= pts[key][0]
+        positions = np.flatnonzero(known & ~discard)
+        if not len(positions):
+            raise ValueError(f"{self.name}: no frames in its video stream")
+        positions = positions[np.argsort(pts[positions], kind="stable")]
+        if not self.in_order:  # two packets of one time are two fields of one frame
+            positions = positions[np.diff(pts[positions], prepend=pts[positions[0]] - 1) > 0]
+        self.positions, self.pts, self.dts, self.key = positions, pts, dts, key
+
+        times, count = (pts[positions] - pts[positions[0]]) * self.tick, len(positions)
+        last = durations[positions[-1]] * self.tick or (np.median(np.diff(times)) if count > 1 else 1 / rate)
+        duration = float(times[-1] + last)
+        self.duration = count / rate if abs(duration - count / rate) < ROUNDING else duration
+        constant = np.arange(count) * (self.duration / count)
+        self.times = constant if np.abs(times - constant).max() < ROUNDING else times  # rid of the container's rounding
+
+    def _decode(self, wanted: list[int]) -> Iterator[tuple[int, av.VideoFrame]]:
+        """Yield (index, frame) for the frames wanted, in the order shown."""
+        todo = {int(self.pts[self.positions[i]]): i for i in wanted}
+        everything = [(0, len(self.pts) - 1)]
+        jumps = everything if self.in_order else self._stretches(self.positions[wanted])
+        problem = "the stream ends"
+        # What a container calls a key frame may not be one: then frames come out damaged, or not at all.
+        for stretches, skip in ((jumps, True), (everything, False)):
+            try:
+                for pts, frame in self._frames(stretches, todo, skip and not self.in_order):
+                    if frame.is_corrupt and not (self.keep and stretches is everything):
+                        problem = "a packet is damaged"
+                        break
+                    yield todo.pop(pts), frame
+                    if not todo:
+                        return
+            except av.FFmpegError as error:
+                problem = error
+        if not self.keep:
+            raise ValueError(
+                f"{self.name}: truncated or damaged, {len(wanted) - len(todo)} of {len(wanted)} frames could be "
+                f"decoded: {problem}; on_error='keep' makes do with those"
+            )
+
+    def _stretches(self, positions: np.ndarray) -> list[tuple[int, int]]:
+        """First and last position in the file of the packets to decode for the frames at `positions`."""
+        stretches, keys = [], np.flatnonzero(self.key)
+        for position in sorted(positions.tolist()):
+            # What is stored after a key frame, but shown before it, may depend on frames before the key frame.
+            k = int(np.searchsorted(keys, position, side="right")) - 1
+            while k > 0 and self.pts[keys[k]] > self.pts[position]:
+                k -= 1
+            start = int(keys[k]) if k >= 0 else 0
+            if stretches and start <= stretches[-1][1] + MIN_JUMP:
+                stretches[-1] = stretches[-1][0], position
+            else:
+                stretches.append((start, position))
+        return stretches
+
+    def _frames(self, stretches, wanted: dict[int, int], skip: bool) -> Iterator[tuple[int, av.VideoFrame]]:
+        """Decode stretches of the file; yield (pts, frame) of the frames whose pts are wanted.
+
+        With `skip`, what no wanted frame depends on is left out within a stretch, too: frames that no other refers to,
+        and those before a key frame that the stretch starts at, which could not be decoded.
+        """
+        with self._open(decode=True) as (container, stream):
+            context, count = stream.codec_context, 0
+            intra = skip and context.codec.intra_only
+            unreferenced = skip and context.name in SKIP_UNREFERENCED
+
+            def decode(packet) -> Iterator[tuple[int, av.VideoFrame]]:
+                nonlocal count
+                try:
+                    frames = context.decode(packet)
+                except av.FFmpegError:
+                    if not self.keep:
+                        raise
+                    frames = []
+                for frame in frames:
+                    pts = int(self.pts[self.positions[count]]) if self.in_order and count < len(self) else frame.pts
+                    count += 1
+                    if pts in wanted:
+                        yield pts, frame
+
+            position, packets = 0, self._packets(container, stream)  # position: of the packet to come
+            for first, last in stretches:
+                if first > position + MIN_JUMP:
+                    container.seek(int(self.dts[first]), stream=stream)
+                    packets = self._packets(container, stream)
+                    packet = next((p for p in packets if p.pts == self.pts[first] and p.is_keyframe), None)
+                    if packet is None:
+                        return
+                    position = first
+                else:
+                    context.flush_buffers()
+                    packet = next(packets, None)
+                start = self.pts[first] if skip and self.key[first] else -math.inf
+                while packet is not None:
+                    needed = packet.pts in wanted
+                    if unreferenced:
+                        context.skip_frame = "DEFAULT" if needed else "NONREF"
+                    if position >= first and (needed or not intra) and (not skip or packet.pts >= start):
+                        yield from decode(packet)
+                    position += 1
+                    packet = next(packets, None) if position <= last else None
+                yield from decode(None)
+
+    def _packets(self, container, stream) -> Iterator[av.Packet]:
+        try:
+            yield from (packet for packet in container.demux(stream) if packet.size)
+        except av.FFmpegError:
+            if not self.keep:
+                raise
+
+    @contextmanager
+    def _open(self, decode: bool = False) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
+        """Open the file and choose its video stream."""
+        source = self.source
+        remote = isinstance(source, str) and "://" in source
+        if not isinstance(source, str):
+            source.seek(0)
+        elif not remote:
+            source = f"file:{source}"  # a colon in a path is no protocol
+        try:
+            container = av.open(source, metadata_errors="replace", timeout=self.timeout if remote else None)
+        except av.FFmpegError as error:
+            raise ValueError(f"{self.name}: cannot be read as a video: {error}") from error
+        with container:
+            # The cover of a song is a video stream too, of one picture.
+            streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+            if not streams:
+                kinds = sorted({stream.type for stream in container.streams} - {"video"})
+                raise ValueError(f"{self.name}: no video stream, only {', '.join(kinds) or 'pictures'}")
+            context = streams[0].codec_context
+            if context is None:
+                raise ValueError(f"{self.name}: no decoder for its video stream")
+            context.options = {"max_pixels": str(self.max_pixels)} | ({} if self.keep else {"err_detect": "explode"})
+            threads = THREAD_MEMORY // max(context.width * context.height * 3, 1)
+            context.thread_count = max(min(torch.get_num_threads(), threads), 1) if decode else 1
+            context.thread_type = "AUTO"
+            yield container, streams[0]
+
+    def _check_size(self, shape, where: str) -> None:
+        if shape.width * shape.height > self.max_pixels:
+            raise ValueError(
+                f"{self.name}: {shape.width} × {shape.height} pixels {where}, the limit is {self.max_pixels:,}"
+            )
+
+    def _check_duration(self, seconds: float) -> None:
+        if seconds > self.max_seconds:
+            raise ValueError(f"{self.name}: {seconds:,.0f} seconds long, the limit is {self.max_seconds:,}")
+
+
+def frames_on_screen(times: np.ndarray, moments: np.ndarray) -> np.ndarray:
+    """Indices of the frames on screen at the moments: `times` are those of all frames; seconds, both ascending."""
+    late = 1e-8  # against the rounding of floats
+    return np.searchsorted(times, moments + late, side="right").clip(1) - 1
+
+
+def first_frame(packet: av.Packet) -> av.VideoFrame | None:
+    try:
+        return next(iter(packet.decode()), None)
+    except av.FFmpegError:
+        return None  # reading the frames will tell
+
+
+def to_rgb(frame: av.VideoFrame, reformatter: VideoReformatter) -> np.ndarray:
+    """uint8 [height, width, 3], by the matrix and range that the file states; what is transparent becomes white."""
+    alpha = any(component.is_alpha for component in frame.format.components)
+    full = frame.format.is_rgb or frame.format.name.startswith("yuvj") or frame.color_range == FULL_RANGE
+    rgb = reformatter.reformat(
+        frame,
+        format="rgba" if alpha else "rgb24",
+        src_colorspace=frame.colorspace,
+        dst_colorspace=ANY_MATRIX,
+        src_color_range=FULL_RANGE if full else LIMITED_RANGE,
+        dst_color_range=FULL_RANGE,
+    )
+    plane, channels = rgb.planes[0], 4 if alpha else 3
+    rows = np.frombuffer(plane, np.uint8).reshape(plane.height, plane.line_size)
+    pixels = rows[:, : channels * plane.width].reshape(plane.height, plane.width, channels)
+    if alpha:
+        opacity = pixels[..., 3:] / np.float32(255)
+        pixels = (pixels[..., :3] * opacity + 255 * (1 - opacity)).round().astype(np.uint8)
+    return pixels
+
+
+def resize_bicubic(frame: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    return tvF.resize(frame, [height, width], interpolation=tvF.InterpolationMode.BICUBIC, antialias=True)
+
+
+def local_path(path: str | os.PathLike) -> str:
+    """A path as a str; `file://` becomes a plain path, other URLs stay as they are."""
+    path = os.fspath(path)
+    return unquote(path.removeprefix("file://")) if path.startswith("file://") else path
+
+
+def open_source(source, timeout: float, keep: bool) -> tuple[str, str | BinaryIO, bool]:
+    """(name, what PyAV can open again and again, whether that is a temporary file)."""
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        if not len(source):
+            raise ValueError("<bytes>: empty")
+        return "<bytes>", io.BytesIO(source), False
+    if hasattr(source, "read"):
+        name = str(getattr(source, "name", f"<{type(source).__name__}>"))
+        if not isinstance(source.read(0), bytes):
+            raise ValueError(f"{name}: the file must be opened in binary mode")
+        return (name, source, False) if source.seekable() else (name, copy_to_temporary(source, name), True)
+    path = local_path(source)
+    if path.startswith(("http://", "https://")):
+        return path, download(path, timeout, keep), True
+    if "://" not in path:
+        if not os.path.exists(path):
+            raise FileNotFoundError(f"{path}: no such video file")
+        if os.path.isdir(path):
+            raise ValueError(f"{path}: a directory, without images")
+        if os.path.getsize(path) == 0:
+            raise ValueError(f"{path}: the file is empty")
+    return path, path, False
+
+
+def download(url: str, timeout: float, keep: bool) -> BinaryIO:
+    """A temporary file of what a server sends."""
+    request = urllib.request.Request(quote(url, safe="%/:=&?~#+!$,;'@()*[]"), headers={"User-Agent": "videonsa"})
+    try:
+        with urllib.request.urlopen(request, timeout=timeout) as response:
+            size = int(response.headers["Content-Length"] or 0)
+            file = copy_to_temporary(response, url, size)
+    except (OSError, http.client.HTTPException) as error:
+        raise ValueError(f"{url}: cannot be downloaded: {error}") from error
+    if file.tell() < size and not keep:
+        received = file.tell()
+        file.close()
+        raise ValueError(f"{url}: truncated after {received:,} of {size:,} bytes; on_error='keep' makes do with those")
+    return file
+
+
+def copy_to_temporary(stream: BinaryIO, name: str, size: int | None = None) -> BinaryIO:
+    file = tempfile.TemporaryFile()  # noqa: SIM115  (the caller closes it)
+    try:
+        bar = {"desc": os.path.basename(name), "unit": "B", "unit_scale": True, "delay": 3, "leave": False}
+        with logging.tqdm(total=size or None, **bar) as progress:
+            while part := stream.read(2**20):
+                progress.update(file.write(part))
+    except BaseException:
+        file.close()
+        raise
+    return file
