@@ -107,6 +107,15 @@ def test_a_clip_follows_from_its_seed_alone(tmp_path):
         assert other != one
 
 
+def test_a_clip_has_the_same_bytes_in_any_process(tmp_path):
+    program = "import sys; from pathlib import Path; from make_needle_videos import Settings, make_sample\n"
+    program += "for i in range(8): make_sample(Path(sys.argv[1]) / str(i), Settings(), (5, 0, i))"
+    subprocess.run([sys.executable, "-c", program, tmp_path], cwd=ROOT / "examples", check=True)
+    for i in range(8):
+        path = make_sample(tmp_path / f"here-{i}", Settings(), (5, 0, i))["video"]  # torch is loaded here, not there
+        assert Path(path).read_bytes() == (tmp_path / f"{i}.mp4").read_bytes()
+
+
 def test_splits_share_no_seed_and_both_formats_say_the_same(needles):
     seeds = {}
     for split in SPLITS:
