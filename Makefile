@@ -7,6 +7,10 @@ OLDEST_VERSIONS := torch==2.11.0 torchvision==0.26.0 transformers==5.17.0 av==16
 # Where `make tiny` keeps its data, checkpoints and results; it goes on where it was interrupted.
 TINY := build/tiny
 
+# A process per core, each with one thread, takes whole files of tests.
+PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile
+test test-oldest: export OMP_NUM_THREADS := 1
+
 .PHONY: help demo tiny test test-oldest lint clean
 
 help:
@@ -20,13 +24,13 @@ help:
 demo: $(VENV)/demo.stamp
 	$(VENV)/bin/python examples/demo.py
 
-tiny: $(TINY)/paper.json $(TINY)/dense.json $(TINY)/paper-4.json
+tiny: $(TINY)/paper-4.json $(TINY)/dense-4.json
 
 test: $(VENV)/test.stamp
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest $(PARALLEL)
 
 test-oldest: $(OLDEST)/test.stamp
-	$(OLDEST)/bin/python -m pytest
+	$(OLDEST)/bin/python -m pytest $(PARALLEL)
 
 lint: $(VENV)/test.stamp
 	$(VENV)/bin/ruff check .
@@ -56,6 +60,8 @@ $(VENV)/test.stamp: setup.cfg pyproject.toml
 $(OLDEST)/test.stamp: setup.cfg pyproject.toml Makefile
 	$(call install,$(OLDEST),test,$(OLDEST_VERSIONS))
 
+.SECONDARY:  # keep what later steps are made from
+
 # One thread trains, a second process decodes.
 $(TINY)/%: PY := OMP_NUM_THREADS=1 $(VENV)/bin/python
 $(TINY)/%: MAKE_CLIPS = $(PY) examples/make_needle_videos.py $@
@@ -72,18 +78,18 @@ $(TINY)/data-2: | $(VENV)/train.stamp
 $(TINY)/data-3: | $(VENV)/train.stamp
 	$(MAKE_CLIPS) --seed 3 --train 10000 --validation 256 --seconds 1 2 4 4 8 --stills 0.12
 
-# Long clips of few frames: their positions, not their length.
+# Long clips of as many frames as 8 s have: their positions, not their length.
 $(TINY)/data-4a: | $(VENV)/train.stamp
-	$(MAKE_CLIPS) --seed 41 --train 1500 --seconds 8 --fps 2 --needle-seconds 1 2
+	$(MAKE_CLIPS) --seed 41 --train 2000 --seconds 16 --fps 2 --needle-seconds 1 3
 
 $(TINY)/data-4b: | $(VENV)/train.stamp
-	$(MAKE_CLIPS) --seed 42 --train 1500 --seconds 16 --fps 1 --needle-seconds 2 4
+	$(MAKE_CLIPS) --seed 42 --train 2000 --seconds 32 --fps 1 --needle-seconds 2 6
 
 $(TINY)/data-4c: | $(VENV)/train.stamp
-	$(MAKE_CLIPS) --seed 43 --train 1500 --seconds 32 --fps 0.5 --needle-seconds 4 8
+	$(MAKE_CLIPS) --seed 43 --train 2000 --seconds 64 --fps 0.5 --needle-seconds 4 12
 
 $(TINY)/data-test: | $(VENV)/train.stamp
-	$(MAKE_CLIPS) --seed 4 --test 400 --seconds 4 8 16 32
+	$(MAKE_CLIPS) --seed 4 --test 500 --seconds 4 8 16 32 64
 
 # stage(number, model to start from, data[, further options])
 define stage
@@ -104,8 +110,8 @@ $(TINY)/paper/README.md: | $(TINY)/stage-2/README.md $(TINY)/data-3
 $(TINY)/dense/README.md: | $(TINY)/stage-2/README.md $(TINY)/data-3
 	$(call stage,3,$(TINY)/stage-2,$(TINY)/data-3/train.jsonl,--nsa_variant dense)
 
-$(TINY)/paper-4/README.md: | $(TINY)/paper/README.md $(TINY)/data-4a $(TINY)/data-4b $(TINY)/data-4c
-	$(call stage,4,$(TINY)/paper,$(TINY)/data-3/train.jsonl%30 $(patsubst %,$(TINY)/data-4%/train.jsonl,a b c))
+$(TINY)/%-4/README.md: | $(TINY)/%/README.md $(TINY)/data-4a $(TINY)/data-4b $(TINY)/data-4c
+	$(call stage,4,$(TINY)/$*,$(TINY)/data-3/train.jsonl%40 $(patsubst %,$(TINY)/data-4%/train.jsonl,a b c),--nsa_variant $*)
 
 $(TINY)/%.json: | $(TINY)/%/README.md $(TINY)/data-test
 	$(PY) examples/evaluate.py $(TINY)/$* $(TINY)/data-test/test.jsonl $@ --batch-size 8 --max-new-tokens 12 --workers 1
