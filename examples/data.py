@@ -8,6 +8,7 @@ with its reason. `ConversationDataset` decodes and tokenises one sample at a tim
 import bisect
 import json
 import logging
+import math
 import os
 import random
 import re
@@ -115,17 +116,24 @@ def load_samples(
             if isinstance(record, BadSample):
                 raise record
             if isinstance(record, dict) and "id" in record:
-                name = f"{name} {record['id']}"
+                name = printable(f"{name} {record['id']}")
             sample = check_record(name, record, root.resolve(), processor, frames, require_answer)
             if max_length and sample.tokens > max_length:
                 raise BadSample(f"too long: {sample.tokens:,} tokens, of at most {max_length:,}")
             return sample
         except BadSample as error:
-            return Drop(name, str(error))
+            return Drop(name, printable(str(error)))
+        except Exception as error:  # noqa: BLE001  no record may end the check of the others
+            return Drop(name, printable(f"cannot be checked: {type(error).__name__}: {error}"))
 
     with ThreadPoolExecutor(threads) as pool:
         checked = list(tqdm(pool.map(check, jobs), total=len(jobs), desc="check", unit="sample", disable=None))
     return [x for x in checked if isinstance(x, Sample)], [x for x in checked if isinstance(x, Drop)]
+
+
+def printable(text: str) -> str:
+    """A text of a record, which JSON lets hold half of a surrogate pair, as one that can be printed."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def parse_spec(spec: str) -> tuple[Path, float]:
@@ -141,19 +149,19 @@ def read_records(path: Path) -> list[tuple[int, dict | BadSample]]:
     """Numbered records of a .json or .jsonl file. A list in place of a record is taken for several records."""
     if not path.is_file():
         raise FileNotFoundError(f"data file {path} does not exist")
-    text = path.read_text(encoding="utf-8")
+    content = path.read_bytes()  # bytes: json skips a byte order mark, and a text may hold U+2028, which ends no line
     records = []
     if path.suffix == ".jsonl":
-        for line in text.splitlines():
+        for line in content.split(b"\n"):
             if line.strip():
                 try:
                     records.append(json.loads(line))
-                except json.JSONDecodeError as error:
+                except ValueError as error:  # not JSON, or not UTF-8
                     records.append(BadSample(f"not JSON: {error}"))
     else:
         try:
-            records = json.loads(text)
-        except json.JSONDecodeError as error:
+            records = json.loads(content)
+        except ValueError as error:
             hint = "one record per line needs the suffix .jsonl"
             raise ValueError(f"data file {path} is not JSON: {error}; {hint}") from None
         if not isinstance(records, list):
@@ -189,8 +197,8 @@ def to_messages(record, root: Path) -> list[dict]:
     - Qwen-VL: `conversations` of {"from", "value"}, the media in `image` and `video`, one or a list, and one tag
       `<image>` or `<video>` in the texts for each.
     - LLaVA-Video-178K: the same, but `<image>` stands for the video, and the folder may be named by `data_source`.
-    - chat: `messages` of {"role", "content"}, where content is a text, with tags as above, or a list of parts. Further
-      keys of a part, such as `fps`, are handed on to the processor.
+    - chat: `messages` of {"role", "content"}, where content is a text, with tags as above, or a list of parts. Of the
+      further keys of a video, those of `CLIP_KEYS`, such as `fps`, hold for it; others, and those of an image, do not.
     """
     if not isinstance(record, dict):
         raise BadSample(f"a record must be an object, got {type(record).__name__}")
@@ -266,7 +274,7 @@ def split_tags(text: str) -> list[dict]:
 
 
 def check_parts(content, name: str) -> list[dict]:
-    """Copies of the parts of a message."""
+    """Copies of the parts of a message, without white space at its ends."""
     if not isinstance(content, list):
         raise BadSample(f"`{name}` of a turn must be a text or a list of parts, got {content!r:.60}")
     parts = []
@@ -275,7 +283,10 @@ def check_parts(content, name: str) -> list[dict]:
             raise BadSample(f"a part needs a type, one of text, image, video; got {part!r:.60}")
         if part["type"] == "text" and not isinstance(part.get("text"), str):
             raise BadSample(f"a text part needs `text`, got {part!r:.60}")
-        parts.append({**part, "text": part["text"].strip()} if part["type"] == "text" else dict(part))
+        parts.append(dict(part))
+    for i, strip in ((0, str.lstrip), (-1, str.rstrip)):
+        if parts and parts[i]["type"] == "text":
+            parts[i]["text"] = strip(parts[i]["text"])
     return parts
 
 
@@ -382,6 +393,10 @@ class ConversationDataset(torch.utils.data.Dataset):
 
     A sample that cannot be read after all is left out, with a line of JSON in the file `skipped` and a warning; if
     none of an item is left, the next item takes its place. Which one that is depends on the index alone.
+
+    For a loss in which every sample counts once, `multiple` is the number of items that all processes take at a time:
+    the dataset is filled up to a multiple of it, since processes would get items twice. Items that fill it, or take the
+    place of others, have no labels.
     """
 
     def __init__(
@@ -393,18 +408,19 @@ class ConversationDataset(torch.utils.data.Dataset):
         capacity: int | None = None,
         dtype: torch.dtype = torch.float32,
         skipped: str | Path | None = None,
+        multiple: int | None = None,
     ):
         if not samples:
             raise ValueError("no sample is left to train on")
         self.samples, self.processor, self.max_length, self.dtype = samples, processor, max_length, dtype
         self.skipped = None if skipped is None else Path(skipped)
         self.items = [[i] for i in range(len(samples))]
-        self.capacity = capacity
+        self.capacity, self.multiple = capacity, multiple
         if capacity:
             self.items = plan_packs([sample.tokens for sample in samples], capacity)
 
     def __len__(self) -> int:
-        return len(self.items)
+        return math.ceil(len(self.items) / (self.multiple or 1)) * (self.multiple or 1)
 
     def __getitem__(self, index: int) -> list[dict[str, torch.Tensor]]:
         for step in range(min(len(self.items), MOST_FAILURES)):
@@ -419,9 +435,12 @@ class ConversationDataset(torch.utils.data.Dataset):
                     continue
                 room -= len(feature["input_ids"])
                 features.append(feature)
+            if features and self.multiple and (step or index >= len(self.items)):
+                return [{**feature, "labels": torch.full_like(feature["labels"], IGNORED)} for feature in features]
             if features:
                 return features
-        raise RuntimeError(f"none of {step + 1} samples in a row could be read; the reasons are in {self.skipped}")
+        where = self.skipped or "the warnings above"
+        raise RuntimeError(f"none of {step + 1} samples in a row could be read; the reasons are in {where}")
 
     def encode(self, sample: Sample) -> dict[str, torch.Tensor]:
         """Decode and tokenise one sample."""

@@ -44,7 +44,7 @@ class Question:
 def list_questions(sample: Sample) -> list[Question]:
     """The user turns of a sample that an assistant turn follows; each gets all media up to it and its own text only."""
     system = [message for message in sample.messages if message["role"] == "system"]
-    types = sample.record.get("types", sample.record.get("type", "all"))
+    types = sample.record.get("types") or sample.record.get("type") or "all"
     questions, media = [], []
     for message, reply in zip(sample.messages, sample.messages[1:], strict=False):
         if message["role"] != "user":
@@ -53,7 +53,7 @@ def list_questions(sample: Sample) -> list[Question]:
         if reply["role"] == "assistant":
             i = len(questions)
             text = [part for part in message["content"] if part["type"] == "text"]
-            kind = types if isinstance(types, str) else types[i] if i < len(types) else "all"
+            kind = str(types if not isinstance(types, list) else types[i] if i < len(types) else "all")
             messages = [*system, {"role": "user", "content": [*media, *text]}]
             expected = "".join(part["text"] for part in reply["content"])
             questions.append(Question(f"{sample.id} {i}", kind, messages, expected))
@@ -175,8 +175,8 @@ def evaluate(args) -> dict:
     samples, drops = load_samples([args.data], processor, roots=roots)
     samples.sort(key=lambda sample: sample.tokens)  # prompts of a batch are then of about one length
     questions = [list_questions(sample) for sample in samples]
-    if args.limit:
-        questions = questions[:: max(1, len(questions) // args.limit)][: args.limit]
+    if args.limit and args.limit < len(questions):
+        questions = [questions[i * len(questions) // args.limit] for i in range(args.limit)]
     count = sum(map(len, questions))
     if not count:
         raise ValueError(f"data {args.data} has no question that can be asked; {len(drops)} samples were dropped")
@@ -185,6 +185,7 @@ def evaluate(args) -> dict:
         name: getattr(args, name)
         for name in ("model", "data", "variant", "fps", "max_frames", "limit", "max_new_tokens")
     }
+    settings["checkpoint"] = identify(args.model)
     partial = output.with_name(f"{output.name}.partial")
     answers = read_partial(partial, settings)
     known = {entry["id"] for entry in answers}
@@ -242,6 +243,12 @@ def evaluate(args) -> dict:
     output.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     partial.unlink()
     return result
+
+
+def identify(model: str) -> list:
+    """What tells the weights of a local folder from others that were at the same path."""
+    files = sorted(Path(model).glob("*.safetensors"))
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
 def read_partial(path: Path, settings: dict) -> list[dict]:

@@ -14,12 +14,14 @@ OUTPUT_DIR becomes a repository that loads with `trust_remote_code=True`; with L
 data: `dropped.jsonl` from the checks at the start, `skipped.jsonl` from reading.
 """
 
+import argparse
 import contextlib
 import hashlib
 import json
 import logging
 import math
 import os
+import shlex
 import shutil
 import statistics
 import sys
@@ -153,9 +155,17 @@ class FinetuneArguments(TrainingArguments):
     logging_steps: float = field(default=10, metadata={"help": "steps between logs; below 1, a share of all steps"})
     dataloader_num_workers: int = field(default=2, metadata={"help": "processes that decode videos"})
     report_to: None | str | list[str] = field(default="tensorboard", metadata={"help": "trackers, or none"})
-    hub_strategy: str = field(default="end", metadata={"help": "when to push: end, every_save, checkpoint, ..."})
+    hub_strategy: str = field(default="end", metadata={"help": "when to push: at the end only"})
 
     def __post_init__(self):
+        for name, allowed in (
+            ("hub_strategy", ("end",)),  # what the Trainer uploads itself is no repository that loads
+            ("label_smoothing_factor", (0,)),  # it takes logits at all positions
+            ("train_sampling_strategy", ("random", "sequential")),  # others need items that are dicts
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"--{name} must be {' or '.join(map(str, allowed))}, got {getattr(self, name)}")
+        self.use_cache = True  # is saved in checkpoints, which generate; compute_loss turns it off
         self.remove_unused_columns = False  # the inputs are those of the model
         self.prediction_loss_only = True
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
@@ -165,6 +175,11 @@ class FinetuneArguments(TrainingArguments):
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False  # every process uses all: see Collator
         super().__post_init__()
+        if self.n_gpu > 1:  # DataParallel would cut pixels, which have no batch dimension, anywhere
+            raise ValueError(
+                f"finetune.py sees {self.n_gpu} GPUs: start it with accelerate launch --config_file "
+                "examples/accelerate/ddp.yaml (or fsdp2.yaml, ...), or set CUDA_VISIBLE_DEVICES=0"
+            )
 
 
 class Meter(TrainerCallback):
@@ -277,6 +292,12 @@ class VideoTrainer(Trainer):
             inputs["keep_gates"] = self.meter.keep_gates
         return super().compute_loss(model, inputs, *args, **kwargs)
 
+    def _run_epoch(self, *args, **kwargs):
+        if self.state.global_step >= self.state.max_steps:  # resumed at its end: Trainer would make one step more
+            self.control.should_training_stop = True
+            return None
+        return super()._run_epoch(*args, **kwargs)
+
     def prediction_step(self, model, inputs, *args, **kwargs):
         inputs = self._prepare_inputs(inputs)
         tokens = (inputs["labels"][:, 1:] != IGNORED).sum()
@@ -335,6 +356,12 @@ def part_of(name: str) -> str:
     return "language"
 
 
+def trained_parts(arguments: ModelArguments) -> set[str]:
+    """Those of PARTS that are trained."""
+    chosen = () if arguments.method == "gates" else PARTS[:-1]
+    return {"gates", *(part for part in chosen if getattr(arguments, f"train_{part}"))}
+
+
 def load_config(arguments: ModelArguments):
     """The model's configuration with the settings of the arguments."""
     config = AutoConfig.from_pretrained(arguments.model, trust_remote_code=True)
@@ -346,6 +373,8 @@ def load_config(arguments: ModelArguments):
     for name in ("nsa_variant", "block_size", "block_count", "window_size", "gate_temperature"):
         if getattr(arguments, name) is not None:
             setattr(config, name, getattr(arguments, name))
+    if config.nsa_variant == "dense" and trained_parts(arguments) == {"gates"}:
+        raise ValueError("nothing would be trained: gates alone (--method gates) have no use in --nsa_variant dense")
     return config
 
 
@@ -362,11 +391,10 @@ def load_model(arguments: ModelArguments, config, bf16: bool):
         dtype=dtype,
         attn_implementation=arguments.attn_implementation,
     )
-    trained = {part for part in PARTS[:-1] if getattr(arguments, f"train_{part}")}
+    trained = trained_parts(arguments)
     if arguments.method == "lora":
         model = add_adapters(model, arguments, trained)
     else:
-        trained = {"gates"} | (trained if arguments.method == "full" else set())
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(part_of(name) in trained)
     if mixed:
@@ -492,19 +520,24 @@ def find_resume(args: FinetuneArguments) -> str | None:
     return asked
 
 
-def check_fingerprint(samples: list[Sample], settings: DataArguments, args: FinetuneArguments, resume) -> None:
-    """Refuse to resume on other data, which would be in another order; keep what tells this data in data.json."""
+def check_fingerprint(samples: list[Sample], model: ModelArguments, settings: DataArguments, args, resume) -> None:
+    """Refuse to resume with other trained parts, or on other data, which would be in another order; keep what tells
+    them in data.json."""
     digest = hashlib.sha256(repr([(sample.id, sample.tokens) for sample in samples]).encode()).hexdigest()[:16]
-    now = {"samples": len(samples), "packing": settings.packing, "max_length": settings.max_length, "digest": digest}
-    path = Path(args.output_dir) / "data.json"
-    if resume and path.is_file() and not args.ignore_data_skip:
-        before = json.loads(path.read_text())
-        if before != now:
+    data = {"samples": len(samples), "packing": settings.packing, "max_length": settings.max_length, "digest": digest}
+    now = {"method": model.method, "parts": sorted(trained_parts(model)), **data}
+    path = Path(resume).resolve().parent / "data.json" if resume else None
+    if resume and path.is_file():
+        before = {**now, **json.loads(path.read_text())}
+        for name in ("method", "parts"):
+            if before[name] != now[name]:
+                raise ValueError(f"the checkpoint was trained with {name} {before[name]}, not {now[name]}")
+        if before != now and not args.ignore_data_skip:
             raise ValueError(
                 f"the data is not what the checkpoint was trained on ({before['samples']:,} samples then, "
                 f"{now['samples']:,} now), so that the rest of it is not known; --ignore_data_skip starts it over"
             )
-    path.write_text(json.dumps(now, indent=2) + "\n")
+    (Path(args.output_dir) / "data.json").write_text(json.dumps(now, indent=2) + "\n")
 
 
 def publish(trainer: VideoTrainer, arguments: ModelArguments, saved: torch.dtype, note: str) -> None:
@@ -528,7 +561,6 @@ def publish(trainer: VideoTrainer, arguments: ModelArguments, saved: torch.dtype
             from peft import PeftModel
 
             final = PeftModel.from_pretrained(final, trained).merge_and_unload().to(saved)
-        final.config.use_cache = True  # Trainer turns it off
         final.save_pretrained(folder)
         if not lora:
             shutil.rmtree(trained)
@@ -552,21 +584,34 @@ def report_time(trainer: VideoTrainer, steps_per_epoch: int) -> None:
     )
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Adds the default to the help of options that do not say it themselves."""
+
+    def _get_help_string(self, action):
+        return action.help if "(default:" in (action.help or "") else super()._get_help_string(action)
+
+
 def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, FinetuneArguments]:
     """The three groups of options, of `--config FILE` and of the command line, which goes before it."""
-    parser = HfArgumentParser((ModelArguments, DataArguments, FinetuneArguments), description=__doc__)
-    parser.add_argument("--config", help="YAML or JSON file of options")
-    options, rest = [], list(argv)
-    if "--config" in rest:
-        i = rest.index("--config")
-        path = Path(rest[i + 1]) if i + 1 < len(rest) else None
-        if path is None or not path.is_file():
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument("--config", type=Path, help="YAML or JSON file of options")
+    parser = HfArgumentParser(
+        (ModelArguments, DataArguments, FinetuneArguments),
+        description=__doc__,
+        parents=[first],
+        formatter_class=HelpFormatter,
+    )
+    named, rest = first.parse_known_args(argv)
+    options = []
+    if path := named.config:
+        if not path.is_file():
             raise ValueError(f"--config must be a file, got {path}")
-        del rest[i : i + 2]
         given = yaml.safe_load(path.read_text())
         if not isinstance(given, dict):
             raise ValueError(f"--config {path} must hold names and values of options")
         for name, value in given.items():
+            if value is None:
+                continue
             values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
             options += [f"--{name}", *map(str, values)]
     model, data, args, _ = parser.parse_args_into_dataclasses([*options, *rest], look_for_args_file=False)
@@ -581,6 +626,8 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: Finetun
     """
     set_seed(args.seed)
     output = Path(args.output_dir)
+    if output.is_dir() and output.resolve() == Path(model_args.model).resolve():
+        raise ValueError(f"--output_dir must not be --model, which it would overwrite, got {output}")
     resume = None if args.dry_run else find_resume(args)
     config = load_config(model_args)
     processor = load_processor(model_args.model, data_args)
@@ -604,7 +651,8 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: Finetun
         "skipped": None if args.dry_run else output / "skipped.jsonl",
     }
     train = ConversationDataset(samples, processor, **options)
-    evaluated = ConversationDataset(held_out, processor, **options) if held_out else None
+    multiple = args.world_size * args.per_device_eval_batch_size
+    evaluated = ConversationDataset(held_out, processor, multiple=multiple, **options) if held_out else None
     if args.process_index == 0:
         if data_args.packing:
             print(f"packing: {len(samples):,} samples in {len(train):,} sequences of up to {data_args.max_length:,}")
@@ -613,7 +661,9 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: Finetun
             counts[part_of(name)] += (parameter.numel() or getattr(parameter, "ds_numel", 0)) * parameter.requires_grad
         print("trained: " + ", ".join(f"{part} {count / 1e6:,.2f} M" for part, count in counts.items() if count))
         if not args.dry_run:
-            check_fingerprint(samples, data_args, args, resume)
+            check_fingerprint(samples, model_args, data_args, args, resume)
+            if not resume:
+                options["skipped"].unlink(missing_ok=True)
     per_step = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
     if args.dry_run:
         args.max_steps, args.logging_steps, args.report_to, args.push_to_hub = DRY_RUN_STEPS, 1, [], False
@@ -635,7 +685,7 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: Finetun
 
     note = (
         f"Fine-tuned from the above by `examples/finetune.py` ({model_args.method}): {len(samples):,} samples, "
-        f"{result.global_step:,} steps of {per_step}, mean training loss {result.training_loss:.3f}."
+        f"{result.global_step:,} steps of {per_step}."
     )
     publish(trainer, model_args, saved, note)
     if args.process_index == 0:
@@ -644,21 +694,26 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: Finetun
             count = len({json.loads(line)["id"] for line in options["skipped"].read_text().splitlines()})
             print(f"{count:,} samples could not be read and were skipped: see {options['skipped']}")
         if args.push_to_hub:
-            push(output, trainer.hub_model_id, args.hub_token)
+            push(output, trainer.hub_model_id, args.hub_revision, args.hub_token)
     return trainer
 
 
-def push(folder: Path, repo_id: str, token: str | None) -> None:
-    """Upload the output folder without checkpoints."""
+def push(folder: Path, repo_id: str, revision: str | None, token: str | None) -> None:
+    """Upload the output folder without checkpoints, to a branch that exists."""
     ignored = ["checkpoint-*", "*/training_args.bin", "training_args.bin", ".*", "*.jsonl", "data.json"]
     try:
         HfApi(token=token).upload_folder(
-            repo_id=repo_id, folder_path=folder, commit_message="Add the trained model", ignore_patterns=ignored
+            repo_id=repo_id,
+            folder_path=folder,
+            commit_message="Add the trained model",
+            revision=revision,
+            ignore_patterns=ignored,
         )
     except OSError as error:
-        raise ValueError(
-            f"--push_to_hub: the upload failed: {error}\nresume it with: hf upload {repo_id} {folder}"
-        ) from error
+        command = ["hf", "upload", repo_id, str(folder), ".", *(["--revision", revision] if revision else [])]
+        command += [f"--exclude={pattern}" for pattern in ignored]
+        message = f"--push_to_hub: the upload failed: {error}\nresume it with: {shlex.join(command)}"
+        raise ValueError(message) from error
     print(f"pushed to {repo_id}")
 
 

@@ -84,6 +84,9 @@ class Settings:
         require(0 < self.needle_size[0] <= self.needle_size[1] <= 0.5, "needle_size", "ascending, at most 0.5")
         require(0 <= self.distractors[0] <= self.distractors[1], "distractors", "ascending")
         require(set(self.questions) <= set(QUESTIONS) and self.questions, "questions", f"among {', '.join(QUESTIONS)}")
+        never = {"count": self.repeats == 0, "first": max(self.needles) == 1}
+        possible = "such that clips have some: count needs --repeats, first needs two --needles"
+        require(not all(never.get(kind) for kind in self.questions), "questions", possible)
         require(self.turns >= 1, "turns", "at least 1")
 
 
@@ -361,6 +364,8 @@ def make_clip(job) -> dict:
 def make_dataset(output: str | Path, counts: dict[str, int], settings: Settings, *, seed=0, workers=None) -> Path:
     """Write a data set to the folder `output`, which appears only when complete, and return it.
 
+    A clip that happens to have no question of the types wanted is no sample.
+
     Args:
         output: folder to make.
         counts: clips of each of "train", "validation", "test".
@@ -390,7 +395,7 @@ def make_dataset(output: str | Path, counts: dict[str, int], settings: Settings,
             samples = list(tqdm(made, total=len(jobs), unit="clip", disable=None))
         for split in SPLITS:
             if counts.get(split):
-                part = [sample for sample in samples if sample["id"].startswith(f"{split}/")]
+                part = [sample for sample in samples if sample["id"].startswith(f"{split}/") and sample["questions"]]
                 (partial / f"{split}.json").write_text(json.dumps([conversation(s) for s in part], indent=1))
                 (partial / f"{split}.jsonl").write_text("".join(json.dumps(messages(s)) + "\n" for s in part))
         partial.chmod(0o755)  # mkdtemp makes it private

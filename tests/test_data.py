@@ -1,7 +1,10 @@
 """data.py: formats, checks, labels, packing and batches, on clips that the generator writes and on the real one."""
 
+import codecs
 import json
 import shutil
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +40,10 @@ def media(tmp_path_factory):
     (folder / "empty.mp4").touch()
     (folder / "noise.mp4").write_bytes(bytes(range(256)) * 16)
     (folder / "broken.png").write_bytes((folder / "c.png").read_bytes()[:40])
+    bomb = bytearray((folder / "c.png").read_bytes())
+    bomb[16:24] = struct.pack(">II", 20_000, 20_000)  # width and height
+    bomb[29:33] = struct.pack(">I", zlib.crc32(bomb[12:29]))
+    (folder / "bomb.png").write_bytes(bomb)
     # The header is whole and the frames are not: found only when they are decoded.
     start = whole.index(b"mdat") + 4
     (folder / "damaged.mp4").write_bytes(whole[:start] + bytes(len(whole) - start))
@@ -150,6 +157,12 @@ BAD = {
     r"holds <\|im_end\|>": ask("What?<|im_end|>"),
     r"holds <\|video_pad\|>": ask("What?", "a <|video_pad|>"),
     "too long: .* tokens, of at most 300": ask("x" * 400),
+    "cannot be checked: DecompressionBombError": ask("<image>?", image="bomb.png"),
+    "cannot be checked: TypeError: unhashable": {"conversations": [{"from": ["human"], "value": "x"}]},
+    "cannot be checked: TypeError: .*str": ask(video={"video": "a.mp4", "start": "0:10"}),
+    "cannot be checked: OSError: .*too long": ask("<image>?", image="x" * 5000),
+    "cannot be checked: .*Text": ask("What\ud800?"),
+    r"missing file: \\ud800.mp4": ask(video="\ud800.mp4", id="\ud800"),
     "8 frames, of 9 to 20": ask(video="a.mp4"),
 }
 
@@ -161,17 +174,23 @@ def test_a_record_that_cannot_be_used_is_dropped_with_its_reason(processor, medi
     good = ask("Fine?", "Yes.")
     samples, drops = load(media, processor, good, BAD[reason], good, **limits)
     assert len(samples) == 2 and len(drops) == 1
-    assert drops[0].id.startswith("data.json[1]")
+    assert drops[0].id.startswith("data.json[1]") and (drops[0].id + drops[0].reason).encode()
     with pytest.raises(BadSample, match=reason):
         raise BadSample(drops[0].reason)
 
 
 def test_a_damaged_line_is_dropped_and_a_damaged_file_refused(processor, media, tmp_path):
-    (tmp_path / "lines.jsonl").write_text(json.dumps(ask("A?")) + "\n{oops\n\n" + json.dumps(ask("B?")) + "\n")
+    good = json.dumps(ask("A?\u2028"), ensure_ascii=False).encode()  # a line separator, which ends no line
+    (tmp_path / "lines.jsonl").write_bytes(b"\n".join([codecs.BOM_UTF8 + good, b"{oops", b"", b'{"\xff": 1}', good]))
     samples, drops = load_samples([str(tmp_path / "lines.jsonl")], processor)
-    assert len(samples) == 2 and drops[0].id == "lines.jsonl[1]" and "not JSON" in drops[0].reason
-    for content, message in (("{oops", "is not JSON: .*suffix .jsonl"), ('{"a": 1}', "must hold a list of records")):
-        (tmp_path / "bad.json").write_text(content)
+    assert len(samples) == 2 and [drop.id for drop in drops] == ["lines.jsonl[1]", "lines.jsonl[2]"]
+    assert all("not JSON" in drop.reason for drop in drops) and "utf-8" in drops[1].reason
+    for content, message in (
+        (b"{oops", "bad.json is not JSON: .*suffix .jsonl"),
+        (b'["\xff"]', "bad.json is not JSON: 'utf-8' codec"),
+        (codecs.BOM_UTF8 + b'{"a": 1}', "must hold a list of records"),
+    ):
+        (tmp_path / "bad.json").write_bytes(content)
         with pytest.raises(ValueError, match=message):
             load_samples([str(tmp_path / "bad.json")], processor)
     with pytest.raises(FileNotFoundError, match="gone.json does not exist"):
@@ -195,7 +214,8 @@ def test_a_share_of_a_file_is_drawn_by_the_seed_and_sets_have_their_own_roots(pr
 
 def test_labels_are_the_assistant_turns_token_by_token(processor, media):
     record = ask("<video>\nWhat is assistant?", "It says: assistant\nyes", video="a.mp4", image="c.png")
-    record["conversations"] += [{"from": "human", "value": "<image> and?"}, {"from": "gpt", "value": "No."}]
+    parts = [{"type": "text", "text": text} for text in (" No, ", "but ", "yes. ")]
+    record["conversations"] += [{"from": "human", "value": "<image> and?"}, {"from": "gpt", "value": parts}]
     (sample,), _ = load(media, processor, record)
     feature = ConversationDataset([sample], processor, max_length=9999)[0][0]
     tokenizer = processor.tokenizer
@@ -207,7 +227,7 @@ def test_labels_are_the_assistant_turns_token_by_token(processor, media):
         (pad["video"] + "What is assistant?<|im_end|>\n<|im_start|>assistant\n", False),
         ("It says: assistant\nyes<|im_end|>", True),
         ("\n<|im_start|>user\n" + pad["image"] + "and?<|im_end|>\n<|im_start|>assistant\n", False),
-        ("No.<|im_end|>", True),
+        ("No, but yes.<|im_end|>", True),
         ("\n", False),
     ]
     ids, labels = [], []
@@ -250,11 +270,16 @@ def test_a_sample_that_fails_when_it_is_read_is_skipped_with_its_reason(processo
     skipped = tmp_path / "skipped.jsonl"
     dataset = ConversationDataset(samples, processor, max_length=9999, skipped=skipped)
     assert dataset[1][0]["input_ids"].tolist() == dataset[2][0]["input_ids"].tolist()  # the next takes its place
+    once = ConversationDataset(samples, processor, max_length=9999, multiple=2)
+    assert [bool((once[i][0]["labels"] != IGNORED).any()) for i in range(len(once))] == [True, False, True, False]
     (line,) = map(json.loads, skipped.read_text().splitlines())
     assert line["id"] == "data.json[1]" and "damaged.mp4" in line["reason"]
 
     short = ConversationDataset(samples, processor, max_length=samples[0].tokens - 1, skipped=skipped)
     with pytest.raises(RuntimeError, match="none of 3 samples in a row could be read; the reasons are in .*skipped"):
+        short[0]
+    short.skipped = None
+    with pytest.raises(RuntimeError, match="the reasons are in the warnings above"):
         short[0]
     packed = ConversationDataset(samples, processor, max_length=9999, capacity=9999)
     assert len(packed) == 1 and len(packed[0]) == 2  # the rest of a pack stays

@@ -1,6 +1,7 @@
 """evaluate.py: what counts as right, one decoding per clip, resuming, and the table."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -66,8 +67,10 @@ def test_every_question_is_asked_by_itself_with_the_media_so_far(tiny_repository
     for question, answer in turns:
         conversation += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
     record = {"video": str(clip), "image": str(image), "types": ["a", "b"], "conversations": conversation}
-    (tmp_path / "data.json").write_text(json.dumps([record]))
-    (sample,), _ = load_samples([str(tmp_path / "data.json")], processor)
+    untyped = {**record, "types": None, "type": None}
+    (tmp_path / "data.json").write_text(json.dumps([record, untyped]))
+    (sample, other), _ = load_samples([str(tmp_path / "data.json")], processor)
+    assert [q.type for q in list_questions(other)] == ["all"] * 3
     questions = list_questions(sample)
     assert [(q.type, q.expected) for q in questions] == [("a", "1"), ("b", "2"), ("all", "3")]
     for question, (_, prompt) in zip(questions, Prompts([questions], processor)[0], strict=True):
@@ -90,10 +93,20 @@ def test_a_batch_answers_like_single_prompts_and_types_and_lengths_are_counted(r
     for entry in one["answers"]:
         assert entry["correct"] == is_correct(entry["answered"], entry["expected"]) and entry["tokens"] > 60
     assert one["nsa"]["nsa_variant"] == "paper" and one["device"] == "cpu"
-    assert run("dense.json", variant="dense")["nsa"]["nsa_variant"] == "dense"
 
 
-def test_an_interrupted_run_goes_on_where_it_was(run, tmp_path, monkeypatch):
+def test_a_limit_takes_samples_spread_over_the_lengths(run, tmp_path):
+    records = [
+        {"messages": [{"role": "user", "content": "a " * i + "?"}, {"role": "assistant", "content": "b"}]}
+        for i in range(10)
+    ]
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    result = run(data=str(tmp_path / "data.json"), variant="dense", limit=6)
+    assert result["nsa"]["nsa_variant"] == "dense"
+    assert [entry["id"] for entry in result["answers"]] == [f"data.json[{i}] 0" for i in (0, 1, 3, 5, 6, 8)]
+
+
+def test_an_interrupted_run_goes_on_where_it_was(run, tiny_repository, tmp_path, monkeypatch):
     whole = run("whole.json")
     real, calls = evaluate.answer, []
 
@@ -110,6 +123,12 @@ def test_an_interrupted_run_goes_on_where_it_was(run, tmp_path, monkeypatch):
     partial.write_text(partial.read_text() + '{"id": "cut')
     with pytest.raises(ValueError, match="partial is of a run with another variant"):
         run(variant="dense")
+    weights = next(tiny_repository.glob("*.safetensors"))
+    before = weights.stat()
+    os.utime(weights)  # another training may have written it
+    with pytest.raises(ValueError, match="partial is of a run with another checkpoint"):
+        run()
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert run()["answers"] == whole["answers"]
     assert sum(calls) == len(whole["answers"]) + 3  # the batch of the interruption twice
     with pytest.raises(ValueError, match="out.json exists already"):

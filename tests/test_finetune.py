@@ -1,5 +1,6 @@
 """finetune.py as a user runs it: short trainings of a miniature model on generated clips and on the real one."""
 
+import inspect
 import json
 import os
 import subprocess
@@ -24,19 +25,25 @@ EXAMPLES = ROOT / "examples"
 REAL = ROOT.parent / "shared/clips/annotations.json"
 QUICK = ["--logging_steps", 1, "--report_to", "none", "--dataloader_num_workers", 0, "--save_strategy", "no"]
 
-GENERATE = """
+
+def answer(model, processor, clip) -> list[int]:
+    messages = [{"role": "user", "content": [{"type": "video", "video": clip}, {"type": "text", "text": "What?"}]}]
+    inputs = processor.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    output = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+    return output[0, inputs["input_ids"].shape[1] :].tolist()
+
+
+GENERATE = f"""
 import sys
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+{inspect.getsource(answer)}
 folder, clip = sys.argv[1:]
 model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True).eval()
 processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-messages = [{"role": "user", "content": [{"type": "video", "video": clip}, {"type": "text", "text": "What?"}]}]
-inputs = processor.apply_chat_template(
-    messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-)
-output = model.generate(**inputs, max_new_tokens=3, do_sample=False)
-print(output[0, inputs["input_ids"].shape[1] :].tolist(), processor.video_processor.fps)
+print(answer(model, processor, clip), processor.video_processor.fps)
 """
 
 
@@ -74,10 +81,10 @@ def changed_parts(before, after) -> set[str]:
     return {part_of(name) for name in before if not torch.equal(before[name], after[name])}
 
 
-def generate_like(folder, clip, run_fresh) -> None:
-    """The folder alone generates, in a fresh process, what its weights generate here."""
-    printed = run_fresh(GENERATE, folder, clip)
-    assert printed.startswith("[") and len(json.loads(printed[: printed.index("]") + 1])) == 3
+def generate_like(trainer, folder, clip, run_fresh) -> None:
+    """The folder alone generates, in a fresh process, what the trained model generates here."""
+    expected = answer(trainer.model.eval(), trainer.processing_class, str(clip))
+    assert run_fresh(GENERATE, folder, clip).startswith(f"{expected} ")
 
 
 def test_full_training_through_the_script_saves_a_repository_that_generates(
@@ -108,7 +115,7 @@ def test_full_training_through_the_script_saves_a_repository_that_generates(
         assert {"config.json", "modeling_videonsa.py", "nsa_torch.py", "processing_videonsa.py", "tokenizer.json"} <= {
             path.name for path in folder.iterdir()
         }
-    assert json.loads((output / "config.json").read_text())["use_cache"] is True
+        assert json.loads((folder / "config.json").read_text())["use_cache"] is True
     card = (output / "README.md").read_text()
     assert f"{12 + REAL.exists()} samples, 4 steps of 1" in card and "base_model" not in card
     printed = run_fresh(GENERATE, output, clip)
@@ -148,14 +155,15 @@ def test_lora_saves_an_adapter_with_gates_and_a_merged_model(train, tiny_reposit
         reloaded = PeftModel.from_pretrained(base, folder / "adapter").eval()
         torch.testing.assert_close(reloaded(**batch).logits, expected, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(merged.eval()(**batch).logits, expected, rtol=1e-3, atol=1e-3)
-    generate_like(folder, clip, run_fresh)
+    generate_like(trainer, folder, clip, run_fresh)
 
 
 def test_gates_only_trains_nothing_else(train, tiny_repository, clip, run_fresh):
-    _, folder, printed = train("--method", "gates", "--max_steps", 2, "--learning_rate", 1e-2, "--bf16", *QUICK)
+    options = ["--method", "gates", "--max_steps", 2, "--learning_rate", 1e-2]
+    trainer, folder, printed = train(*options, "--bf16", *QUICK)
     assert "trained: gates 0.03 M\n" in printed
     assert changed_parts(tiny_repository, folder) == {"gates"}
-    generate_like(folder, clip, run_fresh)
+    generate_like(trainer, folder, clip, run_fresh)
 
 
 def test_parts_are_frozen_and_have_rates_of_their_own(train, tiny_repository):
@@ -197,10 +205,19 @@ def test_an_interrupted_run_goes_on_from_its_last_checkpoint_on_the_same_data_on
     again = ["--max_steps", 4, "--resume_from_checkpoint", "last", *options]
     with pytest.raises(ValueError, match="12 samples then, 6 now"):
         train(*again, data=f"{needles / 'train.json'}%50")
-    trainer, _, _ = train(*again)
+    with pytest.raises(ValueError, match="the checkpoint was trained with method full, not gates"):
+        train(*again, "--method", "gates")
+    with pytest.raises(ValueError, match=r"with parts .*'merger'\], not \['gates', 'language', 'merger', 'vision'\]"):
+        train("--resume_from_checkpoint", tmp_path / "out/checkpoint-2", *options, "--train_vision", output="new")
+    trainer, folder, _ = train(*again)
     assert trainer.state.global_step == 4
+    before = weights(folder)
+    trainer, _, _ = train(*again)  # at its end: no step is left
+    assert trainer.state.global_step == 4
+    for name, tensor in weights(folder).items():
+        assert torch.equal(tensor, before[name]), name
     with pytest.raises(ValueError, match="there is no checkpoint in"):
-        train(*again, output="new")
+        train(*again, output="empty")
     with pytest.raises(ValueError, match="must be a folder or last"):
         train("--resume_from_checkpoint", tmp_path / "gone", *options, output="new")
 
@@ -222,7 +239,9 @@ def mixed_data(needles, path) -> Path:
 def test_two_processes_and_accumulation_train_like_one(train, tiny_repository, needles, tmp_path):
     data = mixed_data(needles, tmp_path / "mixed.json")
     options = ["--max_steps", 3, "--learning_rate", 1e-3, "--train_vision", "--gradient_checkpointing"]
-    options += ["--eval_data", needles / "validation.json", "--eval_strategy", "steps", "--eval_steps", 3, *QUICK]
+    # 3 samples: processes would get one of them twice.
+    options += ["--eval_data", f"{needles / 'validation.json'}%75", "--eval_strategy", "steps", "--eval_steps", 3]
+    options += QUICK
     for packing in ([], ["--packing", "--max_length", 450]):
         size = 2 if packing else 4
         one, folder, _ = train(
@@ -351,6 +370,9 @@ def test_drops_are_listed_and_training_goes_on(train, needles, tmp_path, clip):
     assert trainer.state.global_step == 4
     assert "1 samples could not be read and were skipped" in printed
     assert "broken.mp4" in (folder / "skipped.jsonl").read_text()
+    data.write_text(json.dumps([record(str(clip))]))
+    _, _, printed = train("--max_steps", 1, *QUICK, data=data)  # in the same folder
+    assert "skipped" not in printed and not (folder / "skipped.jsonl").exists()
     data.write_text(json.dumps([record("gone.mp4")]))
     with pytest.raises(ValueError, match="--train_data: no sample can be used"):
         train(*QUICK, data=data, output="none")
@@ -371,20 +393,21 @@ def test_push_to_hub_makes_the_repository_first_and_uploads_the_folder_last(trai
         calls.append(("create", repo_id))
         return type("Url", (), {"repo_id": f"me/{repo_id}"})()
 
-    def upload_folder(self, repo_id, folder_path, ignore_patterns, **kwargs):
-        calls.append(
-            ("upload", repo_id, "checkpoint-*" in ignore_patterns, (Path(folder_path) / "config.json").exists())
-        )
+    def upload_folder(self, repo_id, folder_path, revision, ignore_patterns, **kwargs):
+        assert "checkpoint-*" in ignore_patterns and (Path(folder_path) / "config.json").exists()
+        calls.append(("upload", repo_id, revision))
 
     monkeypatch.setattr(HfApi, "create_repo", create_repo)
     monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
-    _, folder, printed = train("--push_to_hub", "--hub_model_id", "new", "--max_steps", 1, *QUICK)
-    assert calls == [("create", "new"), ("upload", "me/new", True, True)]
+    push = ["--push_to_hub", "--hub_model_id", "new", "--hub_revision", "dev", "--max_steps", 1, *QUICK]
+    _, folder, printed = train(*push)
+    assert calls == [("create", "new"), ("upload", "me/new", "dev")]
     assert 'repo = "me/new"' in (folder / "README.md").read_text() and "pushed to me/new" in printed
 
     monkeypatch.setattr(HfApi, "upload_folder", lambda *_, **__: (_ for _ in ()).throw(OSError("503")))
-    with pytest.raises(ValueError, match="the upload failed: 503\nresume it with: hf upload me/new .*kept"):
-        train("--push_to_hub", "--hub_model_id", "new", "--max_steps", 1, *QUICK, output="kept")
+    again = r"the upload failed: 503\nresume it with: hf upload me/new .*kept . --revision dev '--exclude=checkpoint-"
+    with pytest.raises(ValueError, match=again):
+        train(*push, output="kept")
     assert (folder.parent / "kept/model.safetensors").exists()
 
 
@@ -398,11 +421,23 @@ def test_push_to_hub_makes_the_repository_first_and_uploads_the_folder_last(trai
         (["--config", "gone.yaml"], "--config must be a file, got gone.yaml"),
         (["--block_size", "24"], "block_size must be a power of two"),
         (["--nsa_variant", "released"], "not implemented"),
+        (["--method", "gates", "--nsa_variant", "dense"], "nothing would be trained: .*--method gates.*--nsa_variant"),
+        (["--label_smoothing_factor", "0.1"], "--label_smoothing_factor must be 0, got 0.1"),
+        (["--train_sampling_strategy", "group_by_length"], "must be random or sequential, got group_by_length"),
+        (["--hub_strategy", "every_save"], "--hub_strategy must be end, got every_save"),
     ],
 )
 def test_wrong_options_are_named(train, options, message):
     with pytest.raises((ValueError, NotImplementedError), match=message):
         train(*options, *QUICK)
+
+
+def test_a_model_is_not_overwritten_and_several_gpus_need_a_launcher(train, tiny_repository, monkeypatch):
+    with pytest.raises(ValueError, match="--output_dir must not be --model, which it would overwrite, got .*tiny"):
+        train(*QUICK, output=tiny_repository)
+    monkeypatch.setattr(FinetuneArguments, "n_gpu", 2)
+    with pytest.raises(ValueError, match="sees 2 GPUs: start it with accelerate launch .*CUDA_VISIBLE_DEVICES=0"):
+        train(*QUICK)
 
 
 def test_a_stock_model_is_refused_with_what_to_do(train, stock_checkpoint, monkeypatch, needles, tmp_path):
@@ -419,6 +454,10 @@ def test_the_paper_recipe_is_what_the_paper_states(tmp_path):
     assert (data.fps, data.max_pixels, data.clip_frames, data.max_length) == (4, 50176, [350, 550], 36864)
     assert (model.block_size, model.block_count, model.window_size, model.method) == (64, 32, 256, "full")
     assert args.learning_rate == 2e-6  # the command line goes before the file
+    copy = tmp_path / "copy.yaml"
+    copy.write_text(f"{recipe.read_text()}\nmax_frames: null\n")
+    again = parse_arguments([f"--config={copy}", *required, "--learning_rate", "2e-6"])
+    assert again[:2] == (model, data) and again[2].learning_rate == 2e-6 and data.max_frames is None
     values = yaml.safe_load(recipe.read_text())
     assert values["learning_rate"] == 1e-6
     parser = HfArgumentParser((ModelArguments, DataArguments, FinetuneArguments))
@@ -430,6 +469,7 @@ def test_every_option_has_help(capsys):
     with pytest.raises(SystemExit):
         parse_arguments(["--help"])
     printed = capsys.readouterr().out
+    assert "the processor's) (default" not in " ".join(printed.split())  # once
     for group in (ModelArguments, DataArguments, FinetuneArguments):
         for name, field in group.__dataclass_fields__.items():
             if field.init and not name.startswith("_"):

@@ -146,6 +146,14 @@ def test_the_script_makes_any_duration_on_several_processes(tmp_path):
     assert {kind for record in records for kind in record["types"]} == {"describe"}
 
 
+def test_a_clip_without_a_question_is_no_sample(tmp_path):
+    settings = Settings(needles=(1, 2), questions=("first",), size=32)
+    folder = make_dataset(tmp_path / "out", {"test": 6}, settings, workers=1)
+    records = json.loads((folder / "test.json").read_text())
+    assert 0 < len(records) == (folder / "test.jsonl").read_text().count("\n") < 6
+    assert all(record["conversations"] for record in records)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -155,6 +163,7 @@ def test_the_script_makes_any_duration_on_several_processes(tmp_path):
         (["--train", "1", "--repeats", "2"], "--repeats must be from 0 to 1"),
         (["--train", "1", "--needle-seconds", "2", "1"], "--needle-seconds must be positive and ascending"),
         (["--train", "1", "--seed", "-1"], "--seed must be from 0"),
+        (["--train", "1", "--questions", "count", "first"], "--questions must be .* count needs --repeats, first"),
         ([], "--train, --validation or --test"),
     ],
 )
