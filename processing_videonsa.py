@@ -260,11 +260,15 @@ class VideoNSAVideoProcessor(Qwen2VLVideoProcessor):
         """From the metadata of all frames to that of those to take, and their indices; not to `sample` takes all."""
         times = np.array(metadata.frame_times)
         request = self._request(kwargs)
-        start, end = check_range(request["start"], request["end"], metadata.duration)
+        duration = metadata.duration
+        if not sample:  # frames of a part of a video, sampled already, keep the times that they have in the whole
+            request["start"] = times[0] if request["start"] is None else request["start"]
+            duration = max(times[0] + duration, np.nextafter(times[-1], np.inf))
+        start, end = check_range(request["start"], request["end"], duration)
         first = int(frames_on_screen(times, np.array([start]))[0])
         part = np.arange(first, max(np.searchsorted(times, end), first + 1))
         request |= {"total_frames": len(part), "every_frame": not sample}
-        shape = metadata.duration, metadata.width, metadata.height
+        shape = duration, metadata.width, metadata.height
         if self._setting("cap_pixels_per_frame", kwargs):
             # The stock rule: an even share of a number of pixels for each frame.
             request["max_tokens"] = 2**62

@@ -423,6 +423,15 @@ class TestForms:
         inputs = chat(processor, video, video_metadata=[[sampled]], do_sample_frames=False)
         assert inputs["second_per_grid_ts"].tolist() == [2]
 
+    @pytest.mark.parametrize("total", [12, 64])  # as qwen_vl_utils counts: of the part, or of the whole video
+    def test_frames_of_a_part_are_all_taken_and_keep_their_times(self, processor, total):
+        metadata = {"total_num_frames": total, "fps": 8, "frames_indices": list(range(48, 60, 2))}
+        request = {"video_metadata": [metadata], "do_sample_frames": False}
+        inputs = chat(processor, pil_frames(6), **request, return_metadata=True)
+        assert inputs["video_grid_thw"].tolist() == [[3, 4, 4]]
+        assert inputs["timestamps"] == [[6, 6.5, 7]]
+        assert shown(processor, pil_frames(6), **request, start=6.5, end=7) == [2, 3]
+
     def test_a_batch_may_mix_them(self, processor, clips):
         frames = np.zeros((6, 60, 90, 3), np.uint8)
         videos = [[pil_frames(4), clips / "clip.mp4"], [frames, str(clips / "clip.mp4")]]
@@ -880,6 +889,15 @@ class TestQwenVlUtils:
         assert inputs["video_grid_thw"].tolist() == [[16, 16, 16]]
         assert inputs["second_per_grid_ts"].tolist() == [0.5]
         assert (inputs["input_ids"] == processor.video_token_id).sum() == 1024
+
+    def test_a_part_of_a_video_comes_through_whole(self, processor, clips):
+        video = {"type": "video", "video": f"{clips}/clip.mp4", "fps": 4, "video_start": 2, "video_end": 4}
+        _, ((video, metadata),) = self.process_vision_info(
+            [{"role": "user", "content": [video]}], return_video_metadata=True
+        )
+        inputs = chat(processor, video, video_metadata=[metadata], do_sample_frames=False, return_metadata=True)
+        assert len(video) == 8 and inputs["video_grid_thw"][0, 0] == 4
+        assert inputs["timestamps"] == [[2, 2.625, 3.125, 3.75]]
 
     @pytest.mark.parametrize(
         ("element", "first", "last", "count"),
