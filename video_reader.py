@@ -5,6 +5,7 @@ chosen frames depend on is decoded, and no other frame is converted or held. Whi
 decided in `video_planner.py` and `processing_videonsa.py`.
 """
 
+import contextlib
 import http.client
 import io
 import math
@@ -13,7 +14,6 @@ import tempfile
 import urllib.request
 from array import array
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import BinaryIO
 from urllib.parse import quote, unquote
 
@@ -33,6 +33,9 @@ ROUNDING = 2e-3
 MIN_JUMP = 16
 # Codecs whose decoders know the frames that no other refers to. (What HEVC's takes for such may still be needed.)
 SKIP_UNREFERENCED = ("h264", "mpeg4", "mpeg2video", "mpeg1video")
+# Demuxers that draw text, or that open other files and sockets; and what the latter know their files by.
+NO_VIDEOS = {"tty", "concat", "hls", "dash", "sdp"}
+REFERENCES = b"ffconcat version", b"#extm3u", b"<mpd", b"c=in ip"
 # Bytes that frames in flight between decoding threads may take.
 THREAD_MEMORY = 64 * 2**20
 LIMITED_RANGE, FULL_RANGE = 1, 2  # of luma and chroma, as libav numbers them
@@ -139,9 +142,10 @@ class VideoFile:
                     if packet.size:
                         known = packet.pts is not None
                         pts.append(packet.pts if known else 0)
-                        dts.append(packet.dts if packet.dts is not None else pts[-1])
+                        timed = packet.dts is not None
+                        dts.append(packet.dts if timed else pts[-1])
                         durations.append(packet.duration or 0)
-                        flags.append(known + 2 * packet.is_keyframe + 4 * packet.is_discard)
+                        flags.append(known + 2 * packet.is_keyframe + 4 * packet.is_discard + 8 * timed)
             except av.FFmpegError as error:
                 broken = error
             shape = first or stream.codec_context
@@ -163,10 +167,21 @@ class VideoFile:
 
     def _set_times(self, pts, dts, durations, flags, rate: float) -> None:
         """Of packets in the order of the file, int64 [packets] each, to the times of frames in the order shown."""
+        timed = np.flatnonzero(flags & 8)
+        anew = timed[1:][np.diff(dts[timed]) * self.tick < -1]
+        if len(anew):
+            if not self.keep:
+                raise ValueError(
+                    f"{self.name}: its clock starts anew after {anew[0]} of {len(pts)} frames, as when files are strung "
+                    "together: remux it; on_error='keep' makes do with those"
+                )
+            pts, dts, durations, flags = (values[: anew[0]] for values in (pts, dts, durations, flags))
+            flags &= ~2  # no jumps to key frames: one of the same time may follow
         known, key, discard = (flags & bit > 0 for bit in (1, 2, 4))
         key &= known
-        if not known.any():  # a raw stream, not in a container
-            pts, durations, known, self.tick, self.in_order = np.arange(len(pts)), flags * 0 + 1, ~known, 1 / rate, True
+        if 2 * known.sum() < len(known):  # a raw stream, not in a container; or H.264 in an MPEG programme stream
+            pts, durations, known = np.arange(len(pts)), np.ones(len(pts)), known | True
+            self.tick, self.in_order = 1 / rate, True
         elif key.any():  # a recording may start anywhere, but what is shown before its first key frame is lost
             known &= pts >= pts[key][0]
         positions = np.flatnonzero(known & ~discard)
@@ -241,7 +256,7 @@ class VideoFile:
                 except av.FFmpegError:
                     if not self.keep:
                         raise
-                    frames = []
+                    frames, count = [], count + 1
                 for frame in frames:
                     pts = int(self.pts[self.positions[count]]) if self.in_order and count < len(self) else frame.pts
                     count += 1
@@ -265,7 +280,8 @@ class VideoFile:
                     needed = packet.pts in wanted
                     if unreferenced:
                         context.skip_frame = "DEFAULT" if needed else "NONREF"
-                    if position >= first and (needed or not intra) and (not skip or packet.pts >= start):
+                    early = skip and packet.pts is not None and packet.pts < start
+                    if position >= first and (needed or not intra) and not early:
                         yield from decode(packet)
                     position += 1
                     packet = next(packets, None) if position <= last else None
@@ -278,20 +294,24 @@ class VideoFile:
             if not self.keep:
                 raise
 
-    @contextmanager
+    @contextlib.contextmanager
     def _open(self, decode: bool = False) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
         """Open the file and choose its video stream."""
         source = self.source
         remote = isinstance(source, str) and "://" in source
-        if not isinstance(source, str):
-            source.seek(0)
-        elif not remote:
-            source = f"file:{source}"  # a colon in a path is no protocol
         try:
+            if not remote and refers_to_others(source):
+                raise ValueError(f"{self.name}: a list or description of other files or streams, no video file")
+            if not isinstance(source, str):
+                source.seek(0)
+            elif not remote:
+                source = f"file:{source}"  # a colon in a path is no protocol
             container = av.open(source, metadata_errors="replace", timeout=self.timeout if remote else None)
-        except av.FFmpegError as error:
+        except (av.FFmpegError, OSError) as error:
             raise ValueError(f"{self.name}: cannot be read as a video: {error}") from error
         with container:
+            if not NO_VIDEOS.isdisjoint(container.format.name.split(",")):
+                raise ValueError(f"{self.name}: no video file, but {container.format.long_name}")
             # The cover of a song is a video stream too, of one picture.
             streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
             if not streams:
@@ -321,6 +341,14 @@ def frames_on_screen(times: np.ndarray, moments: np.ndarray) -> np.ndarray:
     """Indices of the frames on screen at the moments: `times` are those of all frames; seconds, both ascending."""
     late = 1e-8  # against the rounding of floats
     return np.searchsorted(times, moments + late, side="right").clip(1) - 1
+
+
+def refers_to_others(source: str | BinaryIO) -> bool:
+    """Whether libav would open what the file at a path, or that is open, names. Known by its text, up to a zero byte."""
+    with contextlib.nullcontext(source) if not isinstance(source, str) else open(source, "rb") as file:
+        file.seek(0)
+        text = file.read(2**20).partition(b"\0")[0].lower()  # as much as libav looks at
+    return any(mark in text for mark in REFERENCES)
 
 
 def first_frame(packet: av.Packet) -> av.VideoFrame | None:

@@ -15,6 +15,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 from fractions import Fraction
 from pathlib import Path
 
@@ -325,6 +326,36 @@ class TestBadFiles:
         with pytest.raises(ValueError, match="on_error must be 'raise' or 'keep', got 'skip'"):
             VideoFile(clips("h264.mp4"), on_error="skip")
 
+    def test_text_that_libav_would_draw_is_no_video(self, tmp_path):
+        for name in ("notes.txt", "notes.nfo"):
+            (tmp_path / name).write_text("Not a video.\n" * 100)
+            with pytest.raises(ValueError, match=f"{name}: no video file, but Tele-typewriter"):
+                VideoFile(tmp_path / name)
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "ffconcat version 1.0\nfile {}",
+            "#EXTM3U\n#EXT-X-TARGETDURATION:8\n#EXTINF:7.5,\n{}\n#EXT-X-ENDLIST",
+            "v=0\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 45678 RTP/AVP 96\na=rtpmap:96 H264/90000\n",
+            '<?xml version="1.0"?><MPD><Period><BaseURL>{}</BaseURL></Period></MPD>',
+        ],
+    )
+    def test_what_refers_to_others_does_not_get_them_opened(self, clips, tmp_path, text):
+        (tmp_path / "list.mp4").write_text(text.format(clips("h264.ts")))
+        begin = time.monotonic()
+        for source in (tmp_path / "list.mp4", (tmp_path / "list.mp4").read_bytes()):
+            with pytest.raises(ValueError, match="(list.mp4|<bytes>): a list or description of other files or streams"):
+                VideoFile(source)
+        assert time.monotonic() - begin < 5  # libav would wait for a stream
+
+    def test_a_clock_that_starts_anew_is_noticed(self, clips, tmp_path):
+        (tmp_path / "twice.ts").write_bytes(2 * clips("h264.ts").read_bytes())
+        with pytest.raises(ValueError, match="twice.ts: its clock starts anew after 60 of 120 frames"):
+            VideoFile(tmp_path / "twice.ts")
+        assert numbers_of(read(tmp_path / "twice.ts", on_error="keep")) == list(range(60))
+        assert numbers_of(read(tmp_path / "twice.ts", [50], on_error="keep")) == [50]
+
     def test_a_video_without_frames_is_named(self, tmp_path):
         with av.open(str(tmp_path / "none.mp4"), "w", options={"movflags": "empty_moov"}) as output:
             stream = output.add_stream("libx264", rate=8)
@@ -355,7 +386,7 @@ class TestBadFiles:
             numbers = numbers_of(file.read(range(len(file)), HEIGHT, WIDTH))
             assert numbers[:-2] == list(range(len(file) - 2))  # the last may be cut in the middle
 
-    @pytest.mark.parametrize("name", ["h264.mp4", "hevc.mp4", "vp9.webm", "mpeg4.mp4", "mjpeg.mov"])
+    @pytest.mark.parametrize("name", ["h264.mp4", "hevc.mp4", "vp9.webm", "mpeg4.mp4", "mjpeg.mov", "h264.avi"])
     def test_damaged_packets_keep_the_others_when_asked(self, clips, tmp_path, name):
         data, path = bytearray(clips(name).read_bytes()), tmp_path / name
         with av.open(str(clips(name))) as container:
