@@ -126,8 +126,9 @@ class VideoFile:
         with self._open() as (container, stream):
             self._check_size(stream.codec_context, "in its header")
             self.tick, rate = float(stream.time_base), float(stream.guessed_rate or stream.average_rate or 24)
-            # AVI has no presentation times: its packets are timed as they are stored, which is not as they are shown.
-            self.in_order = "avi" in container.format.name
+            # Without presentation times, packets are timed as they are stored, which is not as they are shown.
+            kind = container.format.name
+            self.in_order = kind == "avi" or (kind == "asf" and stream.codec_context.name == "h264")
             declared = (container.duration or 0) / av.time_base
             self._check_duration(declared)
             try:
