@@ -10,6 +10,7 @@ import http.client
 import io
 import math
 import os
+import re
 import tempfile
 import urllib.request
 from array import array
@@ -25,10 +26,12 @@ from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
 from transformers.utils import logging
 
+from .video_planner import ROUNDING
+
 logger = logging.get_logger(__name__)
 
-# Seconds. Matroska and FLV keep times in milliseconds, so that a duration can lack this much.
-ROUNDING = 2e-3
+# Bytes that a server or a pipe may send.
+MAX_DOWNLOAD = 64 * 2**30
 # Packets. Leaving out fewer saves nothing: the decoder is emptied and starts anew.
 MIN_JUMP = 16
 # Codecs whose decoders know the frames that no other refers to. (What HEVC's takes for such may still be needed.)
@@ -104,7 +107,11 @@ class VideoFile:
         name = os.path.basename(self.name)
         with logging.tqdm(total=len(slots), desc=name, unit="frame", delay=3, leave=False) as bar:
             for i, frame in self._decode(sorted(slots)):
-                pixels = np.ascontiguousarray(np.rot90(to_rgb(frame, reformatter), self.quarter_turns))
+                try:
+                    pixels = np.ascontiguousarray(np.rot90(to_rgb(frame, reformatter), self.quarter_turns))
+                except (av.FFmpegError, OSError) as error:
+                    colours = f"{frame.format.name} with matrix {frame.colorspace:d}"
+                    raise ValueError(f"{self.name}: its colours, {colours}, cannot be converted: {error}") from error
                 # Copies are numpy's: those of torch take threads, which go on waiting where decoding needs the cores.
                 video[slots[i]] = resize(torch.from_numpy(pixels).permute(2, 0, 1)[None], height, width).numpy()
                 missing.discard(i)
@@ -173,8 +180,8 @@ class VideoFile:
         if len(anew):
             if not self.keep:
                 raise ValueError(
-                    f"{self.name}: its clock starts anew after {anew[0]} of {len(pts)} frames, as when files are strung "
-                    "together: remux it; on_error='keep' makes do with those"
+                    f"{self.name}: its clock starts anew after {anew[0]} of {len(pts)} frames, as where files "
+                    "were strung together: remux it; on_error='keep' makes do with those"
                 )
             pts, dts, durations, flags = (values[: anew[0]] for values in (pts, dts, durations, flags))
             flags &= ~2  # no jumps to key frames: one of the same time may follow
@@ -345,7 +352,7 @@ def frames_on_screen(times: np.ndarray, moments: np.ndarray) -> np.ndarray:
 
 
 def refers_to_others(source: str | BinaryIO) -> bool:
-    """Whether libav would open what the file at a path, or that is open, names. Known by its text, up to a zero byte."""
+    """Whether libav would open what the file, or the one at a path, names: told from its text, up to a zero byte."""
     with contextlib.nullcontext(source) if not isinstance(source, str) else open(source, "rb") as file:
         file.seek(0)
         text = file.read(2**20).partition(b"\0")[0].lower()  # as much as libav looks at
@@ -387,7 +394,8 @@ def resize_bicubic(frame: torch.Tensor, height: int, width: int) -> torch.Tensor
 def local_path(path: str | os.PathLike) -> str:
     """A path as a str; `file://` becomes a plain path, other URLs stay as they are."""
     path = os.fspath(path)
-    return unquote(path.removeprefix("file://")) if path.startswith("file://") else path
+    file = re.match(r"file://(localhost(?=/))?", path, re.IGNORECASE)
+    return unquote(path[file.end() :]) if file else path
 
 
 def open_source(source, timeout: float, keep: bool) -> tuple[str, str | BinaryIO, bool]:
@@ -400,43 +408,57 @@ def open_source(source, timeout: float, keep: bool) -> tuple[str, str | BinaryIO
         name = str(getattr(source, "name", f"<{type(source).__name__}>"))
         if not isinstance(source.read(0), bytes):
             raise ValueError(f"{name}: the file must be opened in binary mode")
-        return (name, source, False) if source.seekable() else (name, copy_to_temporary(source, name), True)
+        return (name, source, False) if source.seekable() else (name, copy_to_temporary(source, name, keep=keep), True)
     path = local_path(source)
-    if path.startswith(("http://", "https://")):
-        return path, download(path, timeout, keep), True
-    if "://" not in path:
-        if not os.path.exists(path):
-            raise FileNotFoundError(f"{path}: no such video file")
-        if os.path.isdir(path):
-            raise ValueError(f"{path}: a directory, without images")
-        if os.path.getsize(path) == 0:
-            raise ValueError(f"{path}: the file is empty")
+    if "://" in path:
+        name = re.sub("(?<=://)[^/@]*@", "", re.split("[?#]", path)[0])  # without passwords and tokens
+        web = path.lower().startswith(("http://", "https://"))
+        return (name, download(path, name, timeout, keep), True) if web else (name, path, False)
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"{path}: no such video file")
+    if os.path.isdir(path):
+        raise ValueError(f"{path}: a directory, without images")
+    if os.path.getsize(path) == 0:
+        raise ValueError(f"{path}: the file is empty")
     return path, path, False
 
 
-def download(url: str, timeout: float, keep: bool) -> BinaryIO:
+def download(url: str, name: str, timeout: float, keep: bool) -> BinaryIO:
     """A temporary file of what a server sends."""
-    request = urllib.request.Request(quote(url, safe="%/:=&?~#+!$,;'@()*[]"), headers={"User-Agent": "videonsa"})
     try:
-        with urllib.request.urlopen(request, timeout=timeout) as response:
-            size = int(response.headers["Content-Length"] or 0)
-            file = copy_to_temporary(response, url, size)
-    except (OSError, http.client.HTTPException) as error:
-        raise ValueError(f"{url}: cannot be downloaded: {error}") from error
-    if file.tell() < size and not keep:
-        received = file.tell()
-        file.close()
-        raise ValueError(f"{url}: truncated after {received:,} of {size:,} bytes; on_error='keep' makes do with those")
-    return file
+        request = urllib.request.Request(quote(url, safe="%/:=&?~#+!$,;'@()*[]"), headers={"User-Agent": "videonsa"})
+        response = urllib.request.urlopen(request, timeout=timeout)
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise ValueError(f"{name}: cannot be downloaded: {error}") from error
+    with response:
+        size = response.headers["Content-Length"] or ""
+        return copy_to_temporary(response, name, int(size) if size.isdecimal() else 0, keep)
 
 
-def copy_to_temporary(stream: BinaryIO, name: str, size: int | None = None) -> BinaryIO:
-    file = tempfile.TemporaryFile()  # noqa: SIM115  (the caller closes it)
+def copy_to_temporary(stream: BinaryIO, name: str, size: int = 0, keep: bool = False) -> BinaryIO:
+    """A temporary file, which the caller closes, of what a stream gives, or with `keep` gave until it broke off."""
+    file, problem = tempfile.TemporaryFile(), None  # noqa: SIM115
+    read = getattr(stream, "read1", stream.read)  # which gives what has come so far
     try:
         bar = {"desc": os.path.basename(name), "unit": "B", "unit_scale": True, "delay": 3, "leave": False}
         with logging.tqdm(total=size or None, **bar) as progress:
-            while part := stream.read(2**20):
+            while max(file.tell(), size) <= MAX_DOWNLOAD:
+                try:
+                    part = read(2**20)
+                except (OSError, http.client.HTTPException) as error:
+                    part, problem = b"", error
+                if not part:
+                    break
                 progress.update(file.write(part))
+        received = file.tell()
+        if max(received, size) > MAX_DOWNLOAD:
+            raise ValueError(f"{name}: more than {MAX_DOWNLOAD:,} bytes, the limit")
+        if (problem or received < size) and not (keep and received):
+            of = f" of {size:,}" if size else ""
+            raise ValueError(
+                f"{name}: truncated after {received:,}{of} bytes{f': {problem}' if problem else ''}; "
+                "on_error='keep' makes do with those"
+            ) from problem
     except BaseException:
         file.close()
         raise

@@ -173,6 +173,14 @@ class TestLooks:
             frame = read(path, [2], 28, 28)[0].float().mean((1, 2))
             assert frame.tolist() == pytest.approx(rgb, abs=4)
 
+    def test_colours_that_cannot_be_converted_are_named(self, clips, monkeypatch):
+        def to_rgb(*_):
+            raise OSError("Operation not supported")  # as newer versions of PyAV do for matrices that few files have
+
+        monkeypatch.setattr(video_reader, "to_rgb", to_rgb)
+        with pytest.raises(ValueError, match="h264.mp4: its colours, yuv420p with matrix 2, cannot be converted: Oper"):
+            read(clips("h264.mp4"))
+
     def test_what_is_transparent_is_white(self, tmp_path):
         image = np.full((HEIGHT, WIDTH, 4), (200, 100, 0, 255), np.uint8)
         image[:, : WIDTH // 2, 3] = 0
@@ -240,17 +248,19 @@ class TestSources:
         ):
             path = tmp_path / name
             path.write_bytes(data)
-            for source in (path, str(path), path.as_uri()):
+            for source in (path, str(path), path.as_uri(), path.as_uri().replace("file://", "FILE://localhost")):
                 assert numbers_of(read(source, [40])) == [40]
         assert not (tmp_path / "owned").exists()
 
     @pytest.fixture
     def server(self, clips, tmp_path, monkeypatch):
         monkeypatch.setenv("no_proxy", "127.0.0.1")
-        data = clips("h264.mp4").read_bytes()
+        data = clips("faststart.mp4").read_bytes()
         requests = []
 
         class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
             def do_GET(self):
                 requests.append(self.path)
                 if "missing" in self.path:
@@ -262,10 +272,15 @@ class TestSources:
                     self.end_headers()
                     return
                 self.send_response(200)
-                if "unsized" not in self.path:
-                    self.send_header("Content-Length", str(len(data)))
+                self.close_connection = True
+                sent = data[:-100] if "cut" in self.path else data
+                if "chunked" in self.path:
+                    self.send_header("Transfer-Encoding", "chunked")
+                    sent = b"%x\r\n" % len(data) + sent
+                elif "unsized" not in self.path:
+                    self.send_header("Content-Length", "abc" if "odd" in self.path else str(len(data)))
                 self.end_headers()
-                self.wfile.write(data[:-100] if "cut" in self.path else data)
+                self.wfile.write(sent)
 
             def log_message(self, *_):
                 pass
@@ -275,20 +290,33 @@ class TestSources:
             yield f"http://127.0.0.1:{server.server_port}", requests
             server.shutdown()
 
-    @pytest.mark.parametrize("name", ["clip.mp4", "unsized.mp4", "moved.mp4", "ein Fluß.mp4?token=1"])
+    @pytest.mark.parametrize("name", ["clip.mp4", "unsized.mp4", "odd.mp4", "moved.mp4", "ein Fluß.mp4?token=1"])
     def test_what_is_on_a_server_is_fetched_once(self, server, name):
-        url, requests = server
+        url, requests = server[0].upper(), server[1]
         assert numbers_of(read(f"{url}/{name}", [0, 59])) == [0, 59]
         assert len(requests) == 1 + ("moved" in name)
 
     def test_a_server_that_fails_is_named(self, server):
         url, _ = server
-        with pytest.raises(ValueError, match=r"/missing.mp4: cannot be downloaded: HTTP Error 404"):
-            read(f"{url}/missing.mp4")
-        with pytest.raises(ValueError, match=r"/cut.mp4: truncated after [\d,]+ of [\d,]+ bytes"):
-            read(f"{url}/cut.mp4")
-        with pytest.raises(ValueError, match="http://127.0.0.1:1/clip.mp4: cannot be downloaded: .*refused"):
-            read("http://127.0.0.1:1/clip.mp4")
+        for source, message in (
+            (f"{url}/missing.mp4?token=1", r"/missing.mp4: cannot be downloaded: HTTP Error 404"),
+            (f"{url}/cut.mp4", r"/cut.mp4: truncated after [\d,]+ of [\d,]+ bytes; on_error='keep'"),
+            (f"{url}/chunked-cut.mp4", r"/chunked-cut.mp4: truncated after [\d,]+ bytes: IncompleteRead"),
+            ("http://127.0.0.1:1/clip.mp4", "http://127.0.0.1:1/clip.mp4: cannot be downloaded: .*refused"),
+            (f"http://{'a' * 80}.com/clip.mp4", "a.com/clip.mp4: cannot be downloaded: .*label"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                read(source)
+
+    @pytest.mark.parametrize("name", ["cut.mp4", "chunked-cut.mp4"])
+    def test_what_a_server_sent_is_kept_when_asked(self, server, name):
+        assert numbers_of(read(f"{server[0]}/{name}", [0, 30], on_error="keep")) == [0, 30]
+
+    def test_a_server_may_not_send_without_end(self, server, monkeypatch):
+        monkeypatch.setattr(video_reader, "MAX_DOWNLOAD", 1000)
+        for name in ("clip.mp4", "unsized.mp4"):
+            with pytest.raises(ValueError, match=f"{name}: more than 1,000 bytes, the limit"):
+                read(f"{server[0]}/{name}")
 
     @pytest.mark.parametrize("protocol", ["http", "tcp"])
     def test_a_server_that_never_answers_is_given_up(self, protocol, monkeypatch):
@@ -466,12 +494,7 @@ class TestLimits:
                 struct.pack(">HH", *size) if box == b"avc1" else struct.pack(">II", *(side << 16 for side in size))
             )
         (tmp_path / "liar.mp4").write_bytes(data)
-        try:
-            frames = read(tmp_path / "liar.mp4", [0, 30])
-        except ValueError as error:
-            assert "liar.mp4: 10000 × 10000 pixels in its header, the limit is 67,108,864" in str(error)
-        else:
-            assert numbers_of(frames) == [0, 30]  # libav has looked into the frames before
+        assert numbers_of(read(tmp_path / "liar.mp4", [0, 30])) == [0, 30]  # libav has looked into the frames before
 
     def test_a_small_file_of_huge_frames_is_refused_before_they_are_decoded(self, tmp_path):
         path = tmp_path / "bomb.mov"
