@@ -159,7 +159,7 @@ class VideoFile:
             shape = first or stream.codec_context
             self._check_size(shape, "in its first frame")
             aspect = stream.sample_aspect_ratio or 1
-        self._set_times(*map(np.array, (pts, dts, durations, flags)), rate)
+        self._set_times(*map(np.asarray, (pts, dts, durations, flags)), rate)
         # Streams may end a little before their container does.
         if not self.keep and (broken or end + 1 < declared):
             raise ValueError(

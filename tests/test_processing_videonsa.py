@@ -60,6 +60,13 @@ def clips(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def long_clips(tmp_path_factory):
+    """The path of a clip of 15 s and 180 frames, 84 x 56, by suffix."""
+    folder = tmp_path_factory.mktemp("long")
+    return functools.cache(lambda suffix: encode(folder / f"clip{suffix}", 180, 12, width=84, height=56))
+
+
 def encode(path, frames=32, fps=8, *, times=None, width=56, height=56, codec="libx264", container=None, options=None):
     """Encode flat frames at a constant rate, or at `times` in milliseconds; returns `path`."""
     with av.open(str(path), "w", options=container or {}) as output:
@@ -589,6 +596,37 @@ class TestBudget:
         with pytest.raises(ValueError, match="32 frames of 224 × 224 are 1,024 tokens"):
             grid(max_tokens=256, fps=4, max_pixels=224 * 224)
 
+    @settings(max_examples=25, deadline=None)
+    @given(
+        st.sampled_from([".mp4", ".mkv", ".ts"]),
+        st.integers(150, 900),
+        st.sampled_from(["pixels", "frames", "balanced"]),
+        st.sampled_from([{}, {"fps": 11.5}, {"num_frames": 43}, {"frame_tokens": 2}, {"start": 1.1}, {"end": 14.2}]),
+    )
+    def test_files_of_many_frames_come_to_the_planned_tokens_too(
+        self, processor, long_clips, suffix, tokens, prefer, other
+    ):
+        path, request = long_clips(suffix), {"max_tokens": tokens, "text_tokens": 0, "prefer": prefer, **other}
+        plan = processor.video_processor.plan(path, **request)
+        inputs = chat(processor, path, return_metadata=True, **request)
+        placeholders = (inputs["input_ids"] == processor.video_token_id).sum()
+        assert placeholders == plan.tokens == inputs["video_grid_thw"].prod() // 4 <= tokens
+        assert inputs["pixel_values_videos"].shape[0] == 4 * plan.tokens
+        (metadata,) = inputs["video_metadata"]
+        assert metadata.plan == plan and len(metadata.frames_indices) == plan.num_frames > 40
+        assert metadata.frames_indices == [int(time * 12 + 1e-6) for time in plan.times]
+
+    def test_numbers_may_be_of_numpy_and_settings_must_exist(self, processor, clips):
+        for request in ({"num_frames": 6}, {"max_pixels": 9000}, {"max_tokens": 1500}, {"block_size": 16}):
+            numpy = {name: np.int64(value) for name, value in request.items()}
+            assert processor.video_processor.plan(clips / "clip.mp4", **numpy) == processor.video_processor.plan(
+                clips / "clip.mp4", **request
+            )
+        request = {"fps": np.float32(0.5), "start": np.float32(1)}
+        assert process(processor, clips / "clip.mp4", **request)[0]["video_grid_thw"].tolist() == [[1, 16, 16]]
+        with pytest.raises(TypeError, match="unknown settings: numframes"):
+            processor.video_processor.plan(clips / "clip.mp4", numframes=6)
+
     def test_it_can_be_set_once_for_all(self, clips):
         video_processor = VideoNSAVideoProcessor(max_tokens=1024 + 256, prefer="frames")
         assert video_processor(clips / "clip.mp4")["video_grid_thw"].tolist() == [[16, 8, 8]]
@@ -670,6 +708,9 @@ class TestMessages:
             {"video": clip, "frame_tokens": 4, "fps": None},
             {"video": clip, "max_tokens": 1280, "prefer": "frames"},
             {"video": pil_frames(4), "fps": 1},
+            {"video": clip, "max_frames": 4, "min_pixels": 784},
+            {"video": clip, "min_frames": 6, "max_tokens": 384, "text_tokens": 0, "fps": 0.1},
+            {"video": clip, "block_size": 16, "max_tokens": 1280, "prefer": "frames", "on_error": "keep"},
         ]
         content = [{"type": "video", **video} for video in videos] + [{"type": "text", "text": "Hm?"}]
         conversation = [{"role": "user", "content": content}]
@@ -678,14 +719,23 @@ class TestMessages:
         )
         inputs = template(conversation)
         grids = [[16, 16, 16], [4, 16, 16], [3, 8, 8], [4, 16, 16], [2, 16, 16], [16, 4, 4], [16, 8, 8], [2, 4, 4]]
+        grids += [[2, 16, 16], [3, 16, 16], [16, 8, 8]]
         assert inputs["video_grid_thw"].tolist() == grids
-        assert inputs["second_per_grid_ts"].tolist() == pytest.approx([0.5, 2, 8 / 3, 0.5, 1, 0.5, 0.5, 2])
+        assert inputs["second_per_grid_ts"].tolist() == pytest.approx(
+            [0.5, 2, 8 / 3, 0.5, 1, 0.5, 0.5, 2, 4, 8 / 3, 0.5]
+        )
         batch = template([conversation, conversation], processor_kwargs={"num_frames": 2})
         grids = [[1, 16, 16], [4, 16, 16], [3, 8, 8], [1, 16, 16], [2, 16, 16], [1, 4, 4], [1, 16, 16], [2, 4, 4]]
+        grids += [[1, 16, 16], [3, 16, 16], [1, 16, 16]]
         assert batch["video_grid_thw"].tolist() == 2 * grids
         assert content[1] == {"type": "video", "path": clip, "fps": 1}  # the conversation is left as it is
         with pytest.raises(ValueError, match="`fps` or `num_frames`, not both"):
             template([{"role": "user", "content": [{"type": "video", "video": clip, "fps": 1, "num_frames": 4}]}])
+
+    def test_settings_that_a_video_of_a_message_cannot_have_are_told(self, processor, clips, caplog):
+        video = {"type": "video", "video": clips / "clip.mp4", "total_pixels": 10**6, "resized_height": 28}
+        processor.apply_chat_template([{"role": "user", "content": [video]}] * 2, tokenize=False)
+        assert caplog.text.count("cannot have resized_height, total_pixels of its own") == 1
 
     def test_text_alone_and_text_of_the_template_are_left_alone(self, processor):
         conversation = [{"role": "user", "content": "Hm?"}, {"role": "assistant", "content": None}]
@@ -740,12 +790,39 @@ class TestErrors:
             ({"num_frames": -2}, "num_frames must be a positive integer, got -2"),
             ({"num_frames": 65}, "num_frames=65 is more than the 64 frames"),
             ({"max_frames": 1}, "max_frames=1 cannot hold the 2 frames"),
+            ({"start": "00:02"}, "start must be a number of seconds, got '00:02'"),
+            ({"text_tokens": -1}, "text_tokens must be an integer of at least 0, got -1"),
         ],
     )
     def test_a_request_that_no_video_can_meet(self, processor, clips, request_, message):
         for call in (chat, process):
             with pytest.raises(ValueError, match=message):
                 call(processor, clips / "clip.mp4", **request_)
+
+    def test_what_a_file_cannot_give_names_the_file(self, processor, clips):
+        for call in (chat, process, lambda processor, clip, **kwargs: processor.video_processor.plan(clip, **kwargs)):
+            with pytest.raises(ValueError, match="/clip.mp4: start=9 and end=None leave nothing of a video of 8.000 s"):
+                call(processor, clips / "clip.mp4", start=9)
+
+    def test_images_that_cannot_be_read(self, processor, tmp_path, caplog):
+        for i, frame in enumerate(pil_frames(8)):
+            frame.save(tmp_path / f"{i}.png")
+        data = (tmp_path / "3.png").read_bytes()
+        for damaged in (b"", data[:60], b"no image"):
+            for i in (0, 3):
+                (tmp_path / f"{i}.png").write_bytes(damaged)
+            with pytest.raises(ValueError, match="/0.png: cannot be read as an image: "):
+                chat(processor, tmp_path)
+            assert shown(processor, tmp_path, on_error="keep") == [1, 1, 2, 2, 4, 5, 6, 7]
+            assert "3.png: cannot be read as an image" in caplog.text and "stand in" in caplog.text
+        with pytest.raises(ValueError, match="3.png: cannot be read"):
+            process(processor, [tmp_path / "3.png"] * 2, on_error="keep")
+        Image.new("RGB", (64, 96)).save(tmp_path / "0.png")
+        (tmp_path / "3.png").unlink()
+        with pytest.raises(ValueError, match=r"/1.png is \(3, 48, 64\), those before are \(3, 96, 64\)"):
+            chat(processor, tmp_path)
+        with pytest.raises(ValueError, match="/0.png: cannot be read as an image: 64 × 96 pixels, the limit is 6,000"):
+            chat(processor, tmp_path, max_source_pixels=6000)
 
     def test_a_missing_file(self, processor, tmp_path):
         for video in (tmp_path / "missing.mp4", f"file://{tmp_path}/missing.mp4"):
