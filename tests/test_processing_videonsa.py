@@ -36,7 +36,6 @@ from videonsa.processing_videonsa import VideoNSAProcessor, VideoNSAVideoProcess
 
 REAL_CLIP = Path(__file__).resolve().parents[2] / "shared/clips/v_TpB_zMG3XBA.mp4"
 B_FRAMES = {"bf": "2", "x264-params": "b-adapt=0:scenecut=0"}
-FAST_START = {"movflags": "faststart"}
 PAPER_SIZE = {"shortest_edge": 28 * 28, "longest_edge": 224 * 224}
 needs_real_clip = pytest.mark.skipif(not REAL_CLIP.exists(), reason=f"{REAL_CLIP} is not here")
 
@@ -323,12 +322,6 @@ class TestPixels:
         theirs = stock(decode(clips / "clip.mp4")[::2])
         assert ours["video_grid_thw"].tolist() == theirs["video_grid_thw"].tolist() != [[16, 16, 16]]
         assert torch.equal(ours["pixel_values_videos"], theirs["pixel_values_videos"])
-
-    def test_a_stream_that_changes_its_size_keeps_the_first_one(self, processor, tmp_path):
-        parts = [encode(tmp_path / f"{w}.h264", 8, width=w, height=w) for w in (56, 112)]
-        (tmp_path / "clip.h264").write_bytes(b"".join(part.read_bytes() for part in parts))
-        features, _ = process(processor, tmp_path / "clip.h264", do_sample_frames=False)
-        assert features["video_grid_thw"].tolist() == [[8, 4, 4]]
 
     def test_full_size_frames_are_never_held_together(self, tmp_path):
         path = encode(tmp_path / "clip.mp4", 240, width=1280, height=720, codec="mpeg4")  # 660 MB of frames
@@ -743,33 +736,25 @@ class TestMessages:
 
 
 class TestRotation:
-    @pytest.mark.parametrize("turns", [0, 1, 2, 3])
-    def test_a_video_filmed_sideways_is_read_upright(self, processor, tmp_path, turns):
+    def test_a_video_filmed_sideways_is_read_upright(self, processor, tmp_path):
+        image = np.zeros((56, 112, 3), np.uint8)
+        image[:, :56] = 255  # the left half is white, which turned clockwise is the upper one
         path = tmp_path / "phone.mp4"
         with av.open(str(path), "w") as output:
             stream = output.add_stream("libx264", rate=4)
             stream.width, stream.height, stream.pix_fmt = 112, 56, "yuv420p"
-            image = np.zeros((56, 112, 3), np.uint8)
-            image[:, :56] = 255  # the left half is white
             for _ in range(4):
                 output.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
             output.mux(stream.encode())
-        cos, sin = ((1, 0), (0, 1), (-1, 0), (0, -1))[turns]  # shown turned clockwise by 90 degrees, `turns` times
         content = bytearray(path.read_bytes())
         matrix = content.index(b"tkhd") + 4 + 40
-        content[matrix : matrix + 36] = struct.pack(
-            ">9i", cos << 16, sin << 16, 0, -sin << 16, cos << 16, 0, 0, 0, 1 << 30
-        )
+        content[matrix : matrix + 36] = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30)
         path.write_bytes(content)
-
         features, metadata = process(processor, path, do_rescale=False, do_normalize=False)
-        width, height = (112, 56) if turns % 2 == 0 else (56, 112)
-        assert (metadata.width, metadata.height) == (width, height)
-        assert features["video_grid_thw"].tolist() == [[2, height // 14, width // 14]]
-        t, h, w = 2, height // 28, width // 28
-        patches = features["pixel_values_videos"].float().view(t, h, w, 4, -1).mean((0, 3, 4))  # [rows, columns]
-        half = {0: patches[:, : w // 2], 1: patches[: h // 2], 2: patches[:, w // 2 :], 3: patches[h // 2 :]}[turns]
-        assert half.min() > 200 and patches.sum() - half.sum() < 0.1 * patches.sum()  # left, top, right, bottom
+        assert (metadata.width, metadata.height) == (56, 112)
+        assert features["video_grid_thw"].tolist() == [[2, 8, 4]]
+        patches = features["pixel_values_videos"].float().view(2, 4, 2, 4, -1).mean((0, 3, 4))  # [rows, columns]
+        assert patches[:2].min() > 200 and patches[2:].max() < 50
 
 
 class TestErrors:
@@ -833,13 +818,11 @@ class TestErrors:
 
     def test_files_that_are_no_videos(self, processor, tmp_path):
         (tmp_path / "text.mp4").write_text("This is not a video. " * 100)
-        (tmp_path / "empty.mp4").touch()
         with wave.open(str(tmp_path / "sound.wav"), "wb") as sound:
             sound.setparams((1, 2, 16_000, 0, "NONE", ""))
             sound.writeframes(bytes(32_000))
         messages = {
             "text.mp4": "text.mp4: cannot be read as a video",
-            "empty.mp4": "empty.mp4: the file is empty",
             "sound.wav": "sound.wav: no video stream, only audio",
             ".": "a directory, without images",
         }
@@ -862,27 +845,12 @@ class TestErrors:
         with pytest.raises(ValueError, match="song.m4a: no video stream, only audio"):
             chat(processor, tmp_path / "song.m4a")
 
-    @pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
-    def test_a_file_that_ends_early(self, processor, tmp_path, suffix):
-        path = tiny.make_clip(tmp_path / f"clip{suffix}", width=64, height=64)
-        if suffix == ".mp4":  # with its index in front, as for the web, half a file can be opened
-            with av.open(str(path)) as whole, av.open(str(tmp_path / "web.mp4"), "w", options=FAST_START) as output:
-                stream = output.add_stream_from_template(whole.streams.video[0])
-                for packet in whole.demux(video=0):
-                    if packet.size:
-                        packet.stream = stream
-                        output.mux(packet)
-            path = tmp_path / "web.mp4"
-        data = path.read_bytes()
-        cut = tmp_path / f"cut{suffix}"
-        cut.write_bytes(data[: len(data) * 3 // 4])
-        with pytest.raises(ValueError, match=rf"cut{suffix}: truncated after \d\.\d of 8\.0 s \(\d+ frames\)"):
-            chat(processor, cut)
-
     def test_how_files_are_read_can_be_set_in_the_call(self, processor, clips, tmp_path):
         tiny.make_clip(tmp_path / "clip.mkv", width=64, height=64)
         data = (tmp_path / "clip.mkv").read_bytes()
         (tmp_path / "cut.mkv").write_bytes(data[: len(data) * 3 // 4])
+        with pytest.raises(ValueError, match=r"cut.mkv: truncated after \d\.\d of 8\.0 s \(\d+ frames\)"):
+            chat(processor, tmp_path / "cut.mkv")
         assert 8 < chat(processor, tmp_path / "cut.mkv", on_error="keep")["video_grid_thw"][0, 0] < 16
         for request, message in (
             ({"max_source_pixels": 1000}, "clip.mp4: 224 × 224 pixels in its header, the limit is 1,000"),
@@ -891,21 +859,6 @@ class TestErrors:
         ):
             with pytest.raises(ValueError, match=message):
                 chat(processor, clips / "clip.mp4", **request)
-
-    def test_frames_that_cannot_be_decoded(self, processor, tmp_path):
-        path = encode(tmp_path / "clip.mp4", options=B_FRAMES)
-        data = bytearray(path.read_bytes())
-        last = packets(path)[16:]
-        for packet in last:
-            data[packet.pos : packet.pos + packet.size] = bytes(packet.size)
-        (tmp_path / "damaged.mp4").write_bytes(data)
-        with pytest.raises(ValueError, match=r"damaged.mp4: truncated or damaged, \d of 16 frames could be decoded"):
-            chat(processor, tmp_path / "damaged.mp4")
-        for packet in packets(path):
-            data[packet.pos : packet.pos + packet.size] = bytes(packet.size)
-        (tmp_path / "damaged.mp4").write_bytes(data)
-        with pytest.raises(ValueError, match="truncated or damaged, 0 of 16 frames could be decoded"):
-            chat(processor, tmp_path / "damaged.mp4")
 
 
 class TestHub:

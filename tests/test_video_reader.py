@@ -135,8 +135,9 @@ class TestFrames:
     def test_a_frame_may_change_its_size(self, tmp_path):
         parts = [write(tmp_path / f"{w}.h264", map(picture_of(w), range(8))) for w in (128, 256)]
         (tmp_path / "clip.h264").write_bytes(b"".join(part.read_bytes() for part in parts))
-        frames = read(tmp_path / "clip.h264")
-        assert numbers_of(frames) == [*range(8), *range(8)]
+        with VideoFile(tmp_path / "clip.h264") as file:
+            assert (file.width, file.height) == SIZE
+            assert numbers_of(file.read(range(16), HEIGHT, WIDTH)) == [*range(8), *range(8)]
 
     def test_the_real_clip_gives_what_pyav_decodes(self):
         if not REAL_CLIP.exists():
@@ -538,19 +539,21 @@ class TestResources:
         assert int(done.stdout) < 200  # MB; 60 frames are 373 MB
 
     @pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker")
-    def test_four_workers_read_alike_and_leak_nothing(self, tmp_path):
-        path = write(tmp_path / "clip.mp4", map(picture, range(12)))
+    def test_four_workers_read_alike_and_leak_nothing(self, clips):
+        # Each worker gets each of the five, as their number is coprime to that of the workers.
+        paths = [clips(name) for name in ("h264.mp4", "hevc.mp4", "vp9.webm", "late.ts", "mpeg4.avi")]
         loader = torch.utils.data.DataLoader(
-            Clips(path, 500), batch_size=None, num_workers=4, multiprocessing_context="fork"
+            Clips(paths, 500), batch_size=None, num_workers=4, multiprocessing_context="fork"
         )
-        seen = {}
-        for worker, files, memory, frames in loader:
-            assert files == 0 and torch.equal(frames, seen.setdefault(worker, [frames])[0])
-            seen[worker].append(memory)
-        for frames, *memory in seen.values():
-            assert torch.equal(frames, seen[0][0]) and len(memory) == 125
+        used, seen = [[], [], [], []], {}
+        for worker, path, files, memory, frames in loader:
+            assert files == 0 and numbers_of(frames) == [0, 5, 11]
+            assert torch.equal(frames, seen.setdefault(path, frames))
+            used[worker].append(memory)
+        assert len(seen) == 5
+        for memory in used:
+            assert len(memory) == 125
             assert max(memory[25:]) < max(memory[:25]) + 20  # MB; 100 leaks of a decoder would be far more
-        assert len(seen) == 4 and numbers_of(seen[0][0]) == [0, 5, 11]
 
     def test_files_are_closed_after_errors_too(self, clips, tmp_path):
         (tmp_path / "text.mp4").write_text("This is not a video. " * 100)
@@ -581,19 +584,20 @@ class TestResources:
 
 
 class Clips(torch.utils.data.Dataset):
-    """The same frames again and again, with how often the worker has the file open and the MB of memory it takes."""
+    """The same frames of some clips in turn, with how many files of theirs the worker has open and the MB it takes."""
 
-    def __init__(self, path: Path, length: int):
-        self.path, self.length = path, length
+    def __init__(self, paths: list[Path], length: int):
+        self.paths, self.length = [str(path) for path in paths], length
 
     def __len__(self) -> int:
         return self.length
 
     def __getitem__(self, i: int):
-        frames = read(self.path, [0, 5, 11])
+        path = self.paths[i % len(self.paths)]
+        frames = read(path, [0, 5, 11])
         files = 0
         for name in os.listdir("/proc/self/fd"):
             with contextlib.suppress(FileNotFoundError):  # the loader's own come and go
-                files += os.readlink(f"/proc/self/fd/{name}") == str(self.path)
+                files += os.readlink(f"/proc/self/fd/{name}") in self.paths
         memory = int(Path("/proc/self/status").read_text().split("VmRSS:")[1].split()[0]) // 1024
-        return torch.utils.data.get_worker_info().id, files, memory, frames
+        return torch.utils.data.get_worker_info().id, path, files, memory, frames
