@@ -4,6 +4,7 @@ Files are read by `video_reader.py`, within a plan of `video_planner.py`. Patche
 are those of Qwen2.5-VL; what the model makes of them is in `modeling_videonsa.py`.
 """
 
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,6 +18,7 @@ from PIL import Image
 from transformers import BatchFeature, Qwen2_5_VLProcessor, Qwen2VLVideoProcessor
 from transformers.image_utils import SizeDict, infer_channel_dimension_format, load_image
 from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessorInitKwargs
+from transformers.utils import logging
 from transformers.video_utils import VideoMetadata
 
 from .video_planner import RIVALS, VideoPlan, check_range, check_request, plan_video
@@ -24,15 +26,19 @@ from .video_reader import VideoFile, frames_on_screen, local_path
 
 # A list of such paths is the frames of one video, as is a folder of them; any other path is a video of its own.
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-# Keys that a video of a conversation may have of its own, by their names in qwen_vl_utils too.
+# Keys that a video of a conversation may have of its own, by their names in qwen_vl_utils too; then those it may not.
 CLIP_KEYS = {
     **{key: key for key in ("fps", "num_frames", "max_pixels", "frame_tokens", "max_tokens", "prefer", "start", "end")},
+    **{key: key for key in ("min_frames", "max_frames", "min_pixels", "text_tokens", "block_size", "on_error")},
     "nframes": "num_frames",
     "video_start": "start",
     "video_end": "end",
 }
+NO_CLIP_KEYS = {"total_pixels", "resized_height", "resized_width", "timeout", "max_source_pixels", "max_duration"}
 # Numbers that are normalised and cut into patches at a time.
 CHUNK = 2**22
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -112,7 +118,7 @@ class VideoNSAVideoProcessor(Qwen2VLVideoProcessor):
     the budget allows. `plan` tells what a video comes to, `video_metadata[i].plan` what it came to.
 
     Args:
-        on_error: "raise", or "keep" to make do with what can be decoded of damaged files.
+        on_error: "raise", or "keep" to make do with what can be decoded of damaged files, images of a folder too.
         timeout: seconds that a server may take to answer or to go on.
         max_source_pixels, max_duration: most pixels of a frame and seconds that a file may have.
         cap_pixels_per_frame: the stock rule for the size of frames, by `max_video_tokens`; then there is no budget.
@@ -168,6 +174,8 @@ class VideoNSAVideoProcessor(Qwen2VLVideoProcessor):
 
         In place of a file that is not to be read at all, `video` may be its `VideoMetadata`, with width and height.
         """
+        if unknown := kwargs.keys() - self.valid_kwargs.__annotations__.keys():
+            raise TypeError(f"plan() got unknown settings: {', '.join(sorted(unknown))}")
         if isinstance(video, VideoMetadata):
             metadata = frames_metadata(video, video.total_num_frames, video.height, video.width)
             return self._sample(metadata, kwargs, self._setting("do_sample_frames", kwargs))[0].plan
@@ -196,8 +204,8 @@ class VideoNSAVideoProcessor(Qwen2VLVideoProcessor):
             if isinstance(source, VideoFile):
                 pixels = source.read(indices, **size, resize=resize)
             else:
-                frames = (frame_to_tensor(source[i], kwargs.get("input_data_format")) for i in indices)
-                pixels = stack_frames((resize(frame[None], **size) for frame in same_shape(frames)), len(indices))
+                frames = self._frames(source, indices, kwargs)
+                pixels = stack_frames((resize(frame[None], **size) for frame in frames), len(indices))
         features = self._patches(pixels, kwargs)
         features["video_metadata"] = metadata
         return features
@@ -239,10 +247,14 @@ class VideoNSAVideoProcessor(Qwen2VLVideoProcessor):
                 max_pixels=self._setting("max_source_pixels", kwargs),
                 max_seconds=self._setting("max_duration", kwargs),
             ) as file:
-                yield file, kwargs, *self._sample(file_metadata(file), kwargs, sample)
+                try:
+                    sampled = self._sample(file_metadata(file), kwargs, sample)
+                except ValueError as error:
+                    raise ValueError(f"{file.name}: {error}") from error
+                yield file, kwargs, *sampled
             return
         if metadata is None:
-            fps, total = kwargs.get("fps") or self.fps, len(video)
+            fps, total = float(kwargs.get("fps") or self.fps), len(video)
             sample = sample and (kwargs.get("num_frames") or self.num_frames) is not None
             metadata = VideoMetadata(total, fps=fps, frames_indices=list(range(total)))
         elif sample and metadata.total_num_frames != len(video):
@@ -250,21 +262,52 @@ class VideoNSAVideoProcessor(Qwen2VLVideoProcessor):
                 f"`video_metadata` is of {metadata.total_num_frames} frames, the video has {len(video)}; "
                 "if these are sampled already, pass do_sample_frames=False"
             )
-        shape = frame_to_tensor(video[0], kwargs.get("input_data_format")).shape[1:]
+        shape = next(self._frames(video, range(len(video)), kwargs)).shape[1:]
         metadata = frames_metadata(metadata, len(video), *shape, sampled=not sample)
         yield video, kwargs, *self._sample(metadata, kwargs, sample)
+
+    def _frames(self, video, indices: Iterable[int], kwargs: dict[str, Any]) -> Iterator[torch.Tensor]:
+        """Frames [C, H, W], all alike, of a list or array; with `on_error="keep"`, for images that cannot be read those
+        before stand in."""
+        data_format, limit = kwargs.get("input_data_format"), self._setting("max_source_pixels", kwargs)
+        last, missing, problem = None, 0, None
+        for i in indices:
+            try:
+                frame = frame_to_tensor(video[i], data_format, limit)
+            except ValueError as error:
+                if self._setting("on_error", kwargs) != "keep":
+                    raise
+                problem, frame, missing = error, last, missing + (last is None)
+            if frame is None:
+                continue
+            if last is not None and frame.shape != last.shape:
+                name = video[i] if isinstance(video[i], (str, os.PathLike)) else f"frame {i}"
+                raise ValueError(f"{name} is {tuple(frame.shape)}, those before are {tuple(last.shape)} [C, H, W]")
+            last = frame
+            for _ in range(missing + 1):
+                yield frame
+            missing = 0
+        if last is None:
+            raise problem or ValueError("a video without frames")
+        if problem:
+            logger.warning(f"{problem}; for all such images, those before stand in")
 
     def _sample(
         self, metadata: "SampledVideoMetadata", kwargs: dict[str, Any], sample: bool
     ) -> tuple["SampledVideoMetadata", list[int]]:
         """From the metadata of all frames to that of those to take, and their indices; not to `sample` takes all."""
-        times = np.array(metadata.frame_times)
+        times = np.asarray(metadata.frame_times)
         request = self._request(kwargs)
-        start, end = check_range(request["start"], request["end"], metadata.duration)
+        check_request(request)
+        duration = metadata.duration
+        if not sample:  # frames of a part of a video, sampled already, keep the times that they have in the whole
+            request["start"] = times[0] if request["start"] is None else request["start"]
+            duration = max(times[0] + duration, np.nextafter(times[-1], np.inf))
+        start, end = check_range(request["start"], request["end"], duration)
         first = int(frames_on_screen(times, np.array([start]))[0])
         part = np.arange(first, max(np.searchsorted(times, end), first + 1))
         request |= {"total_frames": len(part), "every_frame": not sample}
-        shape = metadata.duration, metadata.width, metadata.height
+        shape = duration, metadata.width, metadata.height
         if self._setting("cap_pixels_per_frame", kwargs):
             # The stock rule: an even share of a number of pixels for each frame.
             request["max_tokens"] = 2**62
@@ -387,6 +430,8 @@ def with_clips(conversation):
     for item in conversation["content"]:
         if isinstance(item, Mapping) and item.get("type") == "video":
             settings = {CLIP_KEYS[key]: value for key, value in item.items() if key in CLIP_KEYS and value is not None}
+            if ignored := sorted(NO_CLIP_KEYS & item.keys()):
+                logger.warning_once(f"A video of a message cannot have {', '.join(ignored)} of its own; left out.")
             key = next((key for key in ("video", "url", "path") if key in item), None)
             if settings and key:
                 item = {**item, key: VideoClip(item[key], settings)}
@@ -452,8 +497,8 @@ def file_metadata(file: VideoFile) -> SampledVideoMetadata:
         height=file.height,
         duration=file.duration,
         video_backend="pyav",
-        frames_indices=list(range(len(file))),
-        frame_times=file.times.tolist(),
+        frames_indices=range(len(file)),  # as lists, these would take more memory than all else in hours of video
+        frame_times=file.times,
     )
 
 
@@ -495,24 +540,22 @@ def seconds_per_patch(metadata: list[SampledVideoMetadata], patch: int) -> list[
     return [[*row.tolist(), *[0.0] * (longest - len(row))] for row in rows]
 
 
-def frame_to_tensor(frame, data_format: str | None) -> torch.Tensor:
+def frame_to_tensor(frame, data_format: str | None, max_pixels: float = math.inf) -> torch.Tensor:
     """One frame, an array, a PIL image or the path of one, as a tensor [C, H, W]; None infers the format of arrays."""
-    if isinstance(frame, (str, os.PathLike, Image.Image)):
-        image = frame if isinstance(frame, Image.Image) else local_path(frame)
-        frame, data_format = np.array(load_image(image)), "channels_last"
+    if isinstance(frame, (str, os.PathLike)):
+        path = local_path(frame)
+        try:
+            image = Image.open(path) if os.path.isfile(path) else load_image(path)
+            if image.width * image.height > max_pixels:
+                raise ValueError(f"{image.width} × {image.height} pixels, the limit is {max_pixels:,}")
+            frame = load_image(image)
+        except Exception as error:  # PIL and httpx have many
+            raise ValueError(f"{path[:200]}: cannot be read as an image: {error}") from error
+    if isinstance(frame, Image.Image):
+        frame, data_format = np.array(load_image(frame)), "channels_last"
     frame = torch.as_tensor(frame)
     data_format = data_format or infer_channel_dimension_format(frame, num_channels=(1, 3, 4))
     return frame.permute(2, 0, 1).contiguous() if data_format == "channels_last" else frame
-
-
-def same_shape(frames: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
-    """Frames [C, H, W] as they come, if they are like the first."""
-    shape = None
-    for k, frame in enumerate(frames):
-        shape = shape or frame.shape
-        if frame.shape != shape:
-            raise ValueError(f"frame {k} is {tuple(frame.shape)} and frame 0 is {tuple(shape)} [C, H, W]")
-        yield frame
 
 
 def stack_frames(frames: Iterable[torch.Tensor], count: int) -> torch.Tensor:

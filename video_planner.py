@@ -7,6 +7,7 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,17 @@ from transformers.models.qwen2_vl.video_processing_qwen2_vl import smart_resize
 PREFERENCES = ("pixels", "frames", "balanced")
 # Of each pair, a request may have one.
 RIVALS = (("fps", "num_frames"), ("max_pixels", "frame_tokens"))
+# Numbers that count something, and are positive.
+COUNTS = (
+    "num_frames",
+    "min_frames",
+    "max_frames",
+    "min_pixels",
+    "max_pixels",
+    "frame_tokens",
+    "block_size",
+    "max_tokens",
+)
 # Seconds that a duration may lack: Matroska and FLV keep times in milliseconds.
 ROUNDING = 2e-3
 
@@ -99,7 +111,8 @@ def plan_video(
 
     Args:
         max_tokens, text_tokens: of the prompt, and those of them to leave for text.
-        fps or num_frames: exactly that many, as far as the video has them; then only the frames may become smaller.
+        fps or num_frames: that many, to a whole number of temporal patches, and as far as the video has them; then only
+            the frames may become smaller.
         max_pixels or frame_tokens: frames of exactly that size: what Qwen2.5-VL makes of one for `max_pixels`, or the
             largest of at most `frame_tokens` tokens per temporal patch; then only their number may become smaller.
         block_size: take only sizes whose tokens per temporal patch are a multiple of it; frames may be stretched.
@@ -115,14 +128,14 @@ def plan_video(
     """
     check_request(locals())
     start, end = check_range(start, end, duration)
-    budget = max_tokens - text_tokens
+    budget = int(max_tokens - text_tokens)
 
     counted = every_frame or fps is not None or num_frames is not None
     if every_frame:
         frames = total_frames
     else:
         bounds = min_frames, max_frames, total_frames
-        frames = count_frames(end - start, fps or default_fps, num_frames, *bounds, temporal_patch_size)
+        frames = count_frames(end - start, float(fps or default_fps), num_frames, *bounds, temporal_patch_size)
     patches = math.ceil(frames / temporal_patch_size)
     if not do_resize:
         if width % factor or height % factor:
@@ -220,11 +233,16 @@ def check_request(request: Mapping[str, Any]) -> None:
         if given[a] is not None and given[b] is not None:
             raise ValueError(f"pass `{a}` or `{b}`, not both (got {a}={given[a]}, {b}={given[b]})")
     fps, most, patch = (given[name] for name in ("fps", "max_frames", "temporal_patch_size"))
-    if fps is not None and not (isinstance(fps, (int, float)) and 0 < fps < math.inf):
+    if fps is not None and not (isinstance(fps, Real) and 0 < fps < math.inf):
         raise ValueError(f"fps must be a positive number, got {fps}")
-    for name in ("num_frames", "max_pixels", "frame_tokens", "block_size", "max_tokens"):
-        if (value := given[name]) is not None and not (isinstance(value, int) and value > 0):
+    for name in ("start", "end"):
+        if (value := given[name]) is not None and not isinstance(value, Real):
+            raise ValueError(f"{name} must be a number of seconds, got {value!r}")
+    for name in COUNTS:
+        if (value := given[name]) is not None and not (isinstance(value, Integral) and value > 0):
             raise ValueError(f"{name} must be a positive integer, got {value}")
+    if (value := given["text_tokens"]) is not None and not (isinstance(value, Integral) and value >= 0):
+        raise ValueError(f"text_tokens must be an integer of at least 0, got {value}")
     if most is not None and patch is not None and most < patch:
         raise ValueError(f"max_frames={most} cannot hold the {patch} frames of a temporal patch")
     if given["prefer"] is not None and given["prefer"] not in PREFERENCES:

@@ -5,15 +5,16 @@ chosen frames depend on is decoded, and no other frame is converted or held. Whi
 decided in `video_planner.py` and `processing_videonsa.py`.
 """
 
+import contextlib
 import http.client
 import io
 import math
 import os
+import re
 import tempfile
 import urllib.request
 from array import array
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import BinaryIO
 from urllib.parse import quote, unquote
 
@@ -25,14 +26,19 @@ from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
 from transformers.utils import logging
 
+from .video_planner import ROUNDING
+
 logger = logging.get_logger(__name__)
 
-# Seconds. Matroska and FLV keep times in milliseconds, so that a duration can lack this much.
-ROUNDING = 2e-3
+# Bytes that a server or a pipe may send.
+MAX_DOWNLOAD = 64 * 2**30
 # Packets. Leaving out fewer saves nothing: the decoder is emptied and starts anew.
 MIN_JUMP = 16
 # Codecs whose decoders know the frames that no other refers to. (What HEVC's takes for such may still be needed.)
 SKIP_UNREFERENCED = ("h264", "mpeg4", "mpeg2video", "mpeg1video")
+# Demuxers that draw text, or that open other files and sockets; and what the latter know their files by.
+NO_VIDEOS = {"tty", "concat", "hls", "dash", "sdp"}
+REFERENCES = b"ffconcat version", b"#extm3u", b"<mpd", b"c=in ip"
 # Bytes that frames in flight between decoding threads may take.
 THREAD_MEMORY = 64 * 2**20
 LIMITED_RANGE, FULL_RANGE = 1, 2  # of luma and chroma, as libav numbers them
@@ -101,7 +107,11 @@ class VideoFile:
         name = os.path.basename(self.name)
         with logging.tqdm(total=len(slots), desc=name, unit="frame", delay=3, leave=False) as bar:
             for i, frame in self._decode(sorted(slots)):
-                pixels = np.ascontiguousarray(np.rot90(to_rgb(frame, reformatter), self.quarter_turns))
+                try:
+                    pixels = np.ascontiguousarray(np.rot90(to_rgb(frame, reformatter), self.quarter_turns))
+                except (av.FFmpegError, OSError) as error:
+                    colours = f"{frame.format.name} with matrix {frame.colorspace:d}"
+                    raise ValueError(f"{self.name}: its colours, {colours}, cannot be converted: {error}") from error
                 # Copies are numpy's: those of torch take threads, which go on waiting where decoding needs the cores.
                 video[slots[i]] = resize(torch.from_numpy(pixels).permute(2, 0, 1)[None], height, width).numpy()
                 missing.discard(i)
@@ -123,8 +133,9 @@ class VideoFile:
         with self._open() as (container, stream):
             self._check_size(stream.codec_context, "in its header")
             self.tick, rate = float(stream.time_base), float(stream.guessed_rate or stream.average_rate or 24)
-            # AVI has no presentation times: its packets are timed as they are stored, which is not as they are shown.
-            self.in_order = "avi" in container.format.name
+            # Without presentation times, packets are timed as they are stored, which is not as they are shown.
+            kind = container.format.name
+            self.in_order = kind == "avi" or (kind == "asf" and stream.codec_context.name == "h264")
             declared = (container.duration or 0) / av.time_base
             self._check_duration(declared)
             try:
@@ -139,15 +150,16 @@ class VideoFile:
                     if packet.size:
                         known = packet.pts is not None
                         pts.append(packet.pts if known else 0)
-                        dts.append(packet.dts if packet.dts is not None else pts[-1])
+                        timed = packet.dts is not None
+                        dts.append(packet.dts if timed else pts[-1])
                         durations.append(packet.duration or 0)
-                        flags.append(known + 2 * packet.is_keyframe + 4 * packet.is_discard)
+                        flags.append(known + 2 * packet.is_keyframe + 4 * packet.is_discard + 8 * timed)
             except av.FFmpegError as error:
                 broken = error
             shape = first or stream.codec_context
             self._check_size(shape, "in its first frame")
             aspect = stream.sample_aspect_ratio or 1
-        self._set_times(*map(np.array, (pts, dts, durations, flags)), rate)
+        self._set_times(*map(np.asarray, (pts, dts, durations, flags)), rate)
         # Streams may end a little before their container does.
         if not self.keep and (broken or end + 1 < declared):
             raise ValueError(
@@ -163,10 +175,21 @@ class VideoFile:
 
     def _set_times(self, pts, dts, durations, flags, rate: float) -> None:
         """Of packets in the order of the file, int64 [packets] each, to the times of frames in the order shown."""
+        timed = np.flatnonzero(flags & 8)
+        anew = timed[1:][np.diff(dts[timed]) * self.tick < -1]
+        if len(anew):
+            if not self.keep:
+                raise ValueError(
+                    f"{self.name}: its clock starts anew after {anew[0]} of {len(pts)} frames, as where files "
+                    "were strung together: remux it; on_error='keep' makes do with those"
+                )
+            pts, dts, durations, flags = (values[: anew[0]] for values in (pts, dts, durations, flags))
+            flags &= ~2  # no jumps to key frames: one of the same time may follow
         known, key, discard = (flags & bit > 0 for bit in (1, 2, 4))
         key &= known
-        if not known.any():  # a raw stream, not in a container
-            pts, durations, known, self.tick, self.in_order = np.arange(len(pts)), flags * 0 + 1, ~known, 1 / rate, True
+        if 2 * known.sum() < len(known):  # a raw stream, not in a container; or H.264 in an MPEG programme stream
+            pts, durations, known = np.arange(len(pts)), np.ones(len(pts)), known | True
+            self.tick, self.in_order = 1 / rate, True
         elif key.any():  # a recording may start anywhere, but what is shown before its first key frame is lost
             known &= pts >= pts[key][0]
         positions = np.flatnonzero(known & ~discard)
@@ -241,7 +264,7 @@ class VideoFile:
                 except av.FFmpegError:
                     if not self.keep:
                         raise
-                    frames = []
+                    frames, count = [], count + 1
                 for frame in frames:
                     pts = int(self.pts[self.positions[count]]) if self.in_order and count < len(self) else frame.pts
                     count += 1
@@ -265,7 +288,8 @@ class VideoFile:
                     needed = packet.pts in wanted
                     if unreferenced:
                         context.skip_frame = "DEFAULT" if needed else "NONREF"
-                    if position >= first and (needed or not intra) and (not skip or packet.pts >= start):
+                    early = skip and packet.pts is not None and packet.pts < start
+                    if position >= first and (needed or not intra) and not early:
                         yield from decode(packet)
                     position += 1
                     packet = next(packets, None) if position <= last else None
@@ -278,20 +302,24 @@ class VideoFile:
             if not self.keep:
                 raise
 
-    @contextmanager
+    @contextlib.contextmanager
     def _open(self, decode: bool = False) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
         """Open the file and choose its video stream."""
         source = self.source
         remote = isinstance(source, str) and "://" in source
-        if not isinstance(source, str):
-            source.seek(0)
-        elif not remote:
-            source = f"file:{source}"  # a colon in a path is no protocol
         try:
+            if not remote and refers_to_others(source):
+                raise ValueError(f"{self.name}: a list or description of other files or streams, no video file")
+            if not isinstance(source, str):
+                source.seek(0)
+            elif not remote:
+                source = f"file:{source}"  # a colon in a path is no protocol
             container = av.open(source, metadata_errors="replace", timeout=self.timeout if remote else None)
-        except av.FFmpegError as error:
+        except (av.FFmpegError, OSError) as error:
             raise ValueError(f"{self.name}: cannot be read as a video: {error}") from error
         with container:
+            if not NO_VIDEOS.isdisjoint(container.format.name.split(",")):
+                raise ValueError(f"{self.name}: no video file, but {container.format.long_name}")
             # The cover of a song is a video stream too, of one picture.
             streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
             if not streams:
@@ -321,6 +349,14 @@ def frames_on_screen(times: np.ndarray, moments: np.ndarray) -> np.ndarray:
     """Indices of the frames on screen at the moments: `times` are those of all frames; seconds, both ascending."""
     late = 1e-8  # against the rounding of floats
     return np.searchsorted(times, moments + late, side="right").clip(1) - 1
+
+
+def refers_to_others(source: str | BinaryIO) -> bool:
+    """Whether libav would open what the file, or the one at a path, names: told from its text, up to a zero byte."""
+    with contextlib.nullcontext(source) if not isinstance(source, str) else open(source, "rb") as file:
+        file.seek(0)
+        text = file.read(2**20).partition(b"\0")[0].lower()  # as much as libav looks at
+    return any(mark in text for mark in REFERENCES)
 
 
 def first_frame(packet: av.Packet) -> av.VideoFrame | None:
@@ -358,7 +394,8 @@ def resize_bicubic(frame: torch.Tensor, height: int, width: int) -> torch.Tensor
 def local_path(path: str | os.PathLike) -> str:
     """A path as a str; `file://` becomes a plain path, other URLs stay as they are."""
     path = os.fspath(path)
-    return unquote(path.removeprefix("file://")) if path.startswith("file://") else path
+    file = re.match(r"file://(localhost(?=/))?", path, re.IGNORECASE)
+    return unquote(path[file.end() :]) if file else path
 
 
 def open_source(source, timeout: float, keep: bool) -> tuple[str, str | BinaryIO, bool]:
@@ -371,43 +408,57 @@ def open_source(source, timeout: float, keep: bool) -> tuple[str, str | BinaryIO
         name = str(getattr(source, "name", f"<{type(source).__name__}>"))
         if not isinstance(source.read(0), bytes):
             raise ValueError(f"{name}: the file must be opened in binary mode")
-        return (name, source, False) if source.seekable() else (name, copy_to_temporary(source, name), True)
+        return (name, source, False) if source.seekable() else (name, copy_to_temporary(source, name, keep=keep), True)
     path = local_path(source)
-    if path.startswith(("http://", "https://")):
-        return path, download(path, timeout, keep), True
-    if "://" not in path:
-        if not os.path.exists(path):
-            raise FileNotFoundError(f"{path}: no such video file")
-        if os.path.isdir(path):
-            raise ValueError(f"{path}: a directory, without images")
-        if os.path.getsize(path) == 0:
-            raise ValueError(f"{path}: the file is empty")
+    if "://" in path:
+        name = re.sub("(?<=://)[^/@]*@", "", re.split("[?#]", path)[0])  # without passwords and tokens
+        web = path.lower().startswith(("http://", "https://"))
+        return (name, download(path, name, timeout, keep), True) if web else (name, path, False)
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"{path}: no such video file")
+    if os.path.isdir(path):
+        raise ValueError(f"{path}: a directory, without images")
+    if os.path.getsize(path) == 0:
+        raise ValueError(f"{path}: the file is empty")
     return path, path, False
 
 
-def download(url: str, timeout: float, keep: bool) -> BinaryIO:
+def download(url: str, name: str, timeout: float, keep: bool) -> BinaryIO:
     """A temporary file of what a server sends."""
-    request = urllib.request.Request(quote(url, safe="%/:=&?~#+!$,;'@()*[]"), headers={"User-Agent": "videonsa"})
     try:
-        with urllib.request.urlopen(request, timeout=timeout) as response:
-            size = int(response.headers["Content-Length"] or 0)
-            file = copy_to_temporary(response, url, size)
-    except (OSError, http.client.HTTPException) as error:
-        raise ValueError(f"{url}: cannot be downloaded: {error}") from error
-    if file.tell() < size and not keep:
-        received = file.tell()
-        file.close()
-        raise ValueError(f"{url}: truncated after {received:,} of {size:,} bytes; on_error='keep' makes do with those")
-    return file
+        request = urllib.request.Request(quote(url, safe="%/:=&?~#+!$,;'@()*[]"), headers={"User-Agent": "videonsa"})
+        response = urllib.request.urlopen(request, timeout=timeout)
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise ValueError(f"{name}: cannot be downloaded: {error}") from error
+    with response:
+        size = response.headers["Content-Length"] or ""
+        return copy_to_temporary(response, name, int(size) if size.isdecimal() else 0, keep)
 
 
-def copy_to_temporary(stream: BinaryIO, name: str, size: int | None = None) -> BinaryIO:
-    file = tempfile.TemporaryFile()  # noqa: SIM115  (the caller closes it)
+def copy_to_temporary(stream: BinaryIO, name: str, size: int = 0, keep: bool = False) -> BinaryIO:
+    """A temporary file, which the caller closes, of what a stream gives, or with `keep` gave until it broke off."""
+    file, problem = tempfile.TemporaryFile(), None  # noqa: SIM115
+    read = getattr(stream, "read1", stream.read)  # which gives what has come so far
     try:
         bar = {"desc": os.path.basename(name), "unit": "B", "unit_scale": True, "delay": 3, "leave": False}
         with logging.tqdm(total=size or None, **bar) as progress:
-            while part := stream.read(2**20):
+            while max(file.tell(), size) <= MAX_DOWNLOAD:
+                try:
+                    part = read(2**20)
+                except (OSError, http.client.HTTPException) as error:
+                    part, problem = b"", error
+                if not part:
+                    break
                 progress.update(file.write(part))
+        received = file.tell()
+        if max(received, size) > MAX_DOWNLOAD:
+            raise ValueError(f"{name}: more than {MAX_DOWNLOAD:,} bytes, the limit")
+        if (problem or received < size) and not (keep and received):
+            of = f" of {size:,}" if size else ""
+            raise ValueError(
+                f"{name}: truncated after {received:,}{of} bytes{f': {problem}' if problem else ''}; "
+                "on_error='keep' makes do with those"
+            ) from problem
     except BaseException:
         file.close()
         raise

@@ -25,6 +25,8 @@ CORPUS = {
     "h264.flv": {},
     "h264.h264": {},
     "h264.avi": {},
+    "h264.vob": {},
+    "h264.asf": {},
     "faststart.mp4": {"container": {"movflags": "faststart"}},
     "fragmented.mp4": {"container": {"movflags": "frag_keyframe+empty_moov"}},
     "open-gop.mp4": {"options": {**X264, "x264-params": X264["x264-params"] + ":open-gop=1"}},

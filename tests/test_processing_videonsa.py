@@ -36,7 +36,6 @@ from videonsa.processing_videonsa import VideoNSAProcessor, VideoNSAVideoProcess
 
 REAL_CLIP = Path(__file__).resolve().parents[2] / "shared/clips/v_TpB_zMG3XBA.mp4"
 B_FRAMES = {"bf": "2", "x264-params": "b-adapt=0:scenecut=0"}
-FAST_START = {"movflags": "faststart"}
 PAPER_SIZE = {"shortest_edge": 28 * 28, "longest_edge": 224 * 224}
 needs_real_clip = pytest.mark.skipif(not REAL_CLIP.exists(), reason=f"{REAL_CLIP} is not here")
 
@@ -58,6 +57,13 @@ def clips(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("clips")
     tiny.make_clip(folder / "clip.mp4")
     return folder
+
+
+@pytest.fixture(scope="session")
+def long_clips(tmp_path_factory):
+    """The path of a clip of 15 s and 180 frames, 84 x 56, by suffix."""
+    folder = tmp_path_factory.mktemp("long")
+    return functools.cache(lambda suffix: encode(folder / f"clip{suffix}", 180, 12, width=84, height=56))
 
 
 def encode(path, frames=32, fps=8, *, times=None, width=56, height=56, codec="libx264", container=None, options=None):
@@ -317,12 +323,6 @@ class TestPixels:
         assert ours["video_grid_thw"].tolist() == theirs["video_grid_thw"].tolist() != [[16, 16, 16]]
         assert torch.equal(ours["pixel_values_videos"], theirs["pixel_values_videos"])
 
-    def test_a_stream_that_changes_its_size_keeps_the_first_one(self, processor, tmp_path):
-        parts = [encode(tmp_path / f"{w}.h264", 8, width=w, height=w) for w in (56, 112)]
-        (tmp_path / "clip.h264").write_bytes(b"".join(part.read_bytes() for part in parts))
-        features, _ = process(processor, tmp_path / "clip.h264", do_sample_frames=False)
-        assert features["video_grid_thw"].tolist() == [[8, 4, 4]]
-
     def test_full_size_frames_are_never_held_together(self, tmp_path):
         path = encode(tmp_path / "clip.mp4", 240, width=1280, height=720, codec="mpeg4")  # 660 MB of frames
         script = f"""
@@ -422,6 +422,15 @@ class TestForms:
         sampled = {"total_num_frames": 320, "fps": 10, "frames_indices": list(range(0, 320, 10))}
         inputs = chat(processor, video, video_metadata=[[sampled]], do_sample_frames=False)
         assert inputs["second_per_grid_ts"].tolist() == [2]
+
+    @pytest.mark.parametrize("total", [12, 64])  # as qwen_vl_utils counts: of the part, or of the whole video
+    def test_frames_of_a_part_are_all_taken_and_keep_their_times(self, processor, total):
+        metadata = {"total_num_frames": total, "fps": 8, "frames_indices": list(range(48, 60, 2))}
+        request = {"video_metadata": [metadata], "do_sample_frames": False}
+        inputs = chat(processor, pil_frames(6), **request, return_metadata=True)
+        assert inputs["video_grid_thw"].tolist() == [[3, 4, 4]]
+        assert inputs["timestamps"] == [[6, 6.5, 7]]
+        assert shown(processor, pil_frames(6), **request, start=6.5, end=7) == [2, 3]
 
     def test_a_batch_may_mix_them(self, processor, clips):
         frames = np.zeros((6, 60, 90, 3), np.uint8)
@@ -580,6 +589,37 @@ class TestBudget:
         with pytest.raises(ValueError, match="32 frames of 224 × 224 are 1,024 tokens"):
             grid(max_tokens=256, fps=4, max_pixels=224 * 224)
 
+    @settings(max_examples=25, deadline=None)
+    @given(
+        st.sampled_from([".mp4", ".mkv", ".ts"]),
+        st.integers(150, 900),
+        st.sampled_from(["pixels", "frames", "balanced"]),
+        st.sampled_from([{}, {"fps": 11.5}, {"num_frames": 43}, {"frame_tokens": 2}, {"start": 1.1}, {"end": 14.2}]),
+    )
+    def test_files_of_many_frames_come_to_the_planned_tokens_too(
+        self, processor, long_clips, suffix, tokens, prefer, other
+    ):
+        path, request = long_clips(suffix), {"max_tokens": tokens, "text_tokens": 0, "prefer": prefer, **other}
+        plan = processor.video_processor.plan(path, **request)
+        inputs = chat(processor, path, return_metadata=True, **request)
+        placeholders = (inputs["input_ids"] == processor.video_token_id).sum()
+        assert placeholders == plan.tokens == inputs["video_grid_thw"].prod() // 4 <= tokens
+        assert inputs["pixel_values_videos"].shape[0] == 4 * plan.tokens
+        (metadata,) = inputs["video_metadata"]
+        assert metadata.plan == plan and len(metadata.frames_indices) == plan.num_frames > 40
+        assert metadata.frames_indices == [int(time * 12 + 1e-6) for time in plan.times]
+
+    def test_numbers_may_be_of_numpy_and_settings_must_exist(self, processor, clips):
+        for request in ({"num_frames": 6}, {"max_pixels": 9000}, {"max_tokens": 1500}, {"block_size": 16}):
+            numpy = {name: np.int64(value) for name, value in request.items()}
+            assert processor.video_processor.plan(clips / "clip.mp4", **numpy) == processor.video_processor.plan(
+                clips / "clip.mp4", **request
+            )
+        request = {"fps": np.float32(0.5), "start": np.float32(1)}
+        assert process(processor, clips / "clip.mp4", **request)[0]["video_grid_thw"].tolist() == [[1, 16, 16]]
+        with pytest.raises(TypeError, match="unknown settings: numframes"):
+            processor.video_processor.plan(clips / "clip.mp4", numframes=6)
+
     def test_it_can_be_set_once_for_all(self, clips):
         video_processor = VideoNSAVideoProcessor(max_tokens=1024 + 256, prefer="frames")
         assert video_processor(clips / "clip.mp4")["video_grid_thw"].tolist() == [[16, 8, 8]]
@@ -661,6 +701,9 @@ class TestMessages:
             {"video": clip, "frame_tokens": 4, "fps": None},
             {"video": clip, "max_tokens": 1280, "prefer": "frames"},
             {"video": pil_frames(4), "fps": 1},
+            {"video": clip, "max_frames": 4, "min_pixels": 784},
+            {"video": clip, "min_frames": 6, "max_tokens": 384, "text_tokens": 0, "fps": 0.1},
+            {"video": clip, "block_size": 16, "max_tokens": 1280, "prefer": "frames", "on_error": "keep"},
         ]
         content = [{"type": "video", **video} for video in videos] + [{"type": "text", "text": "Hm?"}]
         conversation = [{"role": "user", "content": content}]
@@ -669,14 +712,23 @@ class TestMessages:
         )
         inputs = template(conversation)
         grids = [[16, 16, 16], [4, 16, 16], [3, 8, 8], [4, 16, 16], [2, 16, 16], [16, 4, 4], [16, 8, 8], [2, 4, 4]]
+        grids += [[2, 16, 16], [3, 16, 16], [16, 8, 8]]
         assert inputs["video_grid_thw"].tolist() == grids
-        assert inputs["second_per_grid_ts"].tolist() == pytest.approx([0.5, 2, 8 / 3, 0.5, 1, 0.5, 0.5, 2])
+        assert inputs["second_per_grid_ts"].tolist() == pytest.approx(
+            [0.5, 2, 8 / 3, 0.5, 1, 0.5, 0.5, 2, 4, 8 / 3, 0.5]
+        )
         batch = template([conversation, conversation], processor_kwargs={"num_frames": 2})
         grids = [[1, 16, 16], [4, 16, 16], [3, 8, 8], [1, 16, 16], [2, 16, 16], [1, 4, 4], [1, 16, 16], [2, 4, 4]]
+        grids += [[1, 16, 16], [3, 16, 16], [1, 16, 16]]
         assert batch["video_grid_thw"].tolist() == 2 * grids
         assert content[1] == {"type": "video", "path": clip, "fps": 1}  # the conversation is left as it is
         with pytest.raises(ValueError, match="`fps` or `num_frames`, not both"):
             template([{"role": "user", "content": [{"type": "video", "video": clip, "fps": 1, "num_frames": 4}]}])
+
+    def test_settings_that_a_video_of_a_message_cannot_have_are_told(self, processor, clips, caplog):
+        video = {"type": "video", "video": clips / "clip.mp4", "total_pixels": 10**6, "resized_height": 28}
+        processor.apply_chat_template([{"role": "user", "content": [video]}] * 2, tokenize=False)
+        assert caplog.text.count("cannot have resized_height, total_pixels of its own") == 1
 
     def test_text_alone_and_text_of_the_template_are_left_alone(self, processor):
         conversation = [{"role": "user", "content": "Hm?"}, {"role": "assistant", "content": None}]
@@ -684,33 +736,25 @@ class TestMessages:
 
 
 class TestRotation:
-    @pytest.mark.parametrize("turns", [0, 1, 2, 3])
-    def test_a_video_filmed_sideways_is_read_upright(self, processor, tmp_path, turns):
+    def test_a_video_filmed_sideways_is_read_upright(self, processor, tmp_path):
+        image = np.zeros((56, 112, 3), np.uint8)
+        image[:, :56] = 255  # the left half is white, which turned clockwise is the upper one
         path = tmp_path / "phone.mp4"
         with av.open(str(path), "w") as output:
             stream = output.add_stream("libx264", rate=4)
             stream.width, stream.height, stream.pix_fmt = 112, 56, "yuv420p"
-            image = np.zeros((56, 112, 3), np.uint8)
-            image[:, :56] = 255  # the left half is white
             for _ in range(4):
                 output.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
             output.mux(stream.encode())
-        cos, sin = ((1, 0), (0, 1), (-1, 0), (0, -1))[turns]  # shown turned clockwise by 90 degrees, `turns` times
         content = bytearray(path.read_bytes())
         matrix = content.index(b"tkhd") + 4 + 40
-        content[matrix : matrix + 36] = struct.pack(
-            ">9i", cos << 16, sin << 16, 0, -sin << 16, cos << 16, 0, 0, 0, 1 << 30
-        )
+        content[matrix : matrix + 36] = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30)
         path.write_bytes(content)
-
         features, metadata = process(processor, path, do_rescale=False, do_normalize=False)
-        width, height = (112, 56) if turns % 2 == 0 else (56, 112)
-        assert (metadata.width, metadata.height) == (width, height)
-        assert features["video_grid_thw"].tolist() == [[2, height // 14, width // 14]]
-        t, h, w = 2, height // 28, width // 28
-        patches = features["pixel_values_videos"].float().view(t, h, w, 4, -1).mean((0, 3, 4))  # [rows, columns]
-        half = {0: patches[:, : w // 2], 1: patches[: h // 2], 2: patches[:, w // 2 :], 3: patches[h // 2 :]}[turns]
-        assert half.min() > 200 and patches.sum() - half.sum() < 0.1 * patches.sum()  # left, top, right, bottom
+        assert (metadata.width, metadata.height) == (56, 112)
+        assert features["video_grid_thw"].tolist() == [[2, 8, 4]]
+        patches = features["pixel_values_videos"].float().view(2, 4, 2, 4, -1).mean((0, 3, 4))  # [rows, columns]
+        assert patches[:2].min() > 200 and patches[2:].max() < 50
 
 
 class TestErrors:
@@ -731,12 +775,39 @@ class TestErrors:
             ({"num_frames": -2}, "num_frames must be a positive integer, got -2"),
             ({"num_frames": 65}, "num_frames=65 is more than the 64 frames"),
             ({"max_frames": 1}, "max_frames=1 cannot hold the 2 frames"),
+            ({"start": "00:02"}, "start must be a number of seconds, got '00:02'"),
+            ({"text_tokens": -1}, "text_tokens must be an integer of at least 0, got -1"),
         ],
     )
     def test_a_request_that_no_video_can_meet(self, processor, clips, request_, message):
         for call in (chat, process):
             with pytest.raises(ValueError, match=message):
                 call(processor, clips / "clip.mp4", **request_)
+
+    def test_what_a_file_cannot_give_names_the_file(self, processor, clips):
+        for call in (chat, process, lambda processor, clip, **kwargs: processor.video_processor.plan(clip, **kwargs)):
+            with pytest.raises(ValueError, match="/clip.mp4: start=9 and end=None leave nothing of a video of 8.000 s"):
+                call(processor, clips / "clip.mp4", start=9)
+
+    def test_images_that_cannot_be_read(self, processor, tmp_path, caplog):
+        for i, frame in enumerate(pil_frames(8)):
+            frame.save(tmp_path / f"{i}.png")
+        data = (tmp_path / "3.png").read_bytes()
+        for damaged in (b"", data[:60], b"no image"):
+            for i in (0, 3):
+                (tmp_path / f"{i}.png").write_bytes(damaged)
+            with pytest.raises(ValueError, match="/0.png: cannot be read as an image: "):
+                chat(processor, tmp_path)
+            assert shown(processor, tmp_path, on_error="keep") == [1, 1, 2, 2, 4, 5, 6, 7]
+            assert "3.png: cannot be read as an image" in caplog.text and "stand in" in caplog.text
+        with pytest.raises(ValueError, match="3.png: cannot be read"):
+            process(processor, [tmp_path / "3.png"] * 2, on_error="keep")
+        Image.new("RGB", (64, 96)).save(tmp_path / "0.png")
+        (tmp_path / "3.png").unlink()
+        with pytest.raises(ValueError, match=r"/1.png is \(3, 48, 64\), those before are \(3, 96, 64\)"):
+            chat(processor, tmp_path)
+        with pytest.raises(ValueError, match="/0.png: cannot be read as an image: 64 × 96 pixels, the limit is 6,000"):
+            chat(processor, tmp_path, max_source_pixels=6000)
 
     def test_a_missing_file(self, processor, tmp_path):
         for video in (tmp_path / "missing.mp4", f"file://{tmp_path}/missing.mp4"):
@@ -747,13 +818,11 @@ class TestErrors:
 
     def test_files_that_are_no_videos(self, processor, tmp_path):
         (tmp_path / "text.mp4").write_text("This is not a video. " * 100)
-        (tmp_path / "empty.mp4").touch()
         with wave.open(str(tmp_path / "sound.wav"), "wb") as sound:
             sound.setparams((1, 2, 16_000, 0, "NONE", ""))
             sound.writeframes(bytes(32_000))
         messages = {
             "text.mp4": "text.mp4: cannot be read as a video",
-            "empty.mp4": "empty.mp4: the file is empty",
             "sound.wav": "sound.wav: no video stream, only audio",
             ".": "a directory, without images",
         }
@@ -776,27 +845,12 @@ class TestErrors:
         with pytest.raises(ValueError, match="song.m4a: no video stream, only audio"):
             chat(processor, tmp_path / "song.m4a")
 
-    @pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
-    def test_a_file_that_ends_early(self, processor, tmp_path, suffix):
-        path = tiny.make_clip(tmp_path / f"clip{suffix}", width=64, height=64)
-        if suffix == ".mp4":  # with its index in front, as for the web, half a file can be opened
-            with av.open(str(path)) as whole, av.open(str(tmp_path / "web.mp4"), "w", options=FAST_START) as output:
-                stream = output.add_stream_from_template(whole.streams.video[0])
-                for packet in whole.demux(video=0):
-                    if packet.size:
-                        packet.stream = stream
-                        output.mux(packet)
-            path = tmp_path / "web.mp4"
-        data = path.read_bytes()
-        cut = tmp_path / f"cut{suffix}"
-        cut.write_bytes(data[: len(data) * 3 // 4])
-        with pytest.raises(ValueError, match=rf"cut{suffix}: truncated after \d\.\d of 8\.0 s \(\d+ frames\)"):
-            chat(processor, cut)
-
     def test_how_files_are_read_can_be_set_in_the_call(self, processor, clips, tmp_path):
         tiny.make_clip(tmp_path / "clip.mkv", width=64, height=64)
         data = (tmp_path / "clip.mkv").read_bytes()
         (tmp_path / "cut.mkv").write_bytes(data[: len(data) * 3 // 4])
+        with pytest.raises(ValueError, match=r"cut.mkv: truncated after \d\.\d of 8\.0 s \(\d+ frames\)"):
+            chat(processor, tmp_path / "cut.mkv")
         assert 8 < chat(processor, tmp_path / "cut.mkv", on_error="keep")["video_grid_thw"][0, 0] < 16
         for request, message in (
             ({"max_source_pixels": 1000}, "clip.mp4: 224 × 224 pixels in its header, the limit is 1,000"),
@@ -805,21 +859,6 @@ class TestErrors:
         ):
             with pytest.raises(ValueError, match=message):
                 chat(processor, clips / "clip.mp4", **request)
-
-    def test_frames_that_cannot_be_decoded(self, processor, tmp_path):
-        path = encode(tmp_path / "clip.mp4", options=B_FRAMES)
-        data = bytearray(path.read_bytes())
-        last = packets(path)[16:]
-        for packet in last:
-            data[packet.pos : packet.pos + packet.size] = bytes(packet.size)
-        (tmp_path / "damaged.mp4").write_bytes(data)
-        with pytest.raises(ValueError, match=r"damaged.mp4: truncated or damaged, \d of 16 frames could be decoded"):
-            chat(processor, tmp_path / "damaged.mp4")
-        for packet in packets(path):
-            data[packet.pos : packet.pos + packet.size] = bytes(packet.size)
-        (tmp_path / "damaged.mp4").write_bytes(data)
-        with pytest.raises(ValueError, match="truncated or damaged, 0 of 16 frames could be decoded"):
-            chat(processor, tmp_path / "damaged.mp4")
 
 
 class TestHub:
@@ -880,6 +919,15 @@ class TestQwenVlUtils:
         assert inputs["video_grid_thw"].tolist() == [[16, 16, 16]]
         assert inputs["second_per_grid_ts"].tolist() == [0.5]
         assert (inputs["input_ids"] == processor.video_token_id).sum() == 1024
+
+    def test_a_part_of_a_video_comes_through_whole(self, processor, clips):
+        video = {"type": "video", "video": f"{clips}/clip.mp4", "fps": 4, "video_start": 2, "video_end": 4}
+        _, ((video, metadata),) = self.process_vision_info(
+            [{"role": "user", "content": [video]}], return_video_metadata=True
+        )
+        inputs = chat(processor, video, video_metadata=[metadata], do_sample_frames=False, return_metadata=True)
+        assert len(video) == 8 and inputs["video_grid_thw"][0, 0] == 4
+        assert inputs["timestamps"] == [[2, 2.625, 3.125, 3.75]]
 
     @pytest.mark.parametrize(
         ("element", "first", "last", "count"),
