@@ -159,7 +159,7 @@ BAD = {
     "too long: .* tokens, of at most 300": ask("x" * 400),
     "cannot be checked: DecompressionBombError": ask("<image>?", image="bomb.png"),
     "cannot be checked: TypeError: unhashable": {"conversations": [{"from": ["human"], "value": "x"}]},
-    "cannot be checked: TypeError: .*str": ask(video={"video": "a.mp4", "start": "0:10"}),
+    "broken video: start must be a number of seconds": ask(video={"video": "a.mp4", "start": "0:10"}),
     "cannot be checked: OSError: .*too long": ask("<image>?", image="x" * 5000),
     "cannot be checked: .*Text": ask("What\ud800?"),
     r"missing file: \\ud800.mp4": ask(video="\ud800.mp4", id="\ud800"),
