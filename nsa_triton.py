@@ -45,8 +45,7 @@ LOG2_E = 1.4426950408889634
 def available(q: torch.Tensor) -> bool:
     """Whether the kernels can serve such queries: on an NVIDIA GPU from sm_80 on; fp16, bf16 or fp32; head dim 16 to
     128."""
-    is_nvidia = triton is not None and q.device.type == "cuda" and torch.version.hip is None
-    return is_nvidia and _capability(q.device) >= (8, 0) and _is_supported(q)
+    return triton is not None and q.device.type == "cuda" and _has_kernels(q.device) and _is_supported(q)
 
 
 def nsa_attention(
@@ -119,6 +118,11 @@ def _check(q, k, v, cu_seqlens, cu_seqlens_k, **arguments):
 
 def _is_supported(q: torch.Tensor) -> bool:
     return q.dtype in (torch.float16, torch.bfloat16, torch.float32) and 16 <= q.shape[-1] <= 128
+
+
+@torch.compiler.assume_constant_result  # a compiler cannot look into what asks the device
+def _has_kernels(device: torch.device) -> bool:
+    return torch.version.hip is None and _capability(device) >= (8, 0)
 
 
 def _can_launch(device: torch.device) -> bool:
@@ -471,6 +475,14 @@ class _Backward(_Call):
         self.launch(_selected_dkv_kernel, grid, *arguments, LIST=MAX_LIST, **constants, **config)
         return partial, first_piece
 
+    @functools.cached_property
+    def blocks_of_queries(self):
+        """For each query, the first block of its sample, of all blocks, and how many there are; int [N] each."""
+        in_sample = (self.cu_seqlens_k.diff() + self.block_size - 1) // self.block_size
+        query = torch.arange(self.n, dtype=torch.int32, device=self.q.device)
+        sample = torch.searchsorted(self.cu_seqlens[1:], query, right=True)
+        return (in_sample.cumsum(0) - in_sample)[sample], in_sample[sample]
+
     def lists(self, blocks, pieces):
         """From blocks [g, N, count], for each of g KV heads and each block the list of queries that chose it.
 
@@ -479,10 +491,8 @@ class _Backward(_Call):
         """
         groups, n, count = blocks.shape
         device, total = blocks.device, groups * self.pieces
-        in_sample = (self.cu_seqlens_k.diff() + self.block_size - 1) // self.block_size  # blocks
-        sample = torch.searchsorted(self.cu_seqlens[1:], torch.arange(n, dtype=torch.int32, device=device), right=True)
-        first = (in_sample.cumsum(0) - in_sample)[sample]  # [N]
-        there = (blocks >= 0) & (blocks < in_sample[sample][:, None])
+        first, in_sample = self.blocks_of_queries
+        there = (blocks >= 0) & (blocks < in_sample[:, None])
         head = torch.arange(groups, device=device)[:, None, None] * self.pieces
         key = torch.where(there, blocks + first[:, None] + head, total).int()
         key, order = key.flatten().sort(stable=True)
@@ -940,15 +950,20 @@ def _dots_kernel(
 
 
 @_jit
-def _row_terms(LSE, GATES, DOTS, at, row, GATED: tl.constexpr, BRANCHES: tl.constexpr, BRANCH: tl.constexpr):
-    """Of rows of [N, E]: lse in units of log 2 (infinite where there is no row or key, so that probabilities are 0),
-    gate, and d_out · o. The gradient of logits is gate * p * (d_out · v - d_out · o)."""
-    lse = tl.load(LSE + at, mask=row, other=float("-inf")) * 1.4426950408889634
+def _gradient_rows(
+    Q, D_OUT, LSE, GATES, DOTS, at_q, at_e, row,
+    D: tl.constexpr, D_P2: tl.constexpr, GATED: tl.constexpr, BRANCHES: tl.constexpr, BRANCH: tl.constexpr,
+):  # fmt: skip
+    """Of rows of [N, H] and [N, E]: q, d_out, lse in units of log 2 (infinite where there is no row or key, so that
+    probabilities are 0), gate, and d_out · o. The gradient of logits is gate * p * (d_out · v - d_out · o)."""
+    q = _load(Q, at_q * D, row, D, D_P2, True)
+    do = _load(D_OUT, at_e * D, row, D, D_P2, True)
+    lse = tl.load(LSE + at_e, mask=row, other=float("-inf")) * 1.4426950408889634
     gate = row.to(tl.float32)
     if GATED:
-        gate = tl.load(GATES + at * BRANCHES + BRANCH, mask=row, other=0.0).to(tl.float32)
-    dot = tl.load(DOTS + at * BRANCHES + BRANCH, mask=row, other=0.0)
-    return tl.where(lse > float("-inf"), lse, float("inf")), gate, dot
+        gate = tl.load(GATES + at_e * BRANCHES + BRANCH, mask=row, other=0.0).to(tl.float32)
+    dot = tl.load(DOTS + at_e * BRANCHES + BRANCH, mask=row, other=0.0)
+    return q, do, tl.where(lse > float("-inf"), lse, float("inf")), gate, dot
 
 
 @_jit
@@ -972,7 +987,8 @@ def _dkv_step(dk, dv, q, do, k, v, keep, scale, lse, gate, dot, PRECISION: tl.co
 
 
 @_jit
-def _store_dq(DQ, at, row, dq, D: tl.constexpr, D_P2: tl.constexpr, ADD: tl.constexpr):
+def _store_dq(DQ, at, row, dq, gate, scale, D: tl.constexpr, D_P2: tl.constexpr, ADD: tl.constexpr):
+    dq *= (gate * (scale * 0.6931471805599453))[:, None]
     if ADD:
         dq += _load(DQ, at, row, D, D_P2, True).to(tl.float32)
     _store(DQ, at, row, dq, D, D_P2)
@@ -995,9 +1011,9 @@ def _band_dq_kernel(
         row = m < n_q
         seen = (n_k - n_q + m + 1) // S
         at = (q0 + m).to(tl.int64) * E + e
-        q = _load(Q, ((q0 + m).to(tl.int64) * H + h) * D, row, D, D_P2, True)
-        do = _load(D_OUT, at * D, row, D, D_P2, True)
-        lse, gate, dot = _row_terms(LSE, GATES, DOTS, at, row, GATED, BRANCHES, BRANCH)
+        q, do, lse, gate, dot = _gradient_rows(
+            Q, D_OUT, LSE, GATES, DOTS, (q0 + m).to(tl.int64) * H + h, at, row, D, D_P2, GATED, BRANCHES, BRANCH
+        )
         acc = tl.zeros((BM, D_P2), tl.float32)
         j = tl.arange(0, BN)
         by_first = (n_k - n_q + first + 1) // S
@@ -1011,8 +1027,7 @@ def _band_dq_kernel(
             key = (start + j)[None, :]
             keep = (key < seen[:, None]) & (key >= (seen - window)[:, None])
             acc = _dq_step(acc, q, do, k, v, keep, scale, lse, dot, True, PRECISION)
-        acc *= (gate * (scale * 0.6931471805599453))[:, None]
-        _store_dq(DQ, at * D, row, acc, D, D_P2, ADD)
+        _store_dq(DQ, at * D, row, acc, gate, scale, D, D_P2, ADD)
 
 
 @_jit
@@ -1029,9 +1044,9 @@ def _selected_dq_kernel(
     if first < n_q:
         m, row, at_q, at_e = _head_rows(first, q0, n_q, g, HEADS, H, E, G, BQ, HEADS_P2)
         i = n_k - n_q + m
-        q = _load(Q, at_q * D, row, D, D_P2, True)
-        do = _load(D_OUT, at_e * D, row, D, D_P2, True)
-        lse, gate, dot = _row_terms(LSE, GATES, DOTS, at_e, row, GATED, BRANCHES, BRANCH)
+        q, do, lse, gate, dot = _gradient_rows(
+            Q, D_OUT, LSE, GATES, DOTS, at_q, at_e, row, D, D_P2, GATED, BRANCHES, BRANCH
+        )
         acc = tl.zeros((BQ * HEADS_P2, D_P2), tl.float32)
         j = tl.arange(0, BN)
         at = (g * tl.num_programs(0) + tile).to(tl.int64)
@@ -1052,8 +1067,7 @@ def _selected_dq_kernel(
             v = _load(V, where, key + j < n_k, D, D_P2, True)
             keep = (key + j)[None, :] <= i[:, None]
             acc = _dq_step(acc, q, do, k, v, keep, scale, tl.where(on, lse, float("inf")), dot, True, PRECISION)
-        acc *= (gate * (scale * 0.6931471805599453))[:, None]
-        _store_dq(DQ, at_e * D, row, acc, D, D_P2, ADD)
+        _store_dq(DQ, at_e * D, row, acc, gate, scale, D, D_P2, ADD)
 
 
 @_jit
@@ -1090,9 +1104,9 @@ def _band_dkv_kernel(
             row = m < high
             at = (q0 + m).to(tl.int64) * E + e
             h, _ = _heads(HEADS, e, True, H, E, G)
-            q = _load(Q, ((q0 + m).to(tl.int64) * H + h) * D, row, D, D_P2, True)
-            do = _load(D_OUT, at * D, row, D, D_P2, True)
-            lse, gate, dot = _row_terms(LSE, GATES, DOTS, at, row, GATED, BRANCHES, BRANCH)
+            q, do, lse, gate, dot = _gradient_rows(
+                Q, D_OUT, LSE, GATES, DOTS, (q0 + m).to(tl.int64) * H + h, at, row, D, D_P2, GATED, BRANCHES, BRANCH
+            )
             seen = ((before + m + 1) // S)[None, :]
             keep = (j[:, None] < seen) & (j[:, None] >= seen - window)
             dk, dv = _dkv_step(dk, dv, q, do, k, v, keep, scale, lse, gate, dot, PRECISION)
@@ -1134,9 +1148,9 @@ def _selected_dkv_kernel(
             token = tl.load(QUERIES + at + r // HEADS_P2, mask=at + r // HEADS_P2 < stop, other=-1)
             row = (token >= 0) & is_head
             at_e = token.to(tl.int64) * E + e
-            q = _load(Q, (token.to(tl.int64) * H + h) * D, row, D, D_P2, True)
-            do = _load(D_OUT, at_e * D, row, D, D_P2, True)
-            lse, gate, dot = _row_terms(LSE, GATES, DOTS, at_e, row, GATED, BRANCHES, BRANCH)
+            q, do, lse, gate, dot = _gradient_rows(
+                Q, D_OUT, LSE, GATES, DOTS, token.to(tl.int64) * H + h, at_e, row, D, D_P2, GATED, BRANCHES, BRANCH
+            )
             i = token - q0 + n_k - n_q
             keep = (first + n)[:, None] <= i[None, :]
             dk, dv = _dkv_step(dk, dv, q, do, k, v, keep, scale, lse, gate, dot, PRECISION)

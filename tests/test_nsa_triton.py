@@ -366,6 +366,17 @@ def test_compiled_training_steps_equal_eager_ones_at_any_length():
     assert counter.frame_count == 2  # for the first lengths, and for any
 
 
+def test_asking_for_the_device_does_not_break_a_compiled_graph(monkeypatch):
+    for capability, expected in (((9, 0), 1), ((7, 5), 0)):
+        # What cannot be traced, as the real one cannot.
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: (c, os.getppid())[0])
+        torch._dynamo.reset()
+        compiled = torch.compile(
+            lambda x: x + nsa_triton._has_kernels(torch.device("cuda")), fullgraph=True, backend="eager"
+        )
+        assert compiled(torch.zeros(2)).tolist() == [expected] * 2
+
+
 def test_autocast_changes_nothing():
     tensors, cu, _, options = inputs(*TINY)
     expected = nsa_triton.nsa_attention(*tensors, cu, **options)
