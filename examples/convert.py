@@ -13,7 +13,6 @@ import re
 import shutil
 import signal
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
@@ -24,6 +23,7 @@ from tqdm import tqdm
 from transformers import Qwen2_5_VLProcessor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from folders import check_new, new_folder
 from videonsa import modeling_videonsa
 from videonsa.configuration_videonsa import VideoNSAConfig
 from videonsa.processing_videonsa import VideoNSAProcessor, VideoNSAVideoProcessor
@@ -103,17 +103,13 @@ def convert(
         FileExistsError: `output` exists and is not an empty folder.
         ValueError: the source is no Qwen2.5-VL checkpoint in safetensors, or a shard or a field is wrong.
     """
-    output = Path(output).resolve()
-    if output.is_file() or (output.is_dir() and any(output.iterdir())):
-        raise FileExistsError(f"output {output} exists already; name a new folder")
+    output = check_new(output)
     VideoNSAConfig(**nsa_fields)  # raises for bad ones before anything is downloaded
     origin, source = str(source), fetch_source(source, revision)
     config = VideoNSAConfig.from_pretrained(source, **nsa_fields)
     shards = find_shards(source)
 
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
-    try:
+    with new_folder(output) as partial:
         has_gates, dtype = write_weights(shards, partial, config.text_config, seed)
         config.architectures = ["VideoNSAForConditionalGeneration"]
         config.dtype = dtype
@@ -122,16 +118,16 @@ def convert(
         for file in ("generation_config.json", "LICENSE"):
             if (source / file).is_file():
                 shutil.copyfile(source / file, partial / file)
-        for file in CODE_FILES:
-            shutil.copyfile(Path(modeling_videonsa.__file__).with_name(file), partial / file)
+        copy_code(partial)
         note, options = (TRAINED, {}) if has_gates else (UNTRAINED, {"nsa_variant": "dense"})
         write_card(source, partial, config, base=origin, name=name or output.name, note=note, **options)
-        partial.chmod(0o755)  # mkdtemp makes it private
-        partial.replace(output)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     return output
+
+
+def copy_code(folder: Path) -> None:
+    """Write the code files that load a repository to its folder."""
+    for file in CODE_FILES:
+        shutil.copyfile(Path(modeling_videonsa.__file__).with_name(file), folder / file)
 
 
 def fetch_source(source: str | Path, revision: str | None) -> Path:

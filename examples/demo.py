@@ -41,8 +41,7 @@ class TimedStreamer(TextStreamer):
 def assemble_tiny_model(folder: Path) -> Path:
     """A repository, in the new folder `folder`, of the weights in `tiny/` and the code files of this project."""
     shutil.copytree(Path(__file__).with_name("tiny"), folder)
-    for file in convert.CODE_FILES:
-        shutil.copyfile(Path(convert.modeling_videonsa.__file__).with_name(file), folder / file)
+    convert.copy_code(folder)
     return folder
 
 

@@ -17,10 +17,8 @@ import itertools
 import json
 import multiprocessing
 import os
-import shutil
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -32,6 +30,8 @@ import av
 import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
+
+from folders import check_new, new_folder
 
 SPLITS = ("train", "validation", "test")
 COLOURS = {
@@ -375,14 +375,10 @@ def make_dataset(output: str | Path, counts: dict[str, int], settings: Settings,
     Raises:
         FileExistsError: `output` exists and is not an empty folder.
     """
-    output = Path(output).resolve()
-    if output.is_file() or (output.is_dir() and any(output.iterdir())):
-        raise FileExistsError(f"output {output} exists already; name a new folder")
+    output = check_new(output)
     if not 0 <= seed < 2**32:
         raise ValueError(f"--seed must be from 0 to 2**32 - 1, got {seed}")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
-    try:
+    with new_folder(output) as partial:
         jobs = []
         for number, split in enumerate(SPLITS):
             if counts.get(split):
@@ -398,11 +394,6 @@ def make_dataset(output: str | Path, counts: dict[str, int], settings: Settings,
                 part = [sample for sample in samples if sample["id"].startswith(f"{split}/") and sample["questions"]]
                 (partial / f"{split}.json").write_text(json.dumps([conversation(s) for s in part], indent=1))
                 (partial / f"{split}.jsonl").write_text("".join(json.dumps(messages(s)) + "\n" for s in part))
-        partial.chmod(0o755)  # mkdtemp makes it private
-        partial.replace(output)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     return output
 
 
