@@ -15,7 +15,7 @@ import itertools
 import warnings
 
 import torch
-from common import DTYPES, add_options, append_rows, environment, measure, parse_length, print_table
+from common import DTYPES, add_options, announce, append_rows, environment, measure, parse_length, print_table
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -46,7 +46,7 @@ def main() -> None:
     device = torch.device(args.device)
     shape = ("dtype", "heads", "kv_heads", "head_dim", "block_size", "block_count", "window_size")
     same = {"benchmark": "attention", **environment(device, args.date), **{name: getattr(args, name) for name in shape}}
-    print(", ".join(f"{name} {value}" for name, value in same.items() if value is not None))
+    announce(same)
     for tokens in args.lengths:
         rows = measure_length(tokens, device, args)
         for name in args.passes:

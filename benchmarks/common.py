@@ -186,6 +186,20 @@ def measure(fn, device: torch.device, seconds: float, least: int = 10) -> dict:
     return {**{name: round(x, 4) for name, x in figures.items()}, "runs": len(times), "peak_mb": peak}
 
 
+def announce(same: dict) -> None:
+    """Print what all rows of a run have in common."""
+    print(", ".join(f"{name} {value}" for name, value in same.items() if value is not None))
+
+
+def report_models(path: Path, columns: tuple[str, ...], same: dict, rows: list[dict]) -> None:
+    """Print and keep the rows of VideoNSA and the stock model, in this order, with the speedup of the former."""
+    if all("ms" in row for row in rows):
+        rows[0]["speedup"] = round(rows[1]["ms"] / rows[0]["ms"], 3)
+    print()
+    print_table((*columns, "speedup", "skipped"), rows)
+    append_rows(path, [{**same, **row} for row in rows])
+
+
 def append_rows(path: Path, rows: list[dict]) -> None:
     """Add rows to a JSON list in a file, one row per line."""
     path.parent.mkdir(parents=True, exist_ok=True)

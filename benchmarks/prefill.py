@@ -17,13 +17,13 @@ from common import (
     TEXT_BEFORE,
     add_model_options,
     add_options,
-    append_rows,
+    announce,
     environment,
     make_models,
     make_prompt,
     measure,
     parse_model_options,
-    print_table,
+    report_models,
 )
 from transformers.utils import logging
 
@@ -42,7 +42,7 @@ def main() -> None:
     models = make_models(args, device, args.layers)
     kernels = {"VideoNSA": args.backend, "Qwen2.5-VL": args.attention}
     same["weights_mb"] = round(sum(p.numel() * p.element_size() for p in models["VideoNSA"].parameters()) / 1e6)
-    print(", ".join(f"{name} {value}" for name, value in same.items() if value is not None))
+    announce(same)
     for tokens in args.lengths:
         prompt = make_prompt(models["VideoNSA"], tokens, args.question)
         rows = []
@@ -52,12 +52,8 @@ def main() -> None:
             if "ms" in row:
                 row["decode_tokens_per_s"] = decoding_speed(model, prompt, args.new_tokens)
             rows.append(row)
-        if all("ms" in row for row in rows):
-            rows[0]["speedup"] = round(rows[1]["ms"] / rows[0]["ms"], 3)  # of VideoNSA over stock
-        print()
-        columns = ("tokens", "model", "kernel", "ms", "ms_low", "ms_high", "peak_mb", "decode_tokens_per_s", "speedup")
-        print_table((*columns, "skipped"), rows)
-        append_rows(args.output / "prefill.json", [{**same, **row} for row in rows])
+        columns = ("tokens", "model", "kernel", "ms", "ms_low", "ms_high", "peak_mb", "decode_tokens_per_s")
+        report_models(args.output / "prefill.json", columns, same, rows)
 
 
 @torch.no_grad()

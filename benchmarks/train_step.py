@@ -16,13 +16,13 @@ from common import (
     TEXT_BEFORE,
     add_model_options,
     add_options,
-    append_rows,
+    announce,
     environment,
     make_models,
     make_prompt,
     measure,
     parse_model_options,
-    print_table,
+    report_models,
 )
 from transformers.utils import logging
 
@@ -43,18 +43,15 @@ def main() -> None:
     same = {"benchmark": "train_step", **about, "activations": "recomputed" if args.checkpointing else "kept"}
     logging.set_verbosity_error()
     kernels = {"VideoNSA": args.backend, "Qwen2.5-VL": args.attention}
-    print(", ".join(f"{name} {value}" for name, value in same.items() if value is not None))
+    announce(same)
     for tokens in args.lengths:
         layers = args.layers or layers_that_fit(tokens, args, device)
         size = {"tokens": tokens, "text_tokens": TEXT_BEFORE + args.question, "layers": layers}
         steps = time_steps(layers, tokens, args, device, seconds=args.seconds, least=5)
         rows = [{"model": name, "kernel": kernels[name], **size, **step} for name, step in steps.items()]
-        if all("ms" in row for row in rows):
-            rows[0]["speedup"] = round(rows[1]["ms"] / rows[0]["ms"], 3)  # of VideoNSA over stock
-        print()
         columns = ("tokens", "layers", "model", "kernel", "ms", "ms_low", "ms_high", "ms_per_layer")
-        print_table((*columns, "weights_mb", "optimizer_mb", "peak_mb", "speedup", "skipped"), rows)
-        append_rows(args.output / "train_step.json", [{**same, **row} for row in rows])
+        columns = (*columns, "weights_mb", "optimizer_mb", "peak_mb")
+        report_models(args.output / "train_step.json", columns, same, rows)
 
 
 def layers_that_fit(tokens: int, args: argparse.Namespace, device: torch.device, most: int = 28) -> int:

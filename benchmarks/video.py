@@ -27,7 +27,7 @@ from pathlib import Path
 import av
 import numpy as np
 import torch
-from common import ROOT, add_output_options, append_rows, environment, print_table
+from common import ROOT, add_output_options, announce, append_rows, environment, print_table
 from readers import PIXELS, RATE, READERS, Job, find_ffmpeg
 from transformers.models.qwen2_vl.video_processing_qwen2_vl import smart_resize
 
@@ -80,7 +80,7 @@ def main() -> None:
         parser.error("--minutes must be whole multiples of 10 seconds, such as 0.5")
 
     same = {"benchmark": "video", **environment(torch.device("cpu"), args.date), **versions(), "threads": args.threads}
-    print(", ".join(f"{name} {value}" for name, value in same.items() if value is not None))
+    announce(same)
     columns = ("reader", "output", "ms", "ms_low", "ms_high", "cpu_ms", "ratio", "peak_mb", "output_mb", "difference")
     for options in itertools.product(args.minutes, args.heights, args.codecs, args.key_frames):
         clip = Clip(**dict(zip(("minutes", "height", "codec", "key_frames"), options, strict=True)))
