@@ -64,10 +64,10 @@ class VisionLayout:
     valid: torch.Tensor | None  # bool [batch, total], False for padding
     length: int  # new tokens per row
     total: int  # cached and new tokens per row
-    keep_gates: Callable[[torch.Tensor], None] | None = None  # takes the gates of a layer, if they are asked for
+    observe: Callable | None = None  # called by each layer: see `VideoNSAModel.forward`
 
     @classmethod
-    def make(cls, vision, length, valid=None, starts=None, keep_gates=None) -> "VisionLayout":
+    def make(cls, vision, length, valid=None, starts=None, observe=None) -> "VisionLayout":
         """From vision bool [batch, total], of which the last `length` tokens of each row are new; valid bool [batch,
         total] is False for padding, starts bool [batch, total] True where a packed sample begins."""
         batch, total = vision.shape
@@ -102,7 +102,7 @@ class VisionLayout:
             valid=valid,
             length=length,
             total=total,
-            keep_gates=keep_gates,
+            observe=observe,
         )
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "VisionLayout":
@@ -184,12 +184,11 @@ class VideoNSAAttention(Qwen2_5_VLAttention):
 
         queries, rows, positions = vision_layout.queries, vision_layout.key_rows, vision_layout.key_positions
         gates = self.gates(hidden_states.flatten(0, 1)[queries])  # [N, heads, 3]
+        if vision_layout.observe is not None:
+            gates = vision_layout.observe(self, q, k, v, gates, vision_layout)
         output[queries] = self._sparse(q[queries], k[rows, :, positions], v[rows, :, positions], gates, vision_layout)
         for chunk in vision_layout.text_chunks(self.num_key_value_groups):
             output[chunk.queries] = self._dense(q[chunk.queries], k, v, chunk).to(output.dtype)
-        if vision_layout.keep_gates is not None:
-            all_gates = gates.new_zeros(len(q), *gates.shape[1:]).index_copy(0, queries, gates)
-            vision_layout.keep_gates(all_gates.unflatten(0, (batch, length)))
         return self.o_proj(output.view(batch, length, -1)), None
 
     def _sparse(self, q, k, v, gates, layout: VisionLayout) -> torch.Tensor:
@@ -256,14 +255,14 @@ class VideoNSATextModel(Qwen2_5_VLTextModel):
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         vision_mask: torch.Tensor | None = None,
-        keep_gates: Callable[[torch.Tensor], None] | None = None,
+        observe: Callable | None = None,
         **kwargs,
     ):
         """As in Qwen2.5-VL, with vision_mask bool [batch, length]: which new tokens are vision; None for none."""
         if vision_mask is not None:
             past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
             vision_mask = torch.cat([self._cached_vision_mask(past_key_values, past, vision_mask), vision_mask], 1)
-            kwargs["vision_layout"] = self._layout(vision_mask, past, attention_mask, position_ids, keep_gates)
+            kwargs["vision_layout"] = self._layout(vision_mask, past, attention_mask, position_ids, observe)
             attention_mask = dict.fromkeys(("full_attention", "sliding_attention"))  # "prepared": no [S, S] mask
         elif getattr(past_key_values, "vision_mask", None) is not None and not torch.compiler.is_compiling():
             # What comes after the cached tokens is text now, also where a longer cache was cut back or reset.
@@ -294,7 +293,7 @@ class VideoNSATextModel(Qwen2_5_VLTextModel):
         return nn.functional.pad(mask, (0, past - mask.shape[1]))
 
     @staticmethod
-    def _layout(vision_mask, past, attention_mask, position_ids, keep_gates) -> VisionLayout:
+    def _layout(vision_mask, past, attention_mask, position_ids, observe) -> VisionLayout:
         batch, total = vision_mask.shape
         valid = starts = None
         if attention_mask is not None:
@@ -306,7 +305,7 @@ class VideoNSATextModel(Qwen2_5_VLTextModel):
             # Samples packed into a row: its text positions (the first of four) start anew with each.
             text_positions = position_ids[0].expand(batch, -1)
             starts = text_positions.diff(dim=1, prepend=text_positions[:, :1] - 1) != 1
-        return VisionLayout.make(vision_mask, total - past, valid, starts, keep_gates)
+        return VisionLayout.make(vision_mask, total - past, valid, starts, observe)
 
 
 class VideoNSAModel(Qwen2_5_VLModel):
@@ -330,7 +329,7 @@ class VideoNSAModel(Qwen2_5_VLModel):
         inputs_embeds: torch.Tensor | None = None,
         mm_token_type_ids: torch.IntTensor | None = None,
         output_gates: bool = False,
-        keep_gates: Callable[[torch.Tensor], None] | None = None,
+        observe: Callable | None = None,
         **kwargs,
     ):
         """As in Qwen2.5-VL.
@@ -341,11 +340,13 @@ class VideoNSAModel(Qwen2_5_VLModel):
         Args:
             output_gates: also return `gates`, per layer [batch, length, heads, 3] in the order compression, selection,
                 window, 0 for tokens that are not vision; empty when the call computes no sparse attention.
-            keep_gates: a function that is given the same, layer by layer.
+            observe: called in each layer that has vision queries, before it attends, with its attention module, q
+                [batch * length, heads, dim], k and v [batch, KV heads, total, dim] of all tokens after the rotary, the
+                gates of its vision queries [N, heads, 3], and the `VisionLayout`; returns the gates to use.
         """
         gates = []
         if output_gates:
-            keep_gates = gates.append
+            observe = functools.partial(_keep_gates, gates, observe)
         if mm_token_type_ids is None and input_ids is not None:
             mm_token_type_ids = self.token_types(input_ids)  # without it, stock falls back to 1-D positions
         if input_ids is not None and past_key_values is not None:
@@ -358,7 +359,7 @@ class VideoNSAModel(Qwen2_5_VLModel):
             inputs_embeds=inputs_embeds,
             mm_token_type_ids=mm_token_type_ids,
             vision_mask=self._vision_mask(input_ids, inputs_embeds, mm_token_type_ids),
-            keep_gates=keep_gates,
+            observe=observe,
             **kwargs,
         )
         cache = getattr(outputs, "past_key_values", None)
@@ -536,7 +537,8 @@ class VideoNSAForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
         if not output_gates:
             return super().forward(*args, **kwargs)
         gates = []
-        return _with_gates(super().forward(*args, keep_gates=gates.append, **kwargs), gates)
+        observe = functools.partial(_keep_gates, gates, kwargs.pop("observe", None))
+        return _with_gates(super().forward(*args, observe=observe, **kwargs), gates)
 
     def create_masks_for_generate(self, *, inputs_embeds, attention_mask, **kwargs):
         """Leave the mask of a prefill 2-D also for static caches: no [length, length] mask is needed."""
@@ -555,6 +557,14 @@ class VideoNSAForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
             cache = model_kwargs.get("past_key_values")
             self.model.rope_deltas = getattr(cache, "rope_deltas", self.model.rope_deltas)
         return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
+
+
+def _keep_gates(kept: list, observe: Callable | None, attention, q, k, v, gates, layout: VisionLayout):
+    """An observer that keeps the gates of a layer as [batch, length, heads, 3], those that another one returns."""
+    gates = gates if observe is None else observe(attention, q, k, v, gates, layout)
+    every = gates.new_zeros(len(q), *gates.shape[1:]).index_copy(0, layout.queries, gates)
+    kept.append(every.unflatten(0, (-1, layout.length)))
+    return gates
 
 
 def _with_gates(outputs, gates: list):

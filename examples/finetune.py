@@ -186,7 +186,7 @@ class Meter(TrainerCallback):
     """Measures between two logs: tokens, the seconds of training (without evaluation and saving), and mean gates."""
 
     def __init__(self, layers: int):
-        self.layers, self.layer = layers, 0
+        self.layers = layers
         self.step_seconds = []
         self.reset()
 
@@ -195,21 +195,19 @@ class Meter(TrainerCallback):
         self.gates = 0.0  # [layers, 4]: sums over vision tokens of the gates of each branch, and the number of these
 
     def count(self, inputs) -> None:
-        """Note a batch; the model then hands its gates to `keep_gates`, first layer first."""
+        """Note a batch; the layers of the model then call `observe`, first layer first."""
         mask = inputs.get("attention_mask")
         self.tokens += inputs["input_ids"].numel() if mask is None else mask.sum()
-        self.layer, self.batch = 0, []
+        self.batch = []
 
-    def keep_gates(self, gates: torch.Tensor) -> None:
-        """Take the gates [batch, length, heads, 3] of a layer, 0 where there is no vision token."""
-        if self.layer >= self.layers:
-            return  # gradient checkpointing computes them a second time
-        self.layer += 1
-        gates = gates.detach().float()
-        tokens = (gates[..., 0, 0] > 0).sum()
-        self.batch.append(torch.cat([gates.mean(2).sum((0, 1)), tokens[None]]))
-        if self.layer == self.layers:
-            self.gates = self.gates + torch.stack(self.batch)
+    def observe(self, attention, q, k, v, gates: torch.Tensor, layout) -> torch.Tensor:
+        """Note the gates [vision tokens, heads, 3] of a layer."""
+        if attention.layer_idx == len(self.batch):  # gradient checkpointing computes layers a second time
+            sums = gates.detach().float().mean(1).sum(0)
+            self.batch.append(torch.cat([sums, sums.new_tensor([len(gates)])]))
+            if len(self.batch) == self.layers:
+                self.gates = self.gates + torch.stack(self.batch)
+        return gates
 
     def on_train_begin(self, *args, **kwargs):
         self.mark = time.perf_counter()
@@ -289,7 +287,7 @@ class VideoTrainer(Trainer):
         inputs = {**inputs, "logits_to_keep": keep, "shift_labels": shifted[:, keep], "use_cache": False}
         if model.training:
             self.meter.count(inputs)
-            inputs["keep_gates"] = self.meter.keep_gates
+            inputs["observe"] = self.meter.observe
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def _run_epoch(self, *args, **kwargs):

@@ -1361,6 +1361,31 @@ def test_output_gates_of_a_step_over_a_cache_are_those_of_its_tokens(small):
     assert small(**step, output_gates=True).gates == ()
 
 
+@torch.no_grad()
+def test_an_observer_sees_what_each_layer_attends_with_and_may_change_the_gates(model):
+    inputs = make_inputs(VIDEO, MIXED, TEXT)
+    seen, vision = [], is_vision(inputs)
+
+    def observe(attention, q, k, v, gates, layout):
+        rows, positions = layout.key_rows, layout.key_positions
+        seen.append(attention.layer_idx)
+        packed = q[layout.queries], k[rows, :, positions], v[rows, :, positions]
+        whole = nsa_attention(*packed, gates, layout.cu_seqlens, **NSA)
+        assert layout.queries.tolist() == vision.flatten().nonzero().flatten().tolist()
+        outputs.append(attention.o_proj(whole.flatten(1)))
+        return gates
+
+    outputs, expected = [], []
+    for layer in model.model.language_model.layers:
+        layer.self_attn.register_forward_hook(lambda module, args, output: expected.append(output[0][vision]))
+    same = model(**inputs, observe=observe, output_gates=True)
+    assert seen == [0, 1] and torch.equal(same.logits, model(**inputs).logits)
+    for output, wanted in zip(outputs, expected, strict=False):
+        torch.testing.assert_close(output, wanted, rtol=1e-4, atol=1e-5)
+    off = model(**inputs, observe=lambda attention, q, k, v, gates, layout: 0 * gates, output_gates=True)
+    assert not torch.stack(off.gates).any() and not torch.equal(off.logits, same.logits)
+
+
 def test_hidden_states_are_returned_as_in_stock(both):
     inputs = make_inputs(VIDEO)
     for name in ("output_hidden_states", "output_attentions"):
@@ -1603,11 +1628,11 @@ def test_new_video_over_a_cache_needs_positions(small):
 
 def test_layout_moves_every_tensor_to_another_device():
     vision, valid, sample = random_layout("packed, then right padding")
-    starts, keep_gates = sample.diff(dim=1, prepend=sample[:, :1]) != 0, print
-    layout = VisionLayout.make(vision, vision.shape[1], valid, starts, keep_gates)
+    starts, observe = sample.diff(dim=1, prepend=sample[:, :1]) != 0, print
+    layout = VisionLayout.make(vision, vision.shape[1], valid, starts, observe)
     assert layout.to("cpu") is layout
     moved = layout.to(torch.device("meta"), non_blocking=True)
-    assert moved.keep_gates is keep_gates
+    assert moved.observe is observe
     tensors = 0
     for name, value in vars(layout).items():
         other = getattr(moved, name)
