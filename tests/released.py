@@ -1,7 +1,8 @@
 """The arithmetic that the public VideoNSA checkpoint was trained with, step by step and as slow as that is.
 
-Independent of the package: plain PyTorch, one sample, every head and every mask materialised, fp64 or fp32. What the
-product calls `nsa_variant="released"` must equal it. Also a tiny checkpoint in the layout of the public one.
+That code is Espere-1119-Song/VideoNSA at 377eeb9 (`Qwen2_5_VLMixNSA`); this file was written from a list of what it
+does, independently of the package, whose `nsa_variant="released"` must equal it: plain PyTorch, one sample, every head
+and every mask materialised, fp64 or fp32. Also a tiny checkpoint in the layout of the public one.
 
 S is the block size, H the query heads, G the KV heads, D the head dimension. Tokens are counted from the first one in
 the sequence, text or vision. `past` tokens are cached: keys, values and positions cover past + new tokens, queries and
@@ -65,9 +66,9 @@ def released_trace(
         gate_logits: [new, H, 3] for compression, selection and window, before they are divided.
         position_ids: integers [3, past + new], temporal, height and width.
         past: cached tokens. The new ones then are the last rows of the same arithmetic over all tokens, and "later"
-            blocks are those that exist so far. One thing the public code leaves no rule for: the log-sum-exps that are
-            misread belong to all rows of a call, and those of cached rows cannot be known from the new queries, so
-            [heads, new] is read as [new, heads].
+            blocks are those that exist so far. The log-sum-exps that are misread are those of the new rows, [heads,
+            new] read as [new, heads]: those of cached rows cannot be known from the new queries. All this is a rule of
+            ours for chunks with vision tokens; of the public code none is known.
         block_causal: an intermediate commit's compression mask, j <= t // S, in place of t <= (j + 1)·S - 1.
         fast_paths: as in evaluation: one term only where the new tokens are all text or all vision.
         work_dtype: what q·scale and the pooled keys are rounded to before the importance is computed.
@@ -81,7 +82,7 @@ def released_trace(
     t = torch.arange(past, total)[:, None]  # [new, 1]
     key = torch.arange(total)[None, :]  # [1, total]
 
-    # Text is where the three positions are equal (item 1); there q, k and v are zero for the sparse term (item 2).
+    # Text is where the three positions are equal; there q, k and v are zero for the sparse term.
     vision = vision_mask(position_ids)
     vision_rows = vision[past:]
     sparse_q = q * vision_rows[:, None, None]
@@ -89,13 +90,13 @@ def released_trace(
     sparse_v = v * vision[:, None, None]
     heads_q = torch.cat([sparse_q, sparse_q, q.new_zeros(new, padded - 2 * heads, dim)], dim=1)  # [new, 16·G, D]
 
-    # Blocks are counted from the first token; the mean of the last one is over the tokens it has (item 4).
+    # Blocks are counted from the first token; the mean of the last one is over the tokens it has.
     spans = [(start, min(start + block_size, total)) for start in range(0, total, block_size)]
     pooled_k = torch.stack([sparse_k[start:end].sum(0) / (end - start) for start, end in spans])  # [blocks, G, D]
     pooled_v = torch.stack([sparse_v[start:end].sum(0) / (end - start) for start, end in spans])
     block = torch.arange(len(spans))[None, :]  # [1, blocks]
 
-    # Compression: the own block and all later ones (item 5).
+    # Compression: the own block and all later ones.
     visible = block <= t // block_size if block_causal else t <= (block + 1) * block_size - 1
     visible = visible.expand(padded, new, len(spans))
     logits = torch.stack([heads_q[:, p] @ pooled_k[:, p // GROUP].T * scale for p in range(padded)])
@@ -103,7 +104,7 @@ def released_trace(
     lse = logits.logsumexp(-1)  # [16·G, new]
     compression = [logits[p].softmax(-1) @ pooled_v[:, p // GROUP] for p in range(padded)]
 
-    # Importance: the normaliser is read from the wrong places, the own block counts 1 per head (item 6).
+    # Importance: the normaliser is read from the wrong places, the own block counts 1 per head.
     misread = lse.reshape(-1).view(new, padded)
     candidate = block <= t // block_size  # [new, blocks]
     own = block == t // block_size
@@ -118,7 +119,7 @@ def released_trace(
     kept.scatter_(-1, ranked[..., :block_count], True)
     kept &= candidate
 
-    # Selection and window, over zeroed text keys too (item 7).
+    # Selection and window, over zeroed text keys too.
     selection, window = [], []
     in_window = (key <= t) & (key > t - window_size)
     for p in range(padded):
@@ -127,20 +128,20 @@ def released_trace(
         for outputs, mask in ((selection, in_kept), (window, in_window)):
             outputs.append(attend(heads_q[:, p], sparse_k[:, group], sparse_v[:, group], mask, scale))
 
-    # Half of the real heads, half of their copies; the zero heads are dropped (item 3).
+    # Half of the real heads, half of their copies; the zero heads are dropped.
     branches = [torch.stack(outputs, dim=1) for outputs in (compression, selection, window)]
     branches = [0.5 * (branch[:, :heads] + branch[:, heads : 2 * heads]) for branch in branches]
-    gates = (gate_logits / gate_temperature * vision_rows[:, None, None]).sigmoid()  # 0.5 for text (item 8)
+    gates = (gate_logits / gate_temperature * vision_rows[:, None, None]).sigmoid()  # 0.5 for text
     sparse = sum(gates[..., b, None] * branch for b, branch in enumerate(branches))
 
-    # The dense term: q is zero for vision, k and v are whole, heads have their own KV head (item 9).
+    # The dense term: q is zero for vision, k and v are whole, heads have their own KV head.
     text_q = q * ~vision_rows[:, None, None]
     ratio = heads // kv_heads
     dense = [attend(text_q[:, h], k[:, h // ratio], v[:, h // ratio], key <= t, scale) for h in range(heads)]
     dense = torch.stack(dense, dim=1)
 
     out = sparse + dense
-    if fast_paths and not vision_rows.any():  # item 11
+    if fast_paths and not vision_rows.any():
         out = dense
     elif fast_paths and vision_rows.all():
         out = sparse

@@ -85,9 +85,10 @@ def test_a_text_row_gains_half_of_three_means():
 
 
 def test_the_last_block_is_pooled_by_its_own_length():
-    inputs = make_inputs("vvvvv")
-    compression = released_trace(*inputs, block_size=3).compression
-    torch.testing.assert_close(compression[4], inputs[2][3:5].mean(0).expand(2, -1))
+    q, k, v, gate_logits, positions = make_inputs("vvvvv")
+    trace = released_trace(q, k, v, gate_logits, positions, block_size=3)
+    torch.testing.assert_close(trace.compression[4], v[3:].mean(0).expand(2, -1))  # all that the last row sees
+    torch.testing.assert_close(trace.lse[:2, 4], q[4] @ k[3:, 0].mean(0) / 2)
 
 
 def test_text_alone_is_plain_causal_attention():
@@ -113,7 +114,6 @@ def test_vision_alone_has_no_dense_term_in_evaluation():
     trained = released_trace(*inputs, block_size=16, block_count=1, fast_paths=False)
     evaluated = released_attention(*inputs, block_size=16, block_count=1)
     torch.testing.assert_close(evaluated + trained.dense, trained.out)
-    # The first token's branches are all that it and the pooled blocks are; its gates are sigmoids of logits / 0.3.
     torch.testing.assert_close(trained.gates, (inputs[3] / 0.3).sigmoid())
 
 
