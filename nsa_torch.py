@@ -14,6 +14,7 @@ from itertools import pairwise
 import torch
 from torch.utils.checkpoint import checkpoint
 
+_CHECKED = ("cu_seqlens_k", "gates", "lse", "blocks", "own_importance", "first", "block_size")  # before heads are split
 MAX_SCORES = 2**25  # attention scores of a chunk, over all heads; 128 MB in fp32, of which about five are in use
 
 
@@ -26,15 +27,22 @@ def _over_query_heads(function):
         if query_heads is None:
             return function(*args, **kwargs)
         given = signature.bind(*args, **kwargs).arguments
-        optional = {name: given.get(name) for name in ("v", "cu_seqlens_k", "gates", "lse", "blocks")}
-        check_arguments(given["q"], given["k"], cu_seqlens=given["cu_seqlens"], query_heads=query_heads, **optional)
+        check_arguments(
+            given["q"],
+            given["k"],
+            given.get("v"),
+            given.get("cu_seqlens"),
+            query_heads=query_heads,
+            **{name: given[name] for name in _CHECKED if name in given},
+        )
         parts, start = [], 0
         for g, heads in enumerate(query_heads):
             rows, start = slice(start, start + len(heads)), start + len(heads)
             where = {"k": slice(g, g + 1), "v": slice(g, g + 1), "gates": rows, "lse": rows, "q": list(heads)}
             own = {name: given[name][:, index] for name, index in where.items() if name in given}
-            if "blocks" in given:
-                own["blocks"] = given["blocks"][g : g + 1]
+            own |= {
+                name: given[name][g : g + 1] for name in ("blocks", "own_importance") if given.get(name) is not None
+            }
             parts.append(function(**{**given, **own}))
         if isinstance(parts[0], tuple):  # o and lse
             return tuple(torch.cat(x, 1) for x in zip(*parts, strict=True))
@@ -67,7 +75,8 @@ def nsa_attention(
         cu_seqlens_k: the same for the keys, when samples have fewer queries than keys; a sample's queries are then
             the last tokens of its stream. Default: `cu_seqlens`.
         query_heads: for each KV head, the query heads that read it, where it is not its own H / G. A query head may
-            read several; o, lse and gates then have a row for each entry of these lists, in their order, in place of H.
+            read several, or one twice; o, lse and gates then have a row for each entry of these lists, in their order,
+            in place of H.
         block_size: tokens per block, a power of two of at least 16.
         block_count: blocks that a query selects, at least 3 (the first, the previous and its own are always chosen).
         window_size: keys in the sliding window, the query's own included.
@@ -80,7 +89,7 @@ def nsa_attention(
         ValueError: an argument has a wrong shape, dtype, device or value; the message names it.
     """
     check_arguments(q, k, v, cu_seqlens, cu_seqlens_k, gates=gates, window_size=window_size, scale=scale)
-    dtype, q, k, v = q.dtype, _accumulate(q), _accumulate(k), _accumulate(v)
+    dtype, q, k, v = q.dtype, accumulate(q), accumulate(k), accumulate(v)
     lengths = {"cu_seqlens": cu_seqlens, "cu_seqlens_k": cu_seqlens_k}
     blocking = {"block_size": block_size, "scale": scale}
     g_cmp, g_slc, g_win = gates.to(q.dtype).unsqueeze(-1).unbind(-2)  # 3 x [N, H, 1]
@@ -133,6 +142,7 @@ def select_blocks(
     cu_seqlens_k: torch.Tensor | None = None,
     block_size: int = 64,
     block_count: int = 32,
+    own_importance: torch.Tensor | None = None,
     scale: float | None = None,
 ) -> torch.Tensor:
     """The blocks each query reads: {0, c - 1, c} for own block c, then the most important others.
@@ -142,14 +152,15 @@ def select_blocks(
 
     Args:
         lse: [N, H] from `compressed_attention`; the others as in `nsa_attention`.
+        own_importance: [G, N], not negative. If given, no block is always chosen: block c has this importance.
 
     Returns:
         int32 [G, N, block_count], ascending, padded with -1 where fewer blocks are available.
     """
     sizes = {"block_size": block_size, "block_count": block_count, "scale": scale}
-    check_arguments(q, k, None, cu_seqlens, cu_seqlens_k, lse=lse, **sizes)
+    check_arguments(q, k, None, cu_seqlens, cu_seqlens_k, lse=lse, own_importance=own_importance, **sizes)
 
-    def choose(q, k, lse, first):
+    def choose(q, k, lse, first, own_importance):
         own = _stream_index(q, first)[:, None] // block_size  # [C, 1]
         block = torch.arange((first + len(q) - 1) // block_size + 1, device=q.device)
         means = _block_means(k[: first + len(q)], block_size)
@@ -157,16 +168,22 @@ def select_blocks(
         importance = log_p.exp().sum(2)  # [G, C, blocks], over the heads of a group
         importance = torch.nn.functional.pad(importance, (0, len(block) - len(means)))  # own block may be incomplete
         importance = importance.masked_fill(block >= own, -torch.inf)
-        importance = importance.masked_fill((block == 0) | (block == own) | (block == own - 1), torch.inf)
+        if own_importance is None:
+            importance = importance.masked_fill((block == 0) | (block == own) | (block == own - 1), torch.inf)
+        else:
+            importance = torch.where(block == own, own_importance.unsqueeze(-1).to(importance.dtype), importance)
         best = importance.sort(dim=-1, descending=True, stable=True)
         chosen = best.indices.masked_fill(best.values == -torch.inf, len(block))[..., :block_count].sort(-1).values
         chosen = chosen.masked_fill(chosen == len(block), -1)
         return torch.nn.functional.pad(chosen, (0, block_count - chosen.shape[-1]), value=-1).int()
 
     chunks = _chunks(cu_seqlens, cu_seqlens_k, lambda n: _rows(q, n // block_size + 1))
-    q, k = _accumulate(q), _accumulate(k)
+    q, k = accumulate(q), accumulate(k)
     with torch.autocast(q.device.type, enabled=False):
-        parts = [choose(q[rows], k[keys], lse[rows], first) for rows, keys, first in chunks]
+        parts = [
+            choose(q[rows], k[keys], lse[rows], first, None if own_importance is None else own_importance[:, rows])
+            for rows, keys, first in chunks
+        ]
     return torch.cat([q.new_empty(k.shape[1], 0, block_count, dtype=torch.int32), *parts], dim=1)
 
 
@@ -225,25 +242,62 @@ def window_attention(
     return _over_chunks(attend, q, k, v, cu_seqlens, cu_seqlens_k, lambda n: min(n, 2 * span), max_rows=span)
 
 
+@_over_query_heads
+def pooled_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    first: int,
+    block_size: int = 64,
+    reverse: bool = False,
+    scale: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of one sample over keys and values that stand for `block_size` tokens each: query i sees the first
+    (first + i + 1) // block_size of them.
+
+    Args:
+        q: [N, H, D]; k, v: [(first + N) // block_size, G, D], as many as the last query sees.
+        first: stream index of the first query, at least 0.
+        reverse: count queries and keys from their ends, so that a query sees its own and later blocks.
+
+    Returns and raises as `compressed_attention`.
+    """
+    check_arguments(q, k, v, None, first=first, block_size=block_size, scale=scale)
+
+    def attend(q, k, v, first):
+        seen = (_stream_index(q, first) + 1) // block_size
+        return _softmax_attention(q, k, v, (torch.arange(len(k), device=q.device) < seen[:, None])[None], scale)
+
+    if reverse:
+        q, k, v = q.flip(0), k.flip(0), v.flip(0)
+    cu_seqlens, cu_seqlens_k = torch.tensor([0, len(q)]), torch.tensor([0, first + len(q)])
+    o, lse = _over_chunks(attend, q, k, v, cu_seqlens, cu_seqlens_k, lambda n: n // block_size)
+    return (o.flip(0), lse.flip(0)) if reverse else (o, lse)
+
+
 def check_arguments(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor | None,
-    cu_seqlens: torch.Tensor,
+    cu_seqlens: torch.Tensor | None,
     cu_seqlens_k: torch.Tensor | None = None,
     *,
     gates: torch.Tensor | None = None,
     lse: torch.Tensor | None = None,
     blocks: torch.Tensor | None = None,
+    own_importance: torch.Tensor | None = None,
     query_heads: Sequence[Sequence[int]] | None = None,
     block_size: int | None = None,
     block_count: int | None = None,
     window_size: int | None = None,
+    first: int | None = None,
     scale: float | None = None,
     read_lengths: bool = True,
 ) -> None:
     """Raise a ValueError that names the first argument which does not fit the others.
 
+    cu_seqlens: None for `pooled_attention`, which has `first`.
     read_lengths: check the values of cu_seqlens, too, which waits for the device that they are on.
     """
     if q.ndim != 3 or not q.is_floating_point():
@@ -255,8 +309,8 @@ def check_arguments(
     if query_heads is not None:
         if len(query_heads) != groups or not all(_are_heads(listed, heads) for listed in query_heads):
             raise ValueError(
-                f"query_heads must hold, for each of {groups} KV heads, different query heads in 0 ... {heads - 1}, "
-                f"at least one, got {query_heads}"
+                f"query_heads must hold, for each of {groups} KV heads, at least one query head in 0 ... {heads - 1}, "
+                f"got {query_heads}"
             )
         rows = sum(map(len, query_heads))
     elif groups == 0 or heads % groups:
@@ -276,6 +330,9 @@ def check_arguments(
         if not fits or blocks.dtype != torch.int32 or blocks.device != q.device:
             got = f"{blocks.dtype} {list(blocks.shape)} on {blocks.device}"
             raise ValueError(f"blocks must be int32 [{groups}, {n}, count] on {q.device}, got {got}")
+    if own_importance is not None and (own_importance.shape != (groups, n) or own_importance.device != q.device):
+        got = f"{list(own_importance.shape)} on {own_importance.device}"
+        raise ValueError(f"own_importance must be {[groups, n]} on {q.device}, got {got}")
     if block_size is not None and (block_size < 16 or block_size & (block_size - 1)):
         raise ValueError(f"block_size must be a power of two of at least 16, got {block_size}")
     if block_count is not None and block_count < 3:
@@ -284,6 +341,14 @@ def check_arguments(
         raise ValueError(f"window_size must be at least 1, got {window_size}")
     if scale is not None and not scale > 0:
         raise ValueError(f"scale must be positive, got {scale}")
+    if first is not None:
+        if first < 0:
+            raise ValueError(f"first must be at least 0, got {first}")
+        if len(k) != (first + n) // block_size:
+            raise ValueError(
+                f"k must have (first + queries) // block_size = {(first + n) // block_size} rows, got {len(k)}"
+            )
+        return
     _check_lengths("cu_seqlens", cu_seqlens, q, "q", read_lengths)
     if cu_seqlens_k is not None:
         _check_lengths("cu_seqlens_k", cu_seqlens_k, k, "k", read_lengths)
@@ -298,7 +363,7 @@ def check_arguments(
 
 
 def _are_heads(listed: Sequence[int], heads: int) -> bool:
-    return 0 < len(listed) == len(set(listed)) and all(isinstance(h, int) and 0 <= h < heads for h in listed)
+    return len(listed) > 0 and all(isinstance(h, int) and 0 <= h < heads for h in listed)
 
 
 def _check_lengths(name: str, cu_seqlens: torch.Tensor, counted: torch.Tensor, counted_name: str, read: bool) -> None:
@@ -313,7 +378,7 @@ def _check_lengths(name: str, cu_seqlens: torch.Tensor, counted: torch.Tensor, c
         raise ValueError(f"{name} must rise from 0 to the {n} tokens of {counted_name}, got {values}")
 
 
-def _accumulate(x: torch.Tensor) -> torch.Tensor:
+def accumulate(x: torch.Tensor) -> torch.Tensor:
     """x in the dtype that softmax and sums are computed in."""
     return x if x.dtype == torch.float64 else x.float()
 
@@ -376,7 +441,7 @@ def _over_chunks(attend, q, k, v, cu_seqlens, cu_seqlens_k, keys_per_query, max_
     scores = sum(n * keys_per_query(first + n) for n, first in sizes) * q.shape[1]
     recompute = scores > MAX_SCORES and torch.is_grad_enabled()
     recomputed = {"use_reentrant": False, "preserve_rng_state": False}
-    dtype, q, k, v = q.dtype, _accumulate(q), _accumulate(k), _accumulate(v)
+    dtype, q, k, v = q.dtype, accumulate(q), accumulate(k), accumulate(v)
     outs = [(q[:0], q.new_empty(0, q.shape[1]))]
     with torch.autocast(q.device.type, enabled=False):
         for r, s, first in chunks:

@@ -40,6 +40,7 @@ MAX_PARTIAL = 2**26  # partial sums of dk and dv for a chunk of KV heads: 256 MB
 MAX_LIST = 1024  # queries of a piece of a block's list
 MIN_PROGRAMS = 1024  # into which dk and dv of the compression are split, by queries, while these are enough
 LOG2_E = 1.4426950408889634
+_POOLED = ("pooled", "reversed")  # branches whose keys and values are block means already
 
 
 def available(q: torch.Tensor) -> bool:
@@ -64,17 +65,20 @@ def compressed_attention(q, k, v, cu_seqlens, *, cu_seqlens_k=None, query_heads=
 
 @torch.no_grad()
 def select_blocks(
-    q, k, lse, cu_seqlens, *, cu_seqlens_k=None, query_heads=None, block_size=64, block_count=32, scale=None
-):
+    q, k, lse, cu_seqlens, *,
+    cu_seqlens_k=None, query_heads=None, block_size=64, block_count=32, own_importance=None, scale=None,
+):  # fmt: skip
     """See `nsa_torch.select_blocks`."""
-    sizes = {"block_size": block_size, "block_count": block_count}
-    _check(q, k, None, cu_seqlens, cu_seqlens_k, query_heads=query_heads, scale=scale, lse=lse, **sizes)
+    values = {"block_size": block_size, "block_count": block_count, "lse": lse, "own_importance": own_importance}
+    _check(q, k, None, cu_seqlens, cu_seqlens_k, query_heads=query_heads, scale=scale, **values)
+    if own_importance is not None:
+        own_importance = own_importance.float().contiguous()
     blocks = torch.empty(k.shape[1], q.shape[0], block_count, dtype=torch.int32, device=q.device)
     if blocks.numel():
         with torch.cuda.device_of(q):
             heads, starts = _head_lists(q, k, query_heads)
             call = _Call(q, k, k, cu_seqlens, cu_seqlens_k, heads, starts, block_size, scale)
-            call.choose(lse.float().contiguous(), blocks)
+            call.choose(lse.float().contiguous(), blocks, own_importance)
     return blocks
 
 
@@ -89,10 +93,26 @@ def window_attention(q, k, v, cu_seqlens, *, cu_seqlens_k=None, query_heads=None
     return _call("window", q, k, v, cu_seqlens, cu_seqlens_k, query_heads, scale, window_size=window_size)
 
 
+def pooled_attention(q, k, v, *, first, query_heads=None, block_size=64, reverse=False, scale=None):
+    """See `nsa_torch.pooled_attention`."""
+    _check(q, k, v, None, None, first=first, query_heads=query_heads, block_size=block_size, scale=scale)
+    cu_seqlens, cu_seqlens_k = (
+        torch.arange(2, dtype=torch.int32, device=q.device) * n for n in (len(q), first + len(q))
+    )
+    branch = "reversed" if reverse else "pooled"
+    return _launch(branch, q, k, v, cu_seqlens, cu_seqlens_k, query_heads, scale, block_size=block_size)
+
+
 def _call(branch, q, k, v, cu_seqlens, cu_seqlens_k, query_heads, scale, *, gates=None, blocks=None, **sizes):
-    """o and lse of a branch ("compressed", "selected", "window"), or the gated sum of "all" of them."""
+    """Check the arguments of `_launch` first."""
     optional = {"query_heads": query_heads, "scale": scale, "gates": gates, "blocks": blocks}
     _check(q, k, v, cu_seqlens, cu_seqlens_k, **optional, **sizes)
+    return _launch(branch, q, k, v, cu_seqlens, cu_seqlens_k, query_heads, scale, gates=gates, blocks=blocks, **sizes)
+
+
+def _launch(branch, q, k, v, cu_seqlens, cu_seqlens_k, query_heads, scale, *, gates=None, blocks=None, **sizes):
+    """o and lse of a branch ("compressed", "selected", "window", "pooled", "reversed"), or the gated sum of "all" of
+    the first three."""
     cu_seqlens_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
     lists = _head_lists(q, k, query_heads)
     sizes = [sizes.get(name, default) for name, default in (("block_size", 64), ("block_count", 0), ("window_size", 0))]
@@ -167,8 +187,10 @@ def _attend(
         return out, lse, branches, chosen
     with torch.cuda.device_of(q):
         call = _Call(q, k, v, cu_seqlens, cu_seqlens_k, heads, starts, block_size, scale)
-        if branch == "compressed":
-            call.compressed(out, lse[0])
+        if branch in _POOLED:
+            call.means = call.k, call.v
+        if branch in ("compressed", *_POOLED):
+            call.compressed(out, lse[0], reverse=branch == "reversed")
         elif branch == "selected":
             call.selected(blocks.contiguous(), out, lse[0])
         elif branch == "window":
@@ -310,20 +332,21 @@ class _Call:
     # A branch writes o [N, E, D] to `out`; with gates [N, E, 3] it adds its share of the gated sum to what branches of
     # lower number have written there, and writes o to `keep`, if given.
 
-    def compressed(self, out, lse, gates=None, branch=0, keep=None):
+    def compressed(self, out, lse, gates=None, branch=0, keep=None, reverse=False):
         config = _config("compressed", self.q)
         k_means, v_means = self.means
         grid = (self.tiles(config["BM"]), self.common["E"])
         config |= _share(out, gates, branch, keep)
-        self.launch(_band_kernel, grid, self.q, k_means, v_means, out, lse, len(k_means), **config)
+        self.launch(_band_kernel, grid, self.q, k_means, v_means, out, lse, len(k_means), REVERSE=reverse, **config)
 
     def window(self, out, lse, window_size, gates=None, branch=0, keep=None):
         config = _config("window", self.q)
         grid = (self.tiles(config["BM"]), self.common["E"])
         config |= _share(out, gates, branch, keep)
-        self.launch(_band_kernel, grid, self.q, self.k, self.v, out, lse, min(window_size, self.n_keys), S=1, **config)
+        arguments = (self.q, self.k, self.v, out, lse, min(window_size, self.n_keys))
+        self.launch(_band_kernel, grid, *arguments, S=1, REVERSE=False, **config)
 
-    def choose(self, lse, blocks):
+    def choose(self, lse, blocks, own_importance=None):
         """Write the choice into blocks [G, N, count], from the importance of a chunk of tiles at a time."""
         count = blocks.shape[2]
         n_blocks = (self.n_keys - 1) // self.block_size + 1  # of any sample, at most
@@ -343,7 +366,7 @@ class _Call:
                 self.launch(_importance_kernel, grid, *arguments, **config)
             sizes = {"COUNT": count, "COUNT_P2": triton.next_power_of_2(count), "BM": rows, "EVERYTHING": everything}
             grid = (tiles * rows // top["ROWS"], self.groups)
-            arguments = (importance, blocks, start, stride, self.n)
+            arguments = (importance, own_importance, blocks, start, stride, self.n)
             self.launch(_top_kernel, grid, *arguments, **sizes, **top)
 
     def union(self, blocks, tile):
@@ -377,6 +400,8 @@ class _Backward(_Call):
 
     def __init__(self, inputs, branch, d_out, gates, blocks, outputs, lse, window_size):
         super().__init__(*inputs)
+        if branch in _POOLED:
+            self.means = self.k, self.v
         self.branches = ("compressed", "selected", "window") if branch == "all" else (branch,)
         self.d_out, self.outputs, self.lse, self.window_size = d_out.contiguous(), outputs, lse, window_size
         self.gates = None if gates is None else gates.contiguous()
@@ -415,14 +440,19 @@ class _Backward(_Call):
                 k, v, window, size = self.band(name)
                 grid = (self.tiles(config["BM"]), self.common["E"])
                 arguments = (self.q, k, v, rows, *tensors, window)
-                self.launch(_band_dq_kernel, grid, *arguments, S=size, **constants, **config)
+                constants |= {"S": size, "REVERSE": name == "reversed"}
+                self.launch(_band_dq_kernel, grid, *arguments, **constants, **config)
         if table is not None:  # a query head may have several rows, of different KV heads
             dq.zero_()
             for start, stop in pairwise(self.starts):
-                dq[:, table[start:stop]] += rows[:, start:stop]
+                dq.index_add_(1, table[start:stop], rows[:, start:stop])
 
     def key_gradients(self, dk, dv):
         """Partial sums of every branch in fp32, then all of them added up."""
+        if self.branches[0] in _POOLED:
+            for gradient, partial in zip((dk, dv), self.band_partial(self.branches[0]), strict=True):
+                gradient.copy_(partial.sum(0))
+            return
         nothing = (dk, dv)
         window = self.band_partial("window") if "window" in self.branches else nothing
         means = self.band_partial("compressed") if "compressed" in self.branches else nothing
@@ -443,9 +473,9 @@ class _Backward(_Call):
 
     def band(self, name):
         """Keys, values, how many of them a query looks back on, and how many tokens each stands for."""
-        if name == "compressed":
-            return *self.means, len(self.means[0]), self.block_size
-        return self.k, self.v, min(self.window_size, self.n_keys), 1
+        if name == "window":
+            return self.k, self.v, min(self.window_size, self.n_keys), 1
+        return *self.means, len(self.means[0]), self.block_size
 
     def band_partial(self, name):
         """Partial sums fp32 [2, splits of the queries, keys, G, D]."""
@@ -454,12 +484,12 @@ class _Backward(_Call):
         k, v, window, size = self.band(name)
         tiles = triton.cdiv(len(k), config["BN"]) + self.samples
         splits = 1
-        if name == "compressed":  # few keys, each seen by many queries
+        if name != "window":  # few keys, each seen by many queries
             splits = max(1, min(MIN_PROGRAMS // (tiles * self.groups), triton.cdiv(self.n, 4 * config["BM"])))
         partial = torch.empty(2, splits, *k.shape, dtype=torch.float32, device=k.device)
         grid = (tiles, self.groups, splits)
         arguments = (self.q, k, v, *partial, *tensors, window, len(k))
-        self.launch(_band_dkv_kernel, grid, *arguments, S=size, **constants, **config)
+        self.launch(_band_dkv_kernel, grid, *arguments, S=size, REVERSE=name == "reversed", **constants, **config)
         return partial
 
     def selected_partial(self, g, count, pieces):
@@ -659,14 +689,23 @@ def _means_kernel(
 
 
 @_jit
+def _row(start, i, n, REVERSE: tl.constexpr):
+    """Where the i-th of a sample's n queries or keys stands, which start at `start`."""
+    if REVERSE:
+        i = n - 1 - i
+    return (start + i).to(tl.int64)
+
+
+@_jit
 def _band_kernel(
     Q, K, V, OUT, LSE, window, GATES, KEPT, CU_Q, CU_K, B, HEADS, scale,
     H: tl.constexpr, E: tl.constexpr, G: tl.constexpr, D: tl.constexpr, D_P2: tl.constexpr, B_P2: tl.constexpr,
     PRECISION: tl.constexpr, S: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    GATED: tl.constexpr, BRANCH: tl.constexpr, KEEP: tl.constexpr,
+    GATED: tl.constexpr, BRANCH: tl.constexpr, KEEP: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     """Attention of one head of a tile over the last `window` keys that end at or before each query, where a key stands
-    for S tokens: block means (all of them are in the window) or, with S = 1, tokens."""
+    for S tokens: block means (all of them are in the window) or, with S = 1, tokens. With REVERSE queries and keys are
+    counted from their ends, so that a query sees those after it."""
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # longest first
     e = tl.program_id(1)
     first, q0, k0, key0, n_q, n_k = _place(tile, CU_Q, CU_K, B, BM, 0, S, B_P2)
@@ -675,7 +714,7 @@ def _band_kernel(
         m = first + tl.arange(0, BM)
         row = m < n_q
         seen = (n_k - n_q + m + 1) // S
-        q = _load(Q, ((q0 + m).to(tl.int64) * H + h) * D, row, D, D_P2, True)
+        q = _load(Q, (_row(q0, m, n_q, REVERSE) * H + h) * D, row, D, D_P2, True)
         acc = tl.zeros((BM, D_P2), tl.float32)
         top = tl.full((BM,), -1e30, tl.float32)
         total = tl.zeros((BM,), tl.float32)
@@ -685,12 +724,12 @@ def _band_kernel(
         low = tl.maximum(by_first - window, 0)
         free = tl.where(by_last <= window, by_first // BN * BN, low)  # every row sees the keys up to here
         for start in range(low, free, BN):
-            at = ((key0 + start + j).to(tl.int64) * G + g) * D
+            at = (_row(key0, start + j, n_k // S, REVERSE) * G + g) * D
             x = tl.dot(q, tl.trans(_load(K, at, row, D, D_P2, False)), input_precision=PRECISION)
             v = _load(V, at, row, D, D_P2, False)
             acc, top, total = _softmax_step(acc, top, total, x, v, scale, row, PRECISION)
         for start in range(free, by_last, BN):
-            at = ((key0 + start + j).to(tl.int64) * G + g) * D
+            at = (_row(key0, start + j, n_k // S, REVERSE) * G + g) * D
             there = start + j < by_last
             x = tl.dot(q, tl.trans(_load(K, at, there, D, D_P2, True)), input_precision=PRECISION)
             key = (start + j)[None, :]
@@ -698,7 +737,7 @@ def _band_kernel(
             v = _load(V, at, there, D, D_P2, True)
             acc, top, total = _softmax_step(acc, top, total, x, v, scale, row, PRECISION)
         o, lse = _finish(acc, top, total)
-        at = (q0 + m).to(tl.int64) * E + e
+        at = _row(q0, m, n_q, REVERSE) * E + e
         tl.store(LSE + at, lse, mask=row)
         _store_share(OUT, KEPT, GATES, at, row, o, D, D_P2, GATED, BRANCH, KEEP)
 
@@ -736,7 +775,7 @@ def _importance_kernel(
 
 @_jit
 def _top_kernel(
-    IMPORTANCE, BLOCKS, tile0, stride, n, CU_Q, CU_K, B,
+    IMPORTANCE, OWN, BLOCKS, tile0, stride, n, CU_Q, CU_K, B,
     G: tl.constexpr, B_P2: tl.constexpr, S: tl.constexpr, COUNT: tl.constexpr, COUNT_P2: tl.constexpr, BM: tl.constexpr,
     EVERYTHING: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -761,7 +800,11 @@ def _top_kernel(
         x = tl.load(IMPORTANCE + rows[:, None] * stride + j[None, :], mask=before, other=0.0)
         x = tl.where(x >= 0.0, x, 0.0)  # a NaN would order as any bits do, and COUNT be exceeded
         key = tl.minimum(x.to(tl.int32, bitcast=True), 0x7F800000)
-        key = tl.where((j[None, :] == 0) | (j[None, :] >= own[:, None] - 1), 0x7F800000, key)  # forced: infinity
+        if OWN is None:
+            key = tl.where((j[None, :] == 0) | (j[None, :] >= own[:, None] - 1), 0x7F800000, key)  # forced: infinity
+        else:
+            mine = tl.load(OWN + (g * n + q0 + m).to(tl.int64), mask=row, other=0.0).to(tl.int32, bitcast=True)
+            key = tl.where(j[None, :] == own[:, None], mine[:, None], key)
         key = tl.where(there, key, -1)
         low = tl.zeros((ROWS,), tl.int32)  # at least COUNT keys are >= low, unless there are fewer in all
         high = tl.max(key, 1) + 1  # fewer than COUNT, or exactly as many as needed, are >= high
@@ -999,7 +1042,7 @@ def _band_dq_kernel(
     Q, K, V, DQ, D_OUT, LSE, GATES, DOTS, window, CU_Q, CU_K, B, HEADS, scale,
     H: tl.constexpr, E: tl.constexpr, G: tl.constexpr, D: tl.constexpr, D_P2: tl.constexpr, B_P2: tl.constexpr,
     PRECISION: tl.constexpr, S: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, ADD: tl.constexpr,
-    GATED: tl.constexpr, BRANCHES: tl.constexpr, BRANCH: tl.constexpr,
+    GATED: tl.constexpr, BRANCHES: tl.constexpr, BRANCH: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     """Gradient of one head of a tile's queries through `_band_kernel`: DQ [N, E, D]."""
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -1010,9 +1053,10 @@ def _band_dq_kernel(
         m = first + tl.arange(0, BM)
         row = m < n_q
         seen = (n_k - n_q + m + 1) // S
-        at = (q0 + m).to(tl.int64) * E + e
+        token = _row(q0, m, n_q, REVERSE)
+        at = token * E + e
         q, do, lse, gate, dot = _gradient_rows(
-            Q, D_OUT, LSE, GATES, DOTS, (q0 + m).to(tl.int64) * H + h, at, row, D, D_P2, GATED, BRANCHES, BRANCH
+            Q, D_OUT, LSE, GATES, DOTS, token * H + h, at, row, D, D_P2, GATED, BRANCHES, BRANCH
         )
         acc = tl.zeros((BM, D_P2), tl.float32)
         j = tl.arange(0, BN)
@@ -1020,7 +1064,7 @@ def _band_dq_kernel(
         by_last = (n_k - n_q + tl.minimum(first + BM, n_q)) // S
         low = tl.maximum(by_first - window, 0)
         for start in range(low, by_last, BN):
-            where = ((key0 + start + j).to(tl.int64) * G + g) * D
+            where = (_row(key0, start + j, n_k // S, REVERSE) * G + g) * D
             there = start + j < by_last
             k = _load(K, where, there, D, D_P2, True)
             v = _load(V, where, there, D, D_P2, True)
@@ -1075,7 +1119,7 @@ def _band_dkv_kernel(
     Q, K, V, DK, DV, D_OUT, LSE, GATES, DOTS, window, n_keys, CU_Q, CU_K, B, HEADS, scale,
     H: tl.constexpr, E: tl.constexpr, G: tl.constexpr, D: tl.constexpr, D_P2: tl.constexpr, B_P2: tl.constexpr,
     PRECISION: tl.constexpr, S: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, GATED: tl.constexpr,
-    BRANCHES: tl.constexpr, BRANCH: tl.constexpr,
+    BRANCHES: tl.constexpr, BRANCH: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     """Gradients of BN keys of `_band_kernel` through a split of the queries that see them: DK, DV fp32 [splits, n_keys,
     G, D]."""
@@ -1085,7 +1129,7 @@ def _band_dkv_kernel(
     if first < n_k // S:
         j = first + tl.arange(0, BN)
         there = j < n_k // S
-        where = ((key0 + j).to(tl.int64) * G + g) * D
+        where = (_row(key0, j, n_k // S, REVERSE) * G + g) * D
         k = _load(K, where, there, D, D_P2, True)
         v = _load(V, where, there, D, D_P2, True)
         dk = tl.zeros((BN, D_P2), tl.float32)
@@ -1102,10 +1146,11 @@ def _band_dkv_kernel(
             e = e0 + t // tiles
             m = low + t % tiles * BM + tl.arange(0, BM)
             row = m < high
-            at = (q0 + m).to(tl.int64) * E + e
+            token = _row(q0, m, n_q, REVERSE)
+            at = token * E + e
             h, _ = _heads(HEADS, e, True, H, E, G)
             q, do, lse, gate, dot = _gradient_rows(
-                Q, D_OUT, LSE, GATES, DOTS, (q0 + m).to(tl.int64) * H + h, at, row, D, D_P2, GATED, BRANCHES, BRANCH
+                Q, D_OUT, LSE, GATES, DOTS, token * H + h, at, row, D, D_P2, GATED, BRANCHES, BRANCH
             )
             seen = ((before + m + 1) // S)[None, :]
             keep = (j[:, None] < seen) & (j[:, None] >= seen - window)

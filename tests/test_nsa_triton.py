@@ -193,6 +193,44 @@ def test_every_branch_and_its_gradients_equal_the_torch_path_in_fp64(case):
     assert_gradients_close(out, (*qkv, gates), reference, doubles)
 
 
+POOLED = {
+    "group 7, bf16": (7, 1, 32, 16, torch.bfloat16, 70, 5),
+    "lists of 4 and 3 heads": (5, 2, 16, 32, torch.float32, 100, 63, [[0, 3, 4, 1], [2, 0, 3]]),
+    "first at a later block": (2, 2, 80, 16, torch.float16, 21, 100),
+}
+LARGE_POOLED = {"7B, bf16": (28, 4, 128, 64, torch.bfloat16, 5000, 100, LISTS)}
+POOLED_CASES = [pytest.param(case, id=name) for name, case in POOLED.items()]
+POOLED_CASES += [pytest.param(case, id=f"large: {name}", marks=needs_gpu) for name, case in LARGE_POOLED.items()]
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("case", POOLED_CASES)
+def test_attention_over_given_means_and_its_gradients_equal_the_torch_path_in_fp64(case, reverse):
+    heads, groups, dim, block_size, dtype, length, first, *lists = case
+    (q, *_), *_ = inputs([length], heads, groups, dim, block_size, 3, 1, dtype)
+    (_, k, v, _), *_ = inputs([(first + length) // block_size], heads, groups, dim, block_size, 3, 1, dtype)
+    options = {"first": first, "block_size": block_size, "reverse": reverse}
+    options |= {"query_heads": lists[0]} if lists else {}
+    doubles = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    o, lse = nsa_triton.pooled_attention(q, k, v, **options)
+    expected, expected_lse = nsa_torch.pooled_attention(*doubles, **options)
+    assert_close(o, expected, TOLERANCE[dtype])
+    assert_lse_close(lse, expected_lse, TOLERANCE[dtype])
+    assert_gradients_close(o, (q, k, v), expected, doubles)
+
+
+def test_the_own_block_can_be_given_an_importance_instead_of_a_place():
+    (q, k, _, _), cu, _, options = inputs([30, 150, 90], 5, 2, 16, 16, 4, 1, torch.float32, None, [[0, 1, 2], [4, 3]])
+    del options["window_size"]
+    lse = torch.randn(270, 5, device=DEVICE)  # any: it need not be that of the keys
+    own = 4 * torch.rand(2, 270, device=DEVICE)
+    own[:, ::50] = 0
+    own[:, 1::50] = torch.inf
+    blocks = nsa_triton.select_blocks(q, k, lse, cu, own_importance=own, **options)
+    assert torch.equal(blocks, nsa_torch.select_blocks(q, k, lse, cu, own_importance=own, **options))
+    assert not torch.equal(blocks, nsa_triton.select_blocks(q, k, lse, cu, **options))
+
+
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # in the interpreter, where masked
 def test_large_logits_neither_overflow_nor_lose_the_largest():
     tensors, cu, _, options = inputs([70], 3, 1, 32, 16, 3, 9, torch.float32, size=10.0)
