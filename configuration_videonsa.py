@@ -24,9 +24,15 @@ class VideoNSATextConfig(Qwen2_5_VLTextConfig):
         block_count (`int`, defaults to 32): Blocks that a vision query selects, at least 3 (the first, the previous and
             its own are always chosen). The public checkpoint's name for it, `block_counts`, is understood.
         window_size (`int`, defaults to 256): Vision tokens in the sliding window.
-        gate_temperature (`float`, defaults to 1.0): What the logits of the gates are divided by.
+        gate_temperature (`float`, defaults to 1.0): What the logits of the gates are divided by; 0.3 for checkpoints in
+            the layout of the public one.
         nsa_variant (`str`, defaults to `"paper"`): What vision queries compute: `"paper"` the published method,
-            `"dense"` stock attention; `"released"` and `"merged"` are reserved.
+            `"released"` what the code computes that the public checkpoint was trained with (the default for
+            checkpoints in its layout; see docs/released.md), `"dense"` stock attention; `"merged"` is reserved.
+        truncate_seconds (`bool`, *optional*): Cut the seconds per temporal patch to an integer before they become
+            positions, as the public code does. By default only the variant `"released"` does.
+        block_causal (`bool`, defaults to `False`): In the variant `"released"`, queries see pooled blocks up to their
+            own, as in an intermediate version of the public code, and not those from their own on.
         nsa_backend (`str`, defaults to `"auto"`): `"triton"`, `"torch"`, or `"auto"`: what `nsa_triton.available` says.
 
     Raises:
@@ -43,6 +49,8 @@ class VideoNSATextConfig(Qwen2_5_VLTextConfig):
     window_size: int = 256
     gate_temperature: float = 1.0
     nsa_variant: str = "paper"
+    truncate_seconds: bool | None = None
+    block_causal: bool = False
     nsa_backend: str = "auto"
 
     def __post_init__(self, **kwargs):
@@ -68,17 +76,32 @@ class VideoNSATextConfig(Qwen2_5_VLTextConfig):
                 "num_attention_heads must be a multiple of num_key_value_heads, got "
                 f"{self.num_attention_heads} and {self.num_key_value_heads}"
             )
+        if self.truncate_seconds not in (None, True, False):
+            raise ValueError(f"truncate_seconds must be True, False or None, got {self.truncate_seconds!r}")
+        if not isinstance(self.block_causal, bool):
+            raise ValueError(f"block_causal must be True or False, got {self.block_causal!r}")
+        most = 16 * self.num_key_value_heads
+        if self.nsa_variant == "released" and not most - 16 < 2 * self.num_attention_heads <= most:
+            raise ValueError(
+                "nsa_variant='released' takes each head twice and pads them to 16 per KV head: num_attention_heads "
+                f"must be in {most // 2 - 7} ... {most // 2} for num_key_value_heads={self.num_key_value_heads}, got "
+                f"{self.num_attention_heads}"
+            )
         if "sliding_attention" in self.layer_types:
             raise ValueError(
                 "layer_types must not contain 'sliding_attention' (use_sliding_window=False): VideoNSA's text queries "
                 f"see all earlier tokens; got {self.layer_types}"
             )
 
+    def cuts_seconds(self) -> bool:
+        """Whether positions are made of whole seconds per temporal patch."""
+        return self.nsa_variant == "released" if self.truncate_seconds is None else self.truncate_seconds
+
     def require_implemented(self) -> None:
         """Raise a NotImplementedError for a variant that is known but not there yet."""
-        if self.nsa_variant not in ("paper", "dense"):
+        if self.nsa_variant not in ("paper", "released", "dense"):
             raise NotImplementedError(
-                f"nsa_variant={self.nsa_variant!r} is not implemented yet; this release has 'paper' and 'dense'"
+                f"nsa_variant={self.nsa_variant!r} is not there yet; this release has 'paper', 'released' and 'dense'"
             )
 
     def attention_budget(self, n_tokens: int, pooled_keys: bool = False) -> float:
@@ -88,6 +111,7 @@ class VideoNSATextConfig(Qwen2_5_VLTextConfig):
         min(i + 1, block_count·block_size) selected keys and min(i + 1, window_size) keys of the window. At 128,000
         tokens that is 3.6 % (5.1 % with the pooled keys; 3.5 % without the keys of the own block that are yet to
         come). Streams shorter than the selection exceed 100 %, since selection and window each read all of them.
+        "released" computes every query head twice, over two KV heads.
 
         Args:
             n_tokens: length of the vision stream in tokens, at least 1.
@@ -95,7 +119,7 @@ class VideoNSATextConfig(Qwen2_5_VLTextConfig):
 
         Raises:
             ValueError: n_tokens is below 1.
-            NotImplementedError: the variant is neither "paper" nor "dense".
+            NotImplementedError: the variant is "merged".
         """
         if n_tokens < 1:
             raise ValueError(f"n_tokens must be at least 1, got {n_tokens}")
@@ -108,13 +132,34 @@ class VideoNSATextConfig(Qwen2_5_VLTextConfig):
             return ramp * (ramp + 1) // 2 + (n_tokens - ramp) * most
 
         computed = pairs(self.block_count * self.block_size) + pairs(self.window_size)
-        if pooled_keys:
-            complete, rest = divmod(n_tokens, self.block_size)  # sum over i of (i + 1) // block_size
-            computed += complete * (complete - 1) // 2 * self.block_size + complete * (rest + 1)
-        return computed / pairs(n_tokens)
+        complete, rest = divmod(n_tokens, self.block_size)
+        before = complete * (complete - 1) // 2 * self.block_size + complete * rest  # sum over i of i // block_size
+        released = self.nsa_variant == "released"
+        if pooled_keys and not released:
+            computed += before + complete  # sum over i of (i + 1) // block_size
+        elif pooled_keys:
+            computed += before + n_tokens if self.block_causal else n_tokens * (complete + (rest > 0)) - before
+        return (2 if released else 1) * computed / pairs(n_tokens)
 
 
-NSA_FIELDS = ("block_size", "block_count", "window_size", "gate_temperature", "nsa_variant", "nsa_backend")
+NSA_FIELDS = (
+    "block_size",
+    "block_count",
+    "window_size",
+    "gate_temperature",
+    "nsa_variant",
+    "truncate_seconds",
+    "block_causal",
+    "nsa_backend",
+)
+
+
+def is_public(config: dict) -> bool:
+    """Whether a config.json is that of the public VideoNSA checkpoint or one like it, whose authors' code names its
+    class as we do, and its type as stock Qwen2.5-VL."""
+    return config.get("model_type") == Qwen2_5_VLConfig.model_type and any(
+        "VideoNSA" in name for name in config.get("architectures") or ()
+    )
 
 
 def _text_field(name):
@@ -160,6 +205,8 @@ class VideoNSAConfig(Qwen2_5_VLConfig):
     @classmethod
     def get_config_dict(cls, *args, **kwargs):
         config_dict, kwargs = super().get_config_dict(*args, **kwargs)
+        if is_public(config_dict):
+            config_dict = {"nsa_variant": "released", "gate_temperature": 0.3, **config_dict}
         if config_dict.get("model_type") == Qwen2_5_VLConfig.model_type:
             config_dict["model_type"] = cls.model_type  # meant to load; the warning about other types would mislead
         return config_dict, kwargs

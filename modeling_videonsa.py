@@ -8,6 +8,7 @@ attention module, rotary positions by the rule of the Qwen2-VL paper, and loadin
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -24,6 +25,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
 )
 
 from .configuration_videonsa import VideoNSAConfig, VideoNSATextConfig
+from .nsa_released import Stream, released_attention
 from .nsa_torch import nsa_attention as nsa_attention_torch
 from .nsa_triton import available as triton_available
 from .nsa_triton import nsa_attention as nsa_attention_triton
@@ -65,11 +67,14 @@ class VisionLayout:
     length: int  # new tokens per row
     total: int  # cached and new tokens per row
     observe: Callable | None = None  # called by each layer: see `VideoNSAModel.forward`
+    # Of each sample with a vision query, for the released variant: its stream, queries as above, row, and key positions
+    streams: list[tuple[Stream, torch.Tensor, int, torch.Tensor]] = ()
 
     @classmethod
-    def make(cls, vision, length, valid=None, starts=None, observe=None) -> "VisionLayout":
+    def make(cls, vision, length, valid=None, starts=None, observe=None, make_stream=None) -> "VisionLayout":
         """From vision bool [batch, total], of which the last `length` tokens of each row are new; valid bool [batch,
-        total] is False for padding, starts bool [batch, total] True where a packed sample begins."""
+        total] is False for padding, starts bool [batch, total] True where a packed sample begins. make_stream makes a
+        `Stream` of its first two arguments, if the variant needs one."""
         batch, total = vision.shape
         starts = torch.zeros_like(vision) if starts is None else starts.clone()
         starts[:, 0] = True
@@ -86,12 +91,17 @@ class VisionLayout:
         is_text = ~vision if valid is None else ~vision & valid
         text = is_text.flatten()[new].nonzero().squeeze(1)
         edges = [*starts.flatten().nonzero().squeeze(1).tolist(), batch * total]
-        counts = sample[new[text]].bincount(minlength=len(edges) - 1).tolist()
-        parts = [
-            (part, start // total, start % total, (stop - 1) % total + 1)
-            for part, start, stop in zip(text.split(counts), edges[:-1], edges[1:], strict=True)
-            if len(part)
-        ]
+        samples = [(start // total, start % total, (stop - 1) % total + 1) for start, stop in pairwise(edges)]
+        counts = sample[new[text]].bincount(minlength=len(samples)).tolist()
+        parts = [(part, *place) for part, place in zip(text.split(counts), samples, strict=True) if len(part)]
+        streams = []
+        for row, start, stop in samples if make_stream else []:
+            positions = torch.arange(start, stop, device=vision.device)
+            positions = positions if valid is None else positions[valid[row, start:stop]]
+            query_positions = positions[positions >= total - length]
+            if vision[row, query_positions].any():
+                stream = make_stream(vision[row, positions], len(query_positions))
+                streams.append((stream, query_positions + row * length - (total - length), row, positions))
         return cls(
             queries=queries,
             key_rows=keys // total,
@@ -103,6 +113,7 @@ class VisionLayout:
             length=length,
             total=total,
             observe=observe,
+            streams=streams,
         )
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "VisionLayout":
@@ -115,7 +126,11 @@ class VisionLayout:
             if isinstance(x := getattr(self, f.name), torch.Tensor)
         }
         text = [(queries.to(device, non_blocking=non_blocking), *rest) for queries, *rest in self.text]
-        return replace(self, **moved, text=text)
+        streams = [
+            tuple(x if isinstance(x, int) else x.to(device, non_blocking=non_blocking) for x in part)
+            for part in self.streams
+        ]
+        return replace(self, **moved, text=text, streams=streams)
 
     def text_chunks(self, heads_per_group: int):
         """Yield the text queries as `TextChunk`s whose masks, repeated per head of a group, fit into `MAX_MASK`."""
@@ -186,16 +201,18 @@ class VideoNSAAttention(Qwen2_5_VLAttention):
         gates = self.gates(hidden_states.flatten(0, 1)[queries])  # [N, heads, 3]
         if vision_layout.observe is not None:
             gates = vision_layout.observe(self, q, k, v, gates, vision_layout)
-        output[queries] = self._sparse(q[queries], k[rows, :, positions], v[rows, :, positions], gates, vision_layout)
+        if self.config.nsa_variant == "released":
+            self._released(output, q, k, v, gates, vision_layout)
+        else:
+            keys = (k[rows, :, positions], v[rows, :, positions])
+            output[queries] = self._sparse(q[queries], *keys, gates, vision_layout)
         for chunk in vision_layout.text_chunks(self.num_key_value_groups):
-            output[chunk.queries] = self._dense(q[chunk.queries], k, v, chunk).to(output.dtype)
+            output[chunk.queries] += self._dense(q[chunk.queries], k, v, chunk).to(output.dtype)
         return self.o_proj(output.view(batch, length, -1)), None
 
     def _sparse(self, q, k, v, gates, layout: VisionLayout) -> torch.Tensor:
         """Sparse attention of vision queries q [N, heads, dim] over vision keys and values k, v [M, groups, dim]."""
-        backend = self.config.nsa_backend
-        triton = backend == "triton" or (backend == "auto" and triton_available(q))
-        return (nsa_attention_triton if triton else nsa_attention_torch)(
+        return (nsa_attention_triton if self._uses_triton(q) else nsa_attention_torch)(
             q,
             k,
             v,
@@ -207,6 +224,28 @@ class VideoNSAAttention(Qwen2_5_VLAttention):
             window_size=self.config.window_size,
             scale=self.scaling,
         )
+
+    def _released(self, output, q, k, v, gates, layout: VisionLayout) -> None:
+        """Add to `output` what `released_attention` gives to the samples with vision queries."""
+        counts = [len(stream.vision_rows) for stream, *_ in layout.streams]
+        for (stream, queries, row, keys), own_gates in zip(layout.streams, gates.split(counts), strict=True):
+            output[queries] = released_attention(
+                q[queries],
+                k[row, :, keys].transpose(0, 1),
+                v[row, :, keys].transpose(0, 1),
+                own_gates,
+                stream,
+                triton=self._uses_triton(q),
+                block_size=self.config.block_size,
+                block_count=self.config.block_count,
+                window_size=self.config.window_size,
+                block_causal=self.config.block_causal,
+                scale=self.scaling,
+            )
+
+    def _uses_triton(self, q: torch.Tensor) -> bool:
+        backend = self.config.nsa_backend
+        return backend == "triton" or (backend == "auto" and triton_available(q))
 
     def _dense(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, chunk: TextChunk) -> torch.Tensor:
         """Causal attention of text queries q [T, heads, dim] over all tokens of their sample -> [T, heads, dim].
@@ -259,6 +298,8 @@ class VideoNSATextModel(Qwen2_5_VLTextModel):
         **kwargs,
     ):
         """As in Qwen2.5-VL, with vision_mask bool [batch, length]: which new tokens are vision; None for none."""
+        if vision_mask is not None and self.config.nsa_variant == "released":
+            vision_mask = self._vision_by_position(position_ids)
         if vision_mask is not None:
             past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
             vision_mask = torch.cat([self._cached_vision_mask(past_key_values, past, vision_mask), vision_mask], 1)
@@ -284,6 +325,16 @@ class VideoNSATextModel(Qwen2_5_VLTextModel):
         return outputs
 
     @staticmethod
+    def _vision_by_position(position_ids) -> torch.Tensor | None:
+        """bool [batch, length]: tokens whose time, row and column differ, as the public code tells vision from text.
+        The first patch of an image or video, and others on that diagonal, count as text."""
+        if position_ids is None or position_ids.ndim < 3:
+            return None
+        time, row, column = position_ids[-3:]
+        mask = (time != row) | (time != column)
+        return mask if mask.any() else None
+
+    @staticmethod
     def _cached_vision_mask(cache, past: int, like: torch.Tensor) -> torch.Tensor:
         """bool [batch, past]. Tokens cached since the mask was stored came in calls without vision: they are text."""
         mask = getattr(cache, "vision_mask", None) if past else None
@@ -292,8 +343,7 @@ class VideoNSATextModel(Qwen2_5_VLTextModel):
         mask = mask[:, :past].repeat_interleave(like.shape[0] // mask.shape[0], 0)
         return nn.functional.pad(mask, (0, past - mask.shape[1]))
 
-    @staticmethod
-    def _layout(vision_mask, past, attention_mask, position_ids, observe) -> VisionLayout:
+    def _layout(self, vision_mask, past, attention_mask, position_ids, observe) -> VisionLayout:
         batch, total = vision_mask.shape
         valid = starts = None
         if attention_mask is not None:
@@ -305,7 +355,12 @@ class VideoNSATextModel(Qwen2_5_VLTextModel):
             # Samples packed into a row: its text positions (the first of four) start anew with each.
             text_positions = position_ids[0].expand(batch, -1)
             starts = text_positions.diff(dim=1, prepend=text_positions[:, :1] - 1) != 1
-        return VisionLayout.make(vision_mask, total - past, valid, starts, observe)
+        make_stream = None
+        if self.config.nsa_variant == "released":
+            make_stream = functools.partial(
+                Stream.make, block_size=self.config.block_size, block_count=self.config.block_count
+            )
+        return VisionLayout.make(vision_mask, total - past, valid, starts, observe, make_stream)
 
 
 class VideoNSAModel(Qwen2_5_VLModel):
@@ -454,7 +509,8 @@ class VideoNSAModel(Qwen2_5_VLModel):
 
         Text counts up in all three components. The patches of an image or video count their frame, row and column,
         frames in units of 1 / tokens_per_second; each modality starts at the largest position before it plus one.
-        (transformers 5.x lets text after a video start too early, and up to 5.17 cuts seconds to integers.)
+        (transformers 5.x lets text after a video start too early, and up to 5.17 cuts seconds to integers, as is done
+        here with `truncate_seconds`.)
 
         Args:
             input_ids: [batch, length]; the grids are int [images or videos, 3] in patches, second_per_grid_ts are the
@@ -467,7 +523,7 @@ class VideoNSAModel(Qwen2_5_VLModel):
         Raises:
             ValueError: placeholder tokens and grids do not fit together.
         """
-        vision = self.config.vision_config
+        vision, truncate = self.config.vision_config, self.config.text_config.cuts_seconds()
         merge, tokens_per_second = vision.spatial_merge_size, vision.tokens_per_second
         types = self.token_types(input_ids) if mm_token_type_ids is None else mm_token_type_ids
         grids = {
@@ -502,6 +558,8 @@ class VideoNSAModel(Qwen2_5_VLModel):
                                 raise ValueError(f"second_per_grid_ts has {len(span)} times for {len(t)} patches")
                             else:
                                 t = torch.tensor(span[: len(t)], dtype=torch.float64)
+                            if truncate:  # spans, or times if they are not evenly spaced
+                                t = torch.arange(len(t)) * int(span) if not isinstance(span, list) else t.floor()
                             t = (t * (tokens_per_second * (1 + 1e-7))).floor().long()
                         part = torch.cartesian_prod(t, h, w).T
                     parts.append(part + start)

@@ -4,7 +4,8 @@
     python examples/convert.py path/to/checkpoint VideoNSA-3B --push-to-hub me/VideoNSA-3B
 
 The weights are copied shard by shard as they are, so that memory does not depend on the size of the model; new,
-untrained gates are added in shards of their own. Gates that the source has already are kept.
+untrained gates are added in shards of their own. Gates that the source has already are kept. What has the layout of the
+public VideoNSA checkpoint gets `nsa_variant="released"`, the arithmetic that it was trained with (docs/released.md).
 """
 
 import argparse
@@ -31,6 +32,7 @@ from videonsa.processing_videonsa import VideoNSAProcessor, VideoNSAVideoProcess
 CODE_FILES = (
     "configuration_videonsa.py",
     "modeling_videonsa.py",
+    "nsa_released.py",
     "nsa_torch.py",
     "nsa_triton.py",
     "processing_videonsa.py",
@@ -78,6 +80,9 @@ UNTRAINED = """\
 **The gates are untrained**: fine-tune before you use the sparse attention. Until then, `nsa_variant="dense"` gives the
 answers of the base model, as below."""
 TRAINED = "The gates are those of the source checkpoint."
+RELEASED = """\
+The gates are those of the source checkpoint, and `nsa_variant="released"` computes what they were trained with, which
+differs from the published method; `nsa_variant="paper"` computes that, and needs some fine-tuning first."""
 
 
 def convert(
@@ -114,12 +119,13 @@ def convert(
         config.architectures = ["VideoNSAForConditionalGeneration"]
         config.dtype = dtype
         config.save_pretrained(partial)
-        write_processor(source, partial)
+        load_processor(source).save_pretrained(partial)
         for file in ("generation_config.json", "LICENSE"):
             if (source / file).is_file():
                 shutil.copyfile(source / file, partial / file)
         copy_code(partial)
-        note, options = (TRAINED, {}) if has_gates else (UNTRAINED, {"nsa_variant": "dense"})
+        trained = RELEASED if config.nsa_variant == "released" else TRAINED
+        note, options = (trained, {}) if has_gates else (UNTRAINED, {"nsa_variant": "dense"})
         write_card(source, partial, config, base=origin, name=name or output.name, note=note, **options)
     return output
 
@@ -239,17 +245,17 @@ def write_weights(shards, folder: Path, text_config, seed: int) -> tuple[bool, t
     return bool(gated), dtype
 
 
-def write_processor(source: Path, folder: Path) -> None:
+def load_processor(source: str | Path) -> VideoNSAProcessor:
     """The source's tokenizer, chat template and image processor with VideoNSA's video processor."""
     stock = Qwen2_5_VLProcessor.from_pretrained(source)
     video = stock.video_processor
     kept = ("patch_size", "temporal_patch_size", "merge_size", "image_mean", "image_std", "resample")
-    VideoNSAProcessor(
+    return VideoNSAProcessor(
         image_processor=stock.image_processor,
         tokenizer=stock.tokenizer,
         video_processor=VideoNSAVideoProcessor(**{key: getattr(video, key) for key in kept}),
         chat_template=stock.chat_template,
-    ).save_pretrained(folder)
+    )
 
 
 def write_card(source: Path, folder: Path, config, *, base: str, name: str, note: str, **options) -> None:
@@ -303,7 +309,8 @@ def main() -> None:
             raise
     except (OSError, ValueError) as error:
         sys.exit(f"convert.py: {error}")
-    print(f"wrote {output}")
+    variant = VideoNSAConfig.from_pretrained(output).nsa_variant
+    print(f'wrote {output} (nsa_variant="{variant}")')
     if url:
         try:
             hub.upload_folder(repo_id=url.repo_id, folder_path=output, commit_message="Add VideoNSA")

@@ -4,7 +4,8 @@
     python examples/demo.py --model me/VideoNSA-7B --video talk.mp4 --question "What is the talk about?"
 
 The tiny model (`examples/tiny`) knows nothing but the clips of `make_needle_videos.py`; what is true of them is printed
-beside its answers. `--model` runs the code files of that repository (`trust_remote_code=True`), as users of it do.
+beside its answers. `--model` runs the code files of that repository (`trust_remote_code=True`), as users of it do; for
+the public checkpoint (Enxin/VideoNSA), which has none, those of this project.
 """
 
 import argparse
@@ -20,6 +21,8 @@ from transformers import AutoConfig, AutoModel, AutoProcessor, TextStreamer
 
 import convert
 from make_needle_videos import Settings, make_sample
+from videonsa.configuration_videonsa import is_public
+from videonsa.modeling_videonsa import VideoNSAForConditionalGeneration
 
 QUESTION = "What happens in this video?"
 CLIP = Settings(seconds=(8.0,), questions=("colour", "shape", "where", "when"))
@@ -46,8 +49,13 @@ def assemble_tiny_model(folder: Path) -> Path:
 
 
 def load(model: str, variant: str | None, device: str):
-    """(model, processor) of a VideoNSA repository."""
+    """(model, processor) of a VideoNSA repository, or of a checkpoint in the layout of the public one."""
     config = AutoConfig.from_pretrained(model, trust_remote_code=True)
+    if is_public(config.to_dict()):
+        report("layout", "the public VideoNSA checkpoint's: nsa_variant=released, unless --variant says otherwise")
+        options = {} if variant is None else {"nsa_variant": variant}
+        loaded = VideoNSAForConditionalGeneration.from_pretrained(model, dtype="auto", device_map=device, **options)
+        return loaded.eval(), convert.load_processor(model)
     if config.model_type != "videonsa":
         raise ValueError(
             f"--model {model} is a {config.model_type} checkpoint, not a VideoNSA repository; "
@@ -110,7 +118,9 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, help="of video and text together (default: 131072)")
     parser.add_argument("--prefer", help="if they do not suffice: pixels, frames or balanced (default: pixels)")
     parser.add_argument("--max-new-tokens", type=int, default=128, help="(default: 128)")
-    parser.add_argument("--variant", help="what vision tokens compute: paper or dense (default: the checkpoint's)")
+    parser.add_argument(
+        "--variant", help="what vision tokens compute: paper, released or dense (default: the checkpoint's)"
+    )
     parser.add_argument(
         "--device",
         default="cuda" if torch.cuda.is_available() else "cpu",

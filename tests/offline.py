@@ -19,6 +19,7 @@ import torch
 # name: dtype, head dim, query heads, KV heads, block size, block count
 CASES = {
     "7B bf16": (torch.bfloat16, 128, 28, 4, 64, 32),
+    "7B bf16 released": (torch.bfloat16, 128, 28, 4, 64, 8),
     "7B fp32": (torch.float32, 128, 28, 4, 64, 8),
     "fp16 dim 80 group 16 block 128": (torch.float16, 80, 16, 1, 128, 5),
     "bf16 dim 32 group 1 block 16": (torch.bfloat16, 32, 2, 2, 16, 5),
@@ -53,7 +54,7 @@ def compile_all(capability: int, names) -> list[dict]:
     import triton
     from triton.runtime.driver import driver
 
-    from videonsa import nsa_triton
+    from videonsa import nsa_released, nsa_triton
 
     driver.set_active(Driver(capability))
     nsa_triton._can_launch = lambda device: True
@@ -75,7 +76,12 @@ def compile_all(capability: int, names) -> list[dict]:
             gates = torch.zeros(length, heads, 3, dtype=dtype)
             cu_seqlens = torch.tensor([0, length], dtype=torch.int32)
             sizes = {"block_size": block_size, "block_count": block_count}
-            out = nsa_triton.nsa_attention(q, k, k.clone(), gates, cu_seqlens, **sizes)
+            if "released" in name:
+                vision = torch.arange(length) > 9
+                stream = nsa_released.Stream.make(vision, length, **sizes)
+                out = nsa_released.released_attention(q, k, k.clone(), gates[10:], stream, triton=True, **sizes)
+            else:
+                out = nsa_triton.nsa_attention(q, k, k.clone(), gates, cu_seqlens, **sizes)
             if out.requires_grad:
                 out.backward(torch.zeros_like(out))
         rows += [{"case": name, "kernel": kernel, **read(binary)} for (kernel, _), binary in compiled.items()]

@@ -57,6 +57,7 @@ def released_trace(
     block_causal: bool = False,
     fast_paths: bool = True,
     work_dtype: torch.dtype | None = None,
+    rank=None,
 ) -> Trace:
     """The attention of one layer with all that leads to it.
 
@@ -72,6 +73,8 @@ def released_trace(
         block_causal: an intermediate commit's compression mask, j <= t // S, in place of t <= (j + 1)·S - 1.
         fast_paths: as in evaluation: one term only where the new tokens are all text or all vision.
         work_dtype: what q·scale and the pooled keys are rounded to before the importance is computed.
+        rank: of the importance [G, new, blocks], -inf where a block is no candidate: gives block indices, best first;
+            default: equal ones from the lowest index on.
     """
     new, heads, dim = q.shape
     total, kv_heads, _ = k.shape
@@ -114,7 +117,7 @@ def released_trace(
         share = (scaled_q @ rounded(pooled_k[:, p // GROUP], work_dtype).T - misread[:, p, None]).exp()
         importance[p // GROUP] += torch.where(own, 1.0, share)
     importance = importance.masked_fill(~candidate, -torch.inf)
-    ranked = importance.sort(dim=-1, descending=True, stable=True).indices
+    ranked = (rank or lowest_first)(importance)
     kept = torch.zeros_like(importance, dtype=torch.bool)
     kept.scatter_(-1, ranked[..., :block_count], True)
     kept &= candidate
@@ -147,6 +150,10 @@ def released_trace(
         out = sparse
     gap = selection_gap(importance, heads, block_count)
     return Trace(out, *branches, dense, gates, vision_rows, lse, importance, kept, gap)
+
+
+def lowest_first(importance) -> torch.Tensor:
+    return importance.sort(dim=-1, descending=True, stable=True).indices
 
 
 def vision_mask(position_ids) -> torch.Tensor:
@@ -267,6 +274,25 @@ def released_greedy(
         hidden = model.get_input_embeddings()(torch.tensor(tokens[-1:]))
         following = position_ids.max() + 1
         position_ids = torch.cat([position_ids, following.expand(3, 1)], dim=1)
+
+
+def make_prompt(model, *parts, seed=0):
+    """Inputs of a prompt of texts (numbers of tokens) and ("image" | "video", grid[, seconds per grid])."""
+    generator = torch.Generator().manual_seed(seed)
+    config, ids, inputs = model.config, [], {}
+    for part in parts:
+        if isinstance(part, int):
+            ids += torch.randint(0, 250, (part,), generator=generator).tolist()
+            continue
+        kind, grid, *seconds = part
+        cells = grid[0] * grid[1] * grid[2]
+        ids += [getattr(config, f"{kind}_token_id")] * (cells // 4)
+        pixels = "pixel_values" if kind == "image" else "pixel_values_videos"
+        inputs.setdefault(pixels, []).append(torch.randn(cells, 1176, dtype=torch.float64, generator=generator))
+        inputs.setdefault(f"{kind}_grid_thw", []).append(torch.tensor(grid)[None])
+        if seconds:
+            inputs.setdefault("second_per_grid_ts", []).append(torch.tensor(seconds))
+    return {"input_ids": torch.tensor([ids])} | {name: torch.cat(values) for name, values in inputs.items()}
 
 
 def positions_of(model, inputs) -> torch.Tensor:

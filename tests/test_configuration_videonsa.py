@@ -14,6 +14,8 @@ DEFAULTS = {
     "window_size": 256,
     "gate_temperature": 1.0,
     "nsa_variant": "paper",
+    "truncate_seconds": None,
+    "block_causal": False,
     "nsa_backend": "auto",
 }
 OTHERS = {
@@ -22,6 +24,8 @@ OTHERS = {
     "window_size": 20,
     "gate_temperature": 0.3,
     "nsa_variant": "dense",
+    "truncate_seconds": True,
+    "block_causal": True,
     "nsa_backend": "torch",
 }
 
@@ -156,12 +160,16 @@ BAD = [
     *(({"gate_temperature": value}, "gate_temperature") for value in (0, -0.3, float("nan"), "1", None)),
     ({"nsa_variant": "sparse"}, "nsa_variant.*paper, released, merged, dense.*'sparse'"),
     ({"nsa_backend": "cuda"}, "nsa_backend.*auto, triton, torch.*'cuda'"),
+    ({"truncate_seconds": "no"}, "truncate_seconds.*'no'"),
+    ({"block_causal": 1}, "block_causal.*1"),
 ]
 BAD_TEXT = [
     *BAD,
     ({"num_attention_heads": 7, "num_key_value_heads": 2}, "num_attention_heads.*num_key_value_heads.*7 and 2"),
-    ({"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 0}, "sliding_attention"),
-    ({"num_hidden_layers": 2, "layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
+    *(
+        ({"nsa_variant": "released", "num_attention_heads": n, "num_key_value_heads": 2}, f"9 ... 16.*got {n}")
+        for n in (8, 18)
+    ),
 ]
 
 
@@ -218,13 +226,41 @@ def test_attention_budget_of_dense_attention_is_one():
 
 
 @pytest.mark.parametrize("n", [0, -5])
-@pytest.mark.parametrize("variant", ["paper", "dense"])
+@pytest.mark.parametrize("variant", ["paper", "released", "dense"])
 def test_attention_budget_needs_a_token(variant, n):
     with pytest.raises(ValueError, match=f"n_tokens must be at least 1, got {n}"):
         VideoNSAConfig(nsa_variant=variant).attention_budget(n)
 
 
-@pytest.mark.parametrize("variant", ["released", "merged"])
-def test_attention_budget_is_refused_for_variants_to_come(variant):
-    with pytest.raises(NotImplementedError, match=f"nsa_variant='{variant}'"):
-        VideoNSAConfig(nsa_variant=variant).attention_budget(1000)
+def test_attention_budget_is_refused_for_variants_to_come():
+    with pytest.raises(NotImplementedError, match="nsa_variant='merged'"):
+        VideoNSAConfig(nsa_variant="merged").attention_budget(1000)
+
+
+@pytest.mark.parametrize("block_causal", [False, True])
+@pytest.mark.parametrize("n", [1, 15, 16, 17, 100])
+def test_attention_budget_of_the_released_variant_counts_heads_and_their_copies(n, block_causal):
+    sizes = {"block_size": 16, "block_count": 3, "window_size": 20}
+    config = VideoNSAConfig(nsa_variant="released", block_causal=block_causal, **sizes)
+    pairs = sum(min(i + 1, 48) + min(i + 1, 20) for i in range(n))
+    blocks = -(-n // 16)
+    pooled = sum(i // 16 + 1 if block_causal else blocks - i // 16 for i in range(n))
+    assert config.attention_budget(n) == 2 * pairs / (n * (n + 1) // 2)
+    assert config.attention_budget(n, pooled_keys=True) == 2 * (pairs + pooled) / (n * (n + 1) // 2)
+
+
+def test_the_layout_of_the_public_checkpoint_is_recognised_and_what_it_says_is_honoured(published_config, tmp_path):
+    public = {**published_config, "architectures": ["VideoNSAForConditionalGeneration"]}
+    config = VideoNSAConfig.from_pretrained(save({**public, "block_counts": 16, "window_size": 128}, tmp_path))
+    assert (config.nsa_variant, config.gate_temperature) == ("released", 0.3)
+    assert (config.block_size, config.block_count, config.window_size) == (64, 16, 128)
+    assert config.text_config.cuts_seconds() and not config.block_causal
+    exact = VideoNSAConfig.from_pretrained(tmp_path, truncate_seconds=False)
+    assert exact.nsa_variant == "released" and not exact.text_config.cuts_seconds()
+    paper = VideoNSAConfig.from_pretrained(tmp_path, nsa_variant="paper")
+    assert (paper.gate_temperature, paper.text_config.cuts_seconds()) == (0.3, False)
+    config.save_pretrained(tmp_path / "saved")
+    saved = VideoNSAConfig.from_pretrained(tmp_path / "saved")
+    assert (saved.nsa_variant, saved.gate_temperature, saved.block_count) == ("released", 0.3, 16)
+    stock = VideoNSAConfig.from_pretrained(save(published_config, tmp_path))
+    assert (stock.nsa_variant, stock.gate_temperature) == ("paper", 1.0) and not stock.text_config.cuts_seconds()

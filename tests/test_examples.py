@@ -285,7 +285,7 @@ def test_convert_refuses_to_overwrite_and_bad_settings(stock, repository, tmp_pa
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_convert_leaves_nothing(stock, tmp_path, number):
     wait = (
-        "import sys, time, convert; convert.write_processor = lambda *_: time.sleep(60);"
+        "import sys, time, convert; convert.load_processor = lambda *_: time.sleep(60);"
         "sys.argv = ['convert.py', *sys.argv[1:]]; convert.main()"
     )
     process = subprocess.Popen(
@@ -478,7 +478,7 @@ def test_the_demo_reads_a_video_within_a_budget(repository):
     [
         (["--video", "no-such-file.mp4"], "no-such-file.mp4"),
         (["--variant", "sparse"], "nsa_variant must be one of"),
-        (["--variant", "released"], "not implemented"),
+        (["--variant", "merged"], "not there yet"),
         (["--model", "{stock}"], "make one with: python examples/convert.py"),
     ],
 )

@@ -8,6 +8,7 @@ import torch
 from released import (
     load_file,
     load_released,
+    make_prompt,
     make_public_checkpoint,
     released_attention,
     released_greedy,
@@ -187,25 +188,6 @@ def checkpoint(tmp_path_factory):
 @pytest.fixture(scope="module")
 def loaded(checkpoint):
     return load_released(checkpoint)
-
-
-def make_prompt(model, *parts, seed=0):
-    """Inputs of a prompt of texts (numbers of tokens) and ("image" | "video", grid[, seconds per grid])."""
-    generator = torch.Generator().manual_seed(seed)
-    config, ids, inputs = model.config, [], {}
-    for part in parts:
-        if isinstance(part, int):
-            ids += torch.randint(0, 250, (part,), generator=generator).tolist()
-            continue
-        kind, grid, *seconds = part
-        cells = grid[0] * grid[1] * grid[2]
-        ids += [getattr(config, f"{kind}_token_id")] * (cells // 4)
-        pixels = "pixel_values" if kind == "image" else "pixel_values_videos"
-        inputs.setdefault(pixels, []).append(torch.randn(cells, 1176, dtype=torch.float64, generator=generator))
-        inputs.setdefault(f"{kind}_grid_thw", []).append(torch.tensor(grid)[None])
-        if seconds:
-            inputs.setdefault("second_per_grid_ts", []).append(torch.tensor(seconds))
-    return {"input_ids": torch.tensor([ids])} | {name: torch.cat(values) for name, values in inputs.items()}
 
 
 def test_positions_by_hand(loaded):

@@ -1,0 +1,278 @@
+"""The attention that the public VideoNSA checkpoint was trained with: `nsa_variant="released"`.
+
+The public training code differs from the published method; `docs/released.md` says how, point by point, and where to
+see it. This file puts those differences around the branches of `nsa_torch.py` or `nsa_triton.py`, one sample at a time.
+A *stream* is here all tokens of a sample, text and vision; queries, keys and values of text count as 0 in it.
+"""
+
+import functools
+from dataclasses import dataclass, replace
+
+import torch
+from torch.nn.functional import embedding_bag, pad
+
+from .nsa_torch import accumulate
+from .nsa_torch import pooled_attention as pooled_attention_torch
+from .nsa_torch import select_blocks as select_blocks_torch
+from .nsa_torch import selected_attention as selected_attention_torch
+from .nsa_torch import window_attention as window_attention_torch
+from .nsa_triton import pooled_attention as pooled_attention_triton
+from .nsa_triton import select_blocks as select_blocks_triton
+from .nsa_triton import selected_attention as selected_attention_triton
+from .nsa_triton import window_attention as window_attention_triton
+
+TORCH = (pooled_attention_torch, select_blocks_torch, selected_attention_torch, window_attention_torch)
+TRITON = (pooled_attention_triton, select_blocks_triton, selected_attention_triton, window_attention_triton)
+PADDED = 16  # query heads per KV head, of which the public kernels need a multiple
+
+
+def padded_heads(heads: int, groups: int) -> list[list[int]]:
+    """For each KV head the query heads that read it, when `heads` heads, their copies, and heads of zeros, 16 · groups
+    in all, are shared out in this order; those of zeros are left out. Of 28 and 4: 0-15; 16-27, 0-3; 4-19; 20-27.
+    `VideoNSATextConfig` checks that they fit."""
+    padded = [*range(heads), *range(heads)]
+    return [padded[start : start + PADDED] for start in range(0, PADDED * groups, PADDED)]
+
+
+@dataclass
+class Stream:
+    """Where vision and text stand in the stream of one sample; made once per call, read by every layer."""
+
+    vision: torch.Tensor  # bool [L]; the last n tokens are the queries
+    vision_rows: torch.Tensor  # int64 [Nv], vision queries among the n
+    text_rows: torch.Tensor  # int64 [T], text queries among the n
+    ties: torch.Tensor  # int64 [T, 3, block_count]: what a text query selects, see `tied_choice`
+    runs: list[tuple[int, int]]  # first and last + 1 of runs of queries that hold all vision queries
+
+    @classmethod
+    def make(cls, vision: torch.Tensor, n: int, block_size: int, block_count: int) -> "Stream":
+        """From vision bool [L], of whose tokens the last n are queries."""
+        first = len(vision) - n
+        rows, text = vision[first:].nonzero().squeeze(1), (~vision[first:]).nonzero().squeeze(1)
+        starts = rows.diff(prepend=rows[:1] - 2 * block_size) > block_size  # text between joins them, if it is short
+        edges = rows[starts].tolist()
+        ends = rows[starts.roll(-1)].tolist() if edges else []
+        return cls(
+            vision=vision,
+            vision_rows=rows,
+            text_rows=text,
+            ties=tied_choice((first + text) // block_size, block_size, block_count),
+            runs=[(start, end + 1) for start, end in zip(edges, ends, strict=True)],
+        )
+
+    def to(self, device: torch.device, **options) -> "Stream":
+        names = ("vision", "vision_rows", "text_rows", "ties")
+        return replace(self, **{name: getattr(self, name).to(device, **options) for name in names})
+
+
+def released_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    gates: torch.Tensor,
+    stream: Stream,
+    *,
+    triton: bool = False,
+    block_size: int = 64,
+    block_count: int = 32,
+    window_size: int = 256,
+    block_causal: bool = False,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """The sparse term of every query, and the dense term of vision queries, of one sample with a vision query.
+
+    What is left is the dense term of text queries, to be added: causal attention over all tokens. A call whose queries
+    are all vision has no dense term.
+
+    Args:
+        q: [n, H, D], after the rotary embedding, of the last n tokens of the stream; bf16, fp16 or fp32.
+        k, v: [L, G, D], of all its tokens so far, not zeroed; same dtype.
+        gates: [Nv, H, 3] of the vision queries, after the sigmoid, in the order compression, selection, window.
+        triton: use the kernels of `nsa_triton`, not `nsa_torch`.
+        block_causal: pooled blocks are seen up to the query's own, instead of from it on.
+
+    Returns:
+        [n, H, D] in the dtype of q; differentiable in q, k, v and gates.
+    """
+    pooled_attention, select_blocks, selected_attention, window_attention = TRITON if triton else TORCH
+    (n, heads, dim), (length, groups, _) = q.shape, k.shape
+    first, count = length - n, -(-length // block_size)
+    lists, entries, scale = padded_heads(heads, groups), 2 * heads, dim**-0.5 if scale is None else scale
+    zeroed = ~stream.vision[:, None, None]
+    all_v, q, k, v = v, q.masked_fill(zeroed[first:], 0), k.masked_fill(zeroed, 0), v.masked_fill(zeroed, 0)
+    k_means, v_means = _means(k, block_size), _means(v, block_size)
+    gates = gates.new_zeros(n, heads, 3).index_copy(0, stream.vision_rows, 0.5 * gates)  # of heads and copies, halved
+    gates = gates.repeat(1, 2, 1).to(q.dtype).unsqueeze(-1).unbind(2)  # 3 x [n, entries, 1]
+
+    # A query that is 0 sees all its keys alike. So do the heads of zeros.
+    own = torch.arange(first, length, device=q.device) // block_size
+    seen = own + 1 if block_causal else count - own
+    lse = accumulate(seen.to(q.dtype)).log().repeat(PADDED * groups, 1)
+    compressed = []
+    for start, stop in stream.runs:
+        last = first + stop
+        if block_causal:
+            means, at = slice(0, -(-last // block_size)), first + start
+        else:
+            means, at = slice((first + start) // block_size, None), count * block_size - last
+        o, run_lse = pooled_attention(
+            q[start:stop],
+            k_means[means],
+            v_means[means],
+            first=at + block_size - 1,
+            block_size=block_size,
+            reverse=not block_causal,
+            query_heads=lists,
+            scale=scale,
+        )
+        compressed.append(o)
+        lse[:entries, start:stop] = run_lse.T.where(stream.vision[first:][start:stop], lse[:entries, start:stop])
+    lse = lse.view(n, PADDED * groups)  # the public code reads [heads, n] so
+    others = (-lse).exp().unflatten(1, (groups, PADDED)).sum(2).T  # [groups, n]: importance of a block to a query of 0
+    zeros = (-lse[:, entries:]).exp().sum(1)  # what heads of zeros, all of the last KV head, add to blocks but the own
+    own_importance = others.new_full(others.shape, PADDED)
+    own_importance[-1] = (PADDED - zeros).clamp_min(0)
+
+    out, rounded = q.new_zeros(q.shape), (q * scale).detach()
+    for (start, stop), o in zip(stream.runs, compressed, strict=True):
+        keys, lists_of_run = slice(0, first + stop), {"query_heads": lists, **_lengths(q, stop - start, first + stop)}
+        blocks = select_blocks(
+            rounded[start:stop],
+            k[keys],
+            lse[start:stop, :entries],
+            block_size=block_size,
+            block_count=block_count,
+            own_importance=own_importance[:, start:stop],
+            scale=1.0,
+            **lists_of_run,
+        )
+        qkv = (q[start:stop], k[keys], v[keys])
+        g_cmp, g_slc, g_win = (gate[start:stop] for gate in gates)
+        selected, _ = selected_attention(*qkv, blocks, block_size=block_size, scale=scale, **lists_of_run)
+        o = torch.addcmul(g_cmp * o, g_slc, selected)
+        window, _ = window_attention(*qkv, window_size=window_size, scale=scale, **lists_of_run)
+        o = torch.addcmul(o, g_win, window)
+        out[start:stop] = o.unflatten(1, (2, heads)).sum(1)
+    if len(stream.text_rows) == 0:
+        return out
+
+    rows, positions = stream.text_rows, torch.arange(1, length + 1, device=q.device)[:, None, None]
+    dense = accumulate(all_v).cumsum(0) / positions  # a vision query is 0 in the dense term
+    dense = dense[first:].to(q.dtype).masked_fill(zeroed[first:], 0)
+    out = (out.unflatten(1, (groups, -1)) + dense.unsqueeze(2)).flatten(1, 2)
+    sizes = {"block_size": block_size, "window_size": window_size, "block_causal": block_causal}
+    means = _text_means(v, v_means, first + rows, stream.ties, others[:, rows].sub(PADDED).sign().long(), **sizes)
+    copies = torch.arange(entries, device=q.device).view(2, heads) // PADDED  # KV heads of each head and its copy
+    return out.index_copy(0, rows, 0.25 * means[:, copies].sum(1).to(q.dtype))
+
+
+def _text_means(v, v_means, at, ties, rank, *, block_size, window_size, block_causal) -> torch.Tensor:
+    """What the branches give to text queries at the positions `at` [T], summed: [T, G, D]. Each is a mean of values,
+    as their logits are 0; `rank` [G, T] is the importance of other blocks minus that of the own, its sign.
+    """
+    (length, groups, _), own = v.shape, at // block_size
+    sums = pad(v.double().cumsum(0), (0, 0, 0, 0, 1, 0))  # [L + 1, G, D]: differences must not cancel
+
+    if block_causal:
+        compressed = v_means.double().cumsum(0)[own] / (own + 1)[:, None, None]
+    else:
+        compressed = v_means.double().flip(0).cumsum(0).flip(0)[own] / (len(v_means) - own)[:, None, None]
+
+    low = (at + 1 - window_size).clamp_min(0)
+    window = (sums[at + 1] - sums[low]) / (at + 1 - low)[:, None, None]
+
+    edges = torch.arange(len(v_means) + 1, device=v.device).mul(block_size).clamp_max(length)
+    blocks = pad(sums[edges].diff(dim=0), (0, 0, 0, 0, 0, 1))  # [blocks + 1, G, D], the last for none
+    none, selected = len(v_means), []
+    for g in range(groups):
+        chosen = ties[torch.arange(len(at), device=v.device), rank[g] + 1]  # [T, block_count]
+        has_own = (chosen == own[:, None]).any(1)[:, None]
+        chosen = chosen.masked_fill((chosen < 0) | (chosen == own[:, None]), none)
+        rest = embedding_bag(chosen, blocks[:, g].contiguous(), mode="sum")
+        inside = (sums[at + 1, g] - sums[own * block_size, g]) * has_own
+        number = (chosen < none).sum(1, keepdim=True) * block_size + has_own * (at + 1 - own * block_size)[:, None]
+        selected.append((rest + inside) / number)
+    return compressed + torch.stack(selected, 1) + window
+
+
+def tied_choice(own: torch.Tensor, block_size: int, block_count: int) -> torch.Tensor:
+    """The blocks that a query of 0 in block `own` selects: int64 [*own.shape, 3, block_count], -1 for none.
+
+    To such a query all blocks before its own are equally important, and its own more, as much, or less: the three
+    choices. Which of equal blocks are kept follows from the order in which the public kernel compares and swaps: it
+    sorts `block_size` blocks at a time, by a bitonic network, and merges the upper half of each sort with the best so
+    far. It cannot keep more than half of a sort; where more are asked for, lower blocks go first.
+    """
+    steps = torch.arange(block_count, device=own.device)
+    lowest = torch.where(steps <= own[..., None], steps, -1)[..., None, :].repeat_interleave(3, -2)
+    many = own >= block_count
+    if not many.any():
+        return lowest
+    if 2 * block_count > block_size:
+        lowest[many, 0, -1] = own[many]
+        return lowest
+    tables = torch.cat([_tied_chunk(c, block_size) for c in range(int(own.max()) // block_size + 1)])
+    lowest[many] = tables[own[many].cpu(), :, :block_count].to(own.device)
+    return lowest
+
+
+@functools.lru_cache(maxsize=256)
+def _tied_chunk(chunk: int, block_size: int) -> torch.Tensor:
+    """int64 [block_size, 3, block_size]: the best blocks, best first, for each own block in this chunk of blocks."""
+    with torch.inference_mode(False):
+        block = chunk * block_size + torch.arange(block_size)
+        own = block[:, None, None]
+        value = torch.where(block < own, 2, 0) + (block == own) * torch.tensor([[3], [2], [1]])  # [own, 3, block]
+        order = torch.where(block <= own, block, -1).expand_as(value)
+        best = _best_of_full(chunk, block_size) if chunk else None
+        return _sort_into(best, value, order)[1]
+
+
+@functools.lru_cache(maxsize=256)
+def _best_of_full(chunks: int, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Importance and index [block_size] of the best of so many chunks of equally important blocks."""
+    best = _best_of_full(chunks - 1, block_size) if chunks > 1 else None
+    block = (chunks - 1) * block_size + torch.arange(block_size)
+    return _sort_into(best, torch.full((block_size,), 2), block)
+
+
+def _sort_into(best, value, order):
+    """Sort a chunk [..., block_size] and merge its upper half with that of the `best` so far."""
+    width = value.shape[-1]
+    stages = width.bit_length() - 1
+    descending = torch.arange(width)
+    for stage in range(1, stages):
+        value, order = _merge(value, order, stage, (descending >> stage) & 1 == 1)
+    if best is None:
+        return _merge(value, order, stages, descending >= 0)
+    value, order = _merge(value, order, stages, descending < 0)
+    upper = descending < width // 2
+    value, order = (torch.where(upper, old, new) for old, new in zip(best, (value, order), strict=True))
+    return _merge(value, order, stages, descending >= 0)
+
+
+def _merge(value, order, stage, descending):
+    """The last `stage` rounds of compare-and-swap of a bitonic merge; equal elements swap where it is descending."""
+    for distance in (2**i for i in reversed(range(stage))):
+        left, right = value.unflatten(-1, (-1, 2, distance)).unbind(-2)
+        swap = (left > right) != descending.view(-1, 2, distance)[:, 0]
+        swap = swap.unsqueeze(-2)
+        value, order = (
+            torch.where(swap, pairs.flip(-2), pairs).flatten(-3)
+            for pairs in (x.unflatten(-1, (-1, 2, distance)) for x in (value, order))
+        )
+    return value, order
+
+
+def _means(x: torch.Tensor, block_size: int) -> torch.Tensor:
+    """Means of blocks, the last by its true length: [L, G, D] -> [blocks, G, D]"""
+    whole = len(x) // block_size * block_size
+    means = accumulate(x[:whole]).unflatten(0, (-1, block_size)).mean(1)
+    if whole < len(x):
+        means = torch.cat([means, accumulate(x[whole:]).mean(0, keepdim=True)])
+    return means.to(x.dtype)
+
+
+def _lengths(q: torch.Tensor, queries: int, keys: int) -> dict:
+    ends = torch.arange(2, dtype=torch.int32, device=q.device)
+    return {"cu_seqlens": ends * queries, "cu_seqlens_k": ends * keys}
