@@ -658,7 +658,11 @@ def write_public_checkpoint(model, folder, published, style):
 @pytest.mark.parametrize("style", ["flat", "text_config", "text_config, settings at the top", "both"])
 def test_checkpoint_in_the_public_layout_loads_whole(model, published_config, tmp_path, style):
     write_public_checkpoint(model, tmp_path / "public", published_config, style)
-    loaded, info = VideoNSAForConditionalGeneration.from_pretrained(tmp_path / "public", output_loading_info=True)
+    assert VideoNSAConfig.from_pretrained(tmp_path / "public").nsa_variant == "released"
+    same = {"nsa_variant": "paper", "gate_temperature": 1.0}
+    loaded, info = VideoNSAForConditionalGeneration.from_pretrained(
+        tmp_path / "public", output_loading_info=True, **same
+    )
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     assert not info["mismatched_keys"]
