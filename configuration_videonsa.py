@@ -80,13 +80,6 @@ class VideoNSATextConfig(Qwen2_5_VLTextConfig):
             raise ValueError(f"truncate_seconds must be True, False or None, got {self.truncate_seconds!r}")
         if not isinstance(self.block_causal, bool):
             raise ValueError(f"block_causal must be True or False, got {self.block_causal!r}")
-        most = 16 * self.num_key_value_heads
-        if self.nsa_variant == "released" and not most - 16 < 2 * self.num_attention_heads <= most:
-            raise ValueError(
-                "nsa_variant='released' takes each head twice and pads them to 16 per KV head: num_attention_heads "
-                f"must be in {most // 2 - 7} ... {most // 2} for num_key_value_heads={self.num_key_value_heads}, got "
-                f"{self.num_attention_heads}"
-            )
         if "sliding_attention" in self.layer_types:
             raise ValueError(
                 "layer_types must not contain 'sliding_attention' (use_sliding_window=False): VideoNSA's text queries "
@@ -98,10 +91,18 @@ class VideoNSATextConfig(Qwen2_5_VLTextConfig):
         return self.nsa_variant == "released" if self.truncate_seconds is None else self.truncate_seconds
 
     def require_implemented(self) -> None:
-        """Raise a NotImplementedError for a variant that is known but not there yet."""
+        """Raise a NotImplementedError for a variant that is known but not there yet, and a ValueError where the fields
+        do not fit the variant (they may be set one after another)."""
         if self.nsa_variant not in ("paper", "released", "dense"):
             raise NotImplementedError(
                 f"nsa_variant={self.nsa_variant!r} is not there yet; this release has 'paper', 'released' and 'dense'"
+            )
+        most = 16 * self.num_key_value_heads
+        if self.nsa_variant == "released" and not most - 16 < 2 * self.num_attention_heads <= most:
+            raise ValueError(
+                "nsa_variant='released' takes each head twice and pads them to 16 per KV head: num_attention_heads "
+                f"must be in {most // 2 - 7} ... {most // 2} for num_key_value_heads={self.num_key_value_heads}, got "
+                f"{self.num_attention_heads}"
             )
 
     def attention_budget(self, n_tokens: int, pooled_keys: bool = False) -> float:
