@@ -273,7 +273,7 @@ def timing_text(timing: dict[str, float]) -> str:
     return f"{read}; first token after {timing['first']:.2f} s{speed}."
 
 
-def sheet_html(conversation: Conversation | None) -> str:
+def sheet_html(conversation: Conversation | None, released: bool = False) -> str:
     """The contact sheet: the moments that vision tokens chose most, above all of the video."""
     if conversation is None or not conversation.moments:
         return ""
@@ -290,7 +290,10 @@ def sheet_html(conversation: Conversation | None) -> str:
         )
     shares = conversation.shares
     if all(map(math.isnan, shares)):
-        text, strip = "Every vision token sees all of this video: nothing had to be chosen. Frames of it:", ""
+        reason = (
+            "no vision token had to choose what to read" if not released else "choices of this variant are not counted"
+        )
+        text, strip = f"Frames of the video ({reason}):", ""
     else:
         text = (
             "Where vision tokens have more before them than they may read, the selection branch chooses. These are the "
@@ -333,7 +336,7 @@ def page(app: App, name: str):
     """The Gradio page of an app for the model `name`."""
     import gradio as gr  # here, so that all above can be used and tested without it
 
-    limits = app.limits
+    limits, released = app.limits, app.chat.model.config.nsa_variant == "released"
     limit = f"{limits.seconds / 60:g} minutes and {limits.megabytes:,} MB"
     hint = note_html(f"A video of up to {limit}. What will be read of it is shown here.")
 
@@ -394,7 +397,12 @@ def page(app: App, name: str):
             return
         conversation = getattr(app.visitors.get(visitor), "conversation", None)
         if conversation is not None and conversation.timing:
-            yield app.messages(visitor), "", sheet_html(conversation), note_html(timing_text(conversation.timing))
+            yield (
+                app.messages(visitor),
+                "",
+                sheet_html(conversation, released),
+                note_html(timing_text(conversation.timing)),
+            )
         else:
             yield app.messages(visitor), question, gr.skip(), note_html("Stopped before the first word.")
 

@@ -204,7 +204,7 @@ class VideoChat:
 
     def _observe(self, choices: list, attention, q, k, v, gates, layout) -> torch.Tensor:
         """Count what the vision tokens of a layer choose; see `VideoNSAModel.forward`."""
-        if attention.layer_idx in self.watched:
+        if attention.layer_idx in self.watched and self.model.config.nsa_variant == "paper":
             config, rows, positions = attention.config, layout.key_rows, layout.key_positions
             q, k, v = q[layout.queries], k[rows, :, positions], v[rows, :, positions]
             nsa = nsa_triton if config.nsa_backend != "torch" and nsa_triton.available(q) else nsa_torch
