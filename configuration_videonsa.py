@@ -200,6 +200,7 @@ class VideoNSAConfig(Qwen2_5_VLConfig):
             "AutoConfig": "configuration_videonsa.VideoNSAConfig",
             "AutoModel": "modeling_videonsa.VideoNSAForConditionalGeneration",
             "AutoModelForImageTextToText": "modeling_videonsa.VideoNSAForConditionalGeneration",
+            "AutoModelForMultimodalLM": "modeling_videonsa.VideoNSAForConditionalGeneration",
             **(getattr(self, "auto_map", None) or {}),
         }
 

@@ -589,6 +589,11 @@ class VideoNSAForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
         self.register_load_state_dict_pre_hook(_rename_saved_keys)
         self.post_init()
 
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """As in transformers, but weights are read from safetensors only: pickles can run code."""
+        return super().from_pretrained(*args, **{**kwargs, "use_safetensors": True})
+
     # `wraps` keeps the stock signature, which generate() and Trainer inspect.
     @functools.wraps(Qwen2_5_VLForConditionalGeneration.forward)
     def forward(self, *args, output_gates: bool = False, **kwargs):

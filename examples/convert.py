@@ -17,13 +17,14 @@ import sys
 from pathlib import Path
 
 import torch
-from huggingface_hub import HfApi, ModelCard, ModelCardData, snapshot_download
+from huggingface_hub import HfApi, snapshot_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import Qwen2_5_VLProcessor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from card import write_card
 from folders import check_new, new_folder
 from videonsa import modeling_videonsa
 from videonsa.configuration_videonsa import VideoNSAConfig
@@ -44,38 +45,6 @@ PICKLES = re.compile(r"\.(bin|pt|pth|ckpt)(\.index\.json)?$")
 QUERY_WEIGHT = ".self_attn.q_proj.weight"
 MAX_SHARD = 2**30  # bytes of new gates per shard
 
-CARD = """
-# {name}
-
-[VideoNSA](https://arxiv.org/abs/2510.02295) on the weights of {base}: in every decoder layer vision tokens attend
-through Native Sparse Attention (blocks of {block_size} tokens, the {block_count} most important ones, a window of
-{window_size}), text tokens stay dense.
-
-{note}
-
-```sh
-pip install "transformers>=5.17,<6" torch torchvision av accelerate
-```
-
-```python
-from transformers import AutoModel, AutoProcessor
-
-repo = "{name}"
-options = {options}
-model = AutoModel.from_pretrained(repo, trust_remote_code=True, **options)
-processor = AutoProcessor.from_pretrained(repo, trust_remote_code=True)
-
-messages = [{{"role": "user", "content": [
-    {{"type": "video", "video": "video.mp4"}},
-    {{"type": "text", "text": "What happens in this video?"}},
-]}}]
-inputs = processor.apply_chat_template(
-    messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-).to(model.device)
-output = model.generate(**inputs, max_new_tokens=128)
-print(processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
-```
-"""
 UNTRAINED = """\
 **The gates are untrained**: fine-tune before you use the sparse attention. Until then, `nsa_variant="dense"` gives the
 answers of the base model, as below."""
@@ -256,27 +225,6 @@ def load_processor(source: str | Path) -> VideoNSAProcessor:
         video_processor=VideoNSAVideoProcessor(**{key: getattr(video, key) for key in kept}),
         chat_template=stock.chat_template,
     )
-
-
-def write_card(source: Path, folder: Path, config, *, base: str, name: str, note: str, **options) -> None:
-    """A short model card, with options to load the model by; the licence is as the card of the source states it."""
-    card = source / "README.md"
-    stated = ModelCard.load(card).data.to_dict() if card.is_file() else {}
-    data = ModelCardData(
-        library_name="transformers",
-        pipeline_tag="video-text-to-text",
-        tags=["videonsa", "sparse-attention", "custom_code"],
-        base_model=None if Path(base).exists() else base,
-        **{key: stated[key] for key in ("license", "license_name", "license_link") if key in stated},
-    )
-    text = CARD.format(
-        name=name,
-        options=json.dumps({"dtype": "auto", "device_map": "auto", **options}),
-        base=Path(base).resolve().name if Path(base).exists() else base,
-        note=note,
-        **{key: getattr(config, key) for key in ("block_size", "block_count", "window_size")},
-    )
-    (folder / "README.md").write_text(f"---\n{data.to_yaml()}\n---\n{text}")
 
 
 def main() -> None:

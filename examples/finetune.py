@@ -52,7 +52,7 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from convert import write_card
+from card import write_card
 from data import IGNORED, Collator, ConversationDataset, Drop, Sample, load_samples, packed_positions
 
 PARTS = ("language", "merger", "vision", "gates")
@@ -548,6 +548,7 @@ def publish(trainer: VideoTrainer, arguments: ModelArguments, saved: torch.dtype
     trained = folder / ("adapter" if lora else ".trained")
     trainer.save_model(str(trained), _internal_call=True)
     if trainer.args.should_save:
+        (trained / "training_args.bin").unlink(missing_ok=True)  # a pickle
         if trainer.is_deepspeed_enabled:
             from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -564,7 +565,9 @@ def publish(trainer: VideoTrainer, arguments: ModelArguments, saved: torch.dtype
             shutil.rmtree(trained)
         trainer.processing_class.save_pretrained(folder)
         name = trainer.hub_model_id or folder.resolve().name
-        write_card(Path(arguments.model), folder, final.config, base=arguments.model, name=name, note=note)
+        write_card(arguments.model, folder, final.config, base=arguments.model, name=name, note=note)
+        if (licence := Path(arguments.model) / "LICENSE").is_file():
+            shutil.copyfile(licence, folder / "LICENSE")
     trainer.accelerator.wait_for_everyone()
 
 

@@ -1,0 +1,216 @@
+"""The model card that `convert.py` and `finetune.py` write into a repository."""
+
+import copy
+import json
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
+
+from videonsa.configuration_videonsa import NSA_VARIANTS
+
+VIDEO = "https://huggingface.co/datasets/raushan-testing-hf/videos-test/resolve/main/sample_demo_1.mp4"
+# What `nsa_variant` offers; a card lists those that its checkpoint can run.
+VARIANTS = {
+    "paper": "sparse attention as published: compression, selection and window, mixed by gates; needs trained gates",
+    "released": "what the code computes that the public weights `Enxin/VideoNSA` were trained with; for these weights",
+    "merged": "one softmax over earlier text and the chosen blocks, without gates; for weights without trained gates",
+    "dense": "stock attention of Qwen2.5-VL: the baseline",
+}
+FIELDS = {
+    "nsa_variant": "what vision tokens compute, see below",
+    "block_size": "vision tokens per block",
+    "block_count": "blocks that a vision token selects",
+    "window_size": "vision tokens in the sliding window",
+    "gate_temperature": "divides the logits of the gates",
+    "nsa_backend": "`triton`, `torch`, or `auto`: Triton on NVIDIA GPUs from sm_80 on, else PyTorch",
+}
+LENGTHS = (8192, 32768, 131072)  # tokens
+
+CARD = """
+# {name}
+
+[VideoNSA](https://arxiv.org/abs/2510.02295) on the weights of {base}, for questions about long videos.
+In every layer of the language model, vision tokens attend through Native Sparse Attention: to the means of blocks of
+{block_size} tokens, to the {block_count} blocks that matter most, and to a window of {window_size} tokens.
+Text tokens, and with them all that is generated, keep the dense attention of Qwen2.5-VL.
+
+{note}
+
+## Use
+
+```sh
+pip install "transformers>=5.17,<6" torch torchvision av accelerate
+```
+
+```python
+from transformers import AutoModel, AutoProcessor, TextStreamer
+
+repo = "{name}"
+model = AutoModel.from_pretrained(repo, trust_remote_code=True, {options})
+processor = AutoProcessor.from_pretrained(repo, trust_remote_code=True)
+
+video = "{video}"  # or a path
+messages = [{{"role": "user", "content": [
+    {{"type": "video", "video": video}},
+    {{"type": "text", "text": "What happens in this video?"}},
+]}}]
+inputs = processor.apply_chat_template(
+    messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+).to(model.device)
+streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+output = model.generate(**inputs, max_new_tokens=128, streamer=streamer)
+```
+
+By default a video gives up to 4 frames per second of at most 50,176 pixels, within 131,072 tokens; a longer one is
+sampled more sparsely. `processor_kwargs={{"fps": 1, "max_tokens": 32768}}` in `apply_chat_template` changes that.
+
+Or as a pipeline:
+
+```python
+from transformers import pipeline
+
+pipe = pipeline("image-text-to-text", model="{name}", trust_remote_code=True, {pipeline_options})
+messages = [{{"role": "user", "content": [
+    {{"type": "video", "video": "{video}"}},
+    {{"type": "text", "text": "What happens in this video?"}},
+]}}]
+print(pipe(text=messages, max_new_tokens=128, return_full_text=False)[0]["generated_text"])
+```
+
+`trust_remote_code=True` runs the `.py` files of this repository. Read them, and add `revision="<commit>"` to stay with
+what you have read.
+
+## Configuration
+
+{layers} layers of width {hidden_size} with {heads} query and {kv_heads} KV heads of {head_dim}; weights in {dtype}.
+
+| field | value | meaning |
+|---|---|---|
+{fields}
+
+| `nsa_variant` | what vision tokens compute |
+|---|---|
+{variants}
+
+All fields are accepted by `from_pretrained`, as `nsa_variant="dense"` is.
+
+## Memory and speed
+
+Computed from the shapes, not measured; workspace and activations of a prefill come on top.
+
+| | {lengths} |
+|---|{rules}|
+| weights, GB | {weights} |
+| keys and values in the cache ({dtype}), GB | {cache} |
+| query–key pairs of vision tokens, of dense attention | {budget} |
+
+No speed of this model has been measured, on any GPU. Measured is the reading of videos: 2 minutes of 1080p H.264 at 4
+frames per second become model inputs in 7.1 s, at 0.2 in 1.6 s, on 2 cores of an AMD EPYC (PyAV 18.1, torch 2.15,
+transformers 5.23; `benchmarks/video.py` of the project).
+
+## Limits
+
+- The Triton kernels are tested in Triton's interpreter and have not run on a GPU; should they fail on yours,
+  `nsa_backend="torch"` computes the same, more slowly.
+- Sparse attention makes prefilling cheaper. Decoding is dense, and the cache holds all tokens.
+- Answers can be wrong or made up, more so about short events in long videos and about order. What holds for the
+  base model (languages, biases, intended use) holds here.
+- HDR is not tone mapped, audio is ignored.
+
+## Citation
+
+```bibtex
+@article{{song2025videonsa,
+  title   = {{VideoNSA: Native Sparse Attention Scales Video Understanding}},
+  journal = {{arXiv preprint arXiv:2510.02295}},
+  year    = {{2025}}
+}}
+
+@article{{bai2025qwen25vl,
+  title   = {{Qwen2.5-VL Technical Report}},
+  journal = {{arXiv preprint arXiv:2502.13923}},
+  year    = {{2025}}
+}}
+```
+"""
+
+
+def write_card(source: str | Path, folder: Path, config, *, base: str, name: str, note: str, **options) -> None:
+    """Write the model card of a complete repository.
+
+    Args:
+        source: folder or Hub id of the checkpoint it was made from, whose card states the licence.
+        folder: of the repository; its weights are counted.
+        config: its `VideoNSAConfig`.
+        base: folder or Hub id to name as the base model. A folder stands for the base model of its own card.
+        name: of the model, its Hub id where it has one.
+        note: a paragraph about its training.
+        **options: for `from_pretrained` in the snippets, beside dtype and device_map.
+    """
+    stated = _metadata(source)
+    local = Path(base).exists()
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="video-text-to-text",
+        tags=["videonsa", "sparse-attention", "long-video", "custom_code", "arxiv:2510.02295"],
+        base_model=stated.get("base_model") if local else base,
+        **{key: stated[key] for key in ("license", "license_name", "license_link") if key in stated},
+    )
+    text, dtype = config.text_config, str(config.dtype or "float32").removeprefix("torch.")
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    itemsize = 4 if dtype == "float32" else 2
+    per_token = 2 * text.num_hidden_layers * text.num_key_value_heads * head_dim * itemsize
+    weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    model_options = {key: value for key, value in options.items() if key not in ("dtype", "device_map")}
+    card = CARD.format(
+        name=name,
+        base=Path(base).resolve().name if local else f"[{base}](https://huggingface.co/{base})",
+        note=note,
+        video=VIDEO,
+        options=_arguments({"dtype": "auto", "device_map": "auto", **options}),
+        pipeline_options=_arguments(
+            {"dtype": "auto", "device_map": "auto", **({"model_kwargs": model_options} if model_options else {})}
+        ),
+        layers=text.num_hidden_layers,
+        hidden_size=text.hidden_size,
+        heads=text.num_attention_heads,
+        kv_heads=text.num_key_value_heads,
+        head_dim=head_dim,
+        dtype=dtype,
+        fields="\n".join(f"| `{key}` | {json.dumps(getattr(config, key))} | {FIELDS[key]} |" for key in FIELDS),
+        variants="\n".join(f'| `"{key}"` | {VARIANTS[key]} |' for key in VARIANTS if _runs(text, key)),
+        lengths=" | ".join(f"{n:,} tokens" for n in LENGTHS),
+        rules="|".join("---" for _ in LENGTHS),
+        weights=" | ".join([f"{weights / 1e9:.3g}"] * len(LENGTHS)),
+        cache=" | ".join(f"{n * per_token / 1e9:.3g}" for n in LENGTHS),
+        budget=" | ".join(f"{config.attention_budget(n, pooled_keys=True):.1%}" for n in LENGTHS),
+        **{key: getattr(config, key) for key in ("block_size", "block_count", "window_size")},
+    )
+    (folder / "README.md").write_text(f"---\n{data.to_yaml()}\n---\n{card}")
+
+
+def _metadata(source: str | Path) -> dict:
+    """The metadata of a checkpoint's card; empty where there is none, or none that can be read."""
+    path = Path(source) / "README.md"
+    if not Path(source).is_dir():
+        try:
+            path = Path(hf_hub_download(str(source), "README.md"))
+        except OSError:  # no card, no network
+            return {}
+    return ModelCard.load(path).data.to_dict() if path.is_file() else {}
+
+
+def _arguments(options: dict) -> str:
+    return ", ".join(f"{key}={json.dumps(value)}" for key, value in options.items())
+
+
+def _runs(text_config, variant: str) -> bool:
+    """Whether a checkpoint can run a variant: it is there, and the settings allow it."""
+    config = copy.deepcopy(text_config)
+    config.nsa_variant = variant
+    try:
+        config.validate_nsa()
+        config.require_implemented()
+    except (NotImplementedError, ValueError):
+        return False
+    return variant in NSA_VARIANTS

@@ -1,0 +1,519 @@
+"""What people meet on the Hub: the snippets of cards and pages run as they stand, the model works in the tools around
+transformers, the package and the remote code agree, and neither reads pickles nor the network unasked."""
+
+import configparser
+import contextlib
+import functools
+import http.server
+import importlib.util
+import io
+import json
+import os
+import re
+import runpy
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+import zipfile
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file
+from transformers import AutoProcessor, BitsAndBytesConfig, TorchAoConfig
+
+import card
+import convert
+import finetune
+from demo import CLIP, UNSEEN, assemble_tiny_model
+from make_needle_videos import make_sample
+from videonsa.modeling_videonsa import VideoNSAForConditionalGeneration
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks/README.md"]
+SETUP = configparser.ConfigParser()
+SETUP.read(ROOT / "setup.cfg")
+
+
+def snippets(path: Path, language: str) -> list[str]:
+    """The fenced blocks of a page in a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", path.read_text(), re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Folder of the trained tiny model, as on the Hub."""
+    return assemble_tiny_model(tmp_path_factory.mktemp("hub") / "tiny-videonsa")
+
+
+@pytest.fixture(scope="module")
+def sample(tmp_path_factory):
+    """A clip of 8 s and its questions, which the trained model answers."""
+    return make_sample(tmp_path_factory.mktemp("clip") / "clip", CLIP, (1, UNSEEN, 0))
+
+
+@pytest.fixture(scope="module")
+def ask(trained, sample):
+    """Asks a model the first question; returns its answer."""
+    processor = AutoProcessor.from_pretrained(trained, trust_remote_code=True)
+    inputs = processor.apply_chat_template(
+        conversation(sample), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+
+    def ask(model, **options):
+        output = model.eval().generate(**inputs, max_new_tokens=4, do_sample=False, **options)
+        return processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+    return ask
+
+
+def conversation(sample) -> list[dict]:
+    content = [
+        {"type": "video", "video": sample["video"]},
+        {"type": "text", "text": sample["questions"][0]["question"]},
+    ]
+    return [{"role": "user", "content": content}]
+
+
+@pytest.fixture
+def serve_folder():
+    """Serves a folder over HTTP; returns its address."""
+    with contextlib.ExitStack() as stack:
+
+        def serve(folder):
+            handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=folder)
+            server = stack.enter_context(http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler))
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            stack.callback(server.shutdown)
+            return f"http://127.0.0.1:{server.server_port}"
+
+        yield serve
+
+
+# Every snippet as typed into one session, in the folder that holds the model: a failure shows which.
+SESSION = """
+import json, sys
+
+names = {}
+for snippet in json.loads(sys.argv[1]):
+    print("-" * 20, snippet, sep="\\n", file=sys.stderr)
+    exec(compile(snippet, "snippet", "exec"), names)
+"""
+
+
+@pytest.mark.parametrize("untrained", [True, False], ids=["converted", "trained"])
+def test_every_python_snippet_of_a_card_runs_as_pasted(
+    tiny_repository, trained, sample, tmp_path, run_fresh, serve_folder, untrained
+):
+    folder = shutil.copytree(tiny_repository if untrained else trained, tmp_path / "VideoNSA-tiny")
+    if not untrained:
+        config = VideoNSAForConditionalGeneration.config_class.from_pretrained(folder)
+        card.write_card(folder, folder, config, base=folder, name="VideoNSA-tiny", note=convert.TRAINED)
+    else:
+        text = (folder / "README.md").read_text()
+        (folder / "README.md").write_text(text.replace('"tiny"', '"VideoNSA-tiny"'))
+    shutil.copy(sample["video"], tmp_path / "clip.mp4")
+    written = snippets(folder / "README.md", "python")
+    assert len(written) == 2 and all(card.VIDEO in snippet for snippet in written)
+    url = f"{serve_folder(tmp_path)}/clip.mp4"
+    question = sample["questions"][0]
+    run = [s.replace(card.VIDEO, url).replace("What happens in this video?", question["question"]) for s in written]
+    printed = run_fresh(SESSION, json.dumps(run))
+    if not untrained:
+        assert printed.split() == [question["answer"]] * 2
+
+
+def test_every_python_snippet_of_the_pages_runs(trained, sample, tmp_path, run_fresh):
+    shutil.copytree(trained, tmp_path / "VideoNSA-7B")
+    shutil.copy(sample["video"], tmp_path / "talk.mp4")
+    written = [snippet for page in PAGES for snippet in snippets(page, "python")]
+    for word, package in (("torchao", "torchao"), ("BitsAndBytes", "bitsandbytes"), ("serving", "uvicorn")):
+        if not importlib.util.find_spec(package):
+            written = [snippet for snippet in written if word not in snippet]
+    assert len(written) >= 4
+    given = "messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors='pt'"
+    run_fresh(SESSION, json.dumps([snippet.replace("(...", f"({given}") for snippet in written]))
+
+
+def commands(page: Path) -> list[str]:
+    """The commands of a page's sh blocks, a line each, without comments."""
+    lines = "\n".join(snippets(page, "sh")).replace("\\\n", " ").splitlines()
+    return [line.split("  #")[0].strip() for line in lines if line.strip() and not line.startswith("#")]
+
+
+@functools.cache
+def help_of(script: str) -> str:
+    """What a script of this project prints for --help."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [script, "--help"])
+        patch.syspath_prepend(str((ROOT / script).parent))
+        if script == "examples/finetune.py":
+            finetune.parse_arguments(["--help"])
+        else:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_command_of_the_pages_names_files_options_and_extras_that_there_are(page):
+    makefile = (ROOT / "Makefile").read_text()
+    for command in commands(page):
+        subprocess.run(["bash", "-n", "-c", command], check=True)
+        for extra in re.findall(r'pip install.* "\.\[(.*?)\]"', command):
+            assert extra in SETUP["options.extras_require"], command
+        if command.startswith("make "):
+            assert re.search(rf"^{command.split()[1]}\b.*:", makefile, re.MULTILINE), command
+        for path in re.findall(r"\b(?:examples|benchmarks|tests)/[\w/.-]+\.(?:py|yaml)\b", command):
+            assert (ROOT / path).is_file(), command
+        if script := re.search(r"\b(?:examples|benchmarks)/\w+\.py\b", command):
+            options = re.findall(r" (--[\w-]+)", command[script.end() :])
+            missing = [option for option in options if option not in help_of(script[0])]
+            assert not missing, command
+
+
+def test_a_card_states_licence_base_model_and_what_the_checkpoint_can_run(tiny_repository, tmp_path):
+    source = shutil.copytree(tiny_repository, tmp_path / "source")
+    stated = (
+        "license: other\nlicense_name: qwen-research\nlicense_link: LICENSE\nbase_model: Qwen/Qwen2.5-VL-3B-Instruct"
+    )
+    (source / "README.md").write_text(f"---\n{stated}\n---\n# Source\n")
+    config = VideoNSAForConditionalGeneration.config_class.from_pretrained(source)
+    folder = shutil.copytree(tiny_repository, tmp_path / "out")
+    card.write_card(source, folder, config, base=str(source), name="me/out", note="A note.", nsa_variant="dense")
+    written = ModelCard.load(folder / "README.md")
+    data = written.data.to_dict()
+    for line in stated.splitlines():
+        name, value = line.split(": ")
+        assert data[name] == value
+    assert data["pipeline_tag"] == "video-text-to-text" and data["library_name"] == "transformers"
+    assert "arxiv:2510.02295" in data["tags"]
+    assert 'repo = "me/out"' in written.text and "A note." in written.text
+    assert written.text.count('nsa_variant="dense"') >= 2 and '"nsa_variant": "dense"' in written.text
+    weights = sum(tensor.nbytes for file in folder.glob("*.safetensors") for tensor in load_file(file).values())
+    assert f"| weights, GB | {weights / 1e9:.2g}" in written.text
+    for variant in card.VARIANTS:
+        config.nsa_variant = variant
+        try:
+            VideoNSAForConditionalGeneration(config)
+        except (NotImplementedError, ValueError):
+            assert f'| `"{variant}"` |' not in written.text
+        else:
+            assert f'| `"{variant}"` |' in written.text
+
+
+def test_cards_explain_every_variant_that_there_is():
+    assert set(card.VARIANTS) == set(card.NSA_VARIANTS)
+
+
+PIPELINES = """
+import json, sys
+from transformers import pipeline
+
+folder, messages = sys.argv[1], json.loads(sys.argv[2])
+for task in ("image-text-to-text", "any-to-any"):
+    pipe = pipeline(task, model=folder, trust_remote_code=True)
+    assert type(pipe.model).__module__.startswith("transformers_modules"), type(pipe.model)
+    answers = pipe(text=[messages, messages], max_new_tokens=4, return_full_text=False)
+    print(*(answer[0]["generated_text"].strip() for answer in answers))
+    print(pipe(text=messages, max_new_tokens=4, return_full_text=False)[0]["generated_text"].strip())
+"""
+
+
+def test_pipelines_answer_questions_about_videos(trained, sample, run_fresh):
+    printed = run_fresh(PIPELINES, trained, json.dumps(conversation(sample)))
+    assert printed.split() == [sample["questions"][0]["answer"]] * 6
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"device_map": "auto"},
+        {"cache": "static"},
+        {"compile": "aot_eager"},
+        {"assistant": "dense"},
+        {"prompt_lookup_num_tokens": 3},
+    ],
+    ids=lambda options: "-".join(map(str, options)) or "plain",
+)
+def test_the_answer_does_not_depend_on_how_it_is_generated(trained, sample, ask, options):
+    load = functools.partial(VideoNSAForConditionalGeneration.from_pretrained, trained)
+    options = dict(options)
+    model = load(device_map=options.pop("device_map", None))
+    if options.pop("cache", None):
+        options["cache_implementation"] = "static"
+    if backend := options.pop("compile", None):
+        model.forward = torch.compile(model.forward, backend=backend)
+    if variant := options.pop("assistant", None):
+        options["assistant_model"] = load(nsa_variant=variant)
+    assert ask(model, **options) == sample["questions"][0]["answer"]
+
+
+def quantizations():
+    if importlib.util.find_spec("torchao"):
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        yield "torchao int8", TorchAoConfig(Int8WeightOnlyConfig())
+    if importlib.util.find_spec("bitsandbytes"):
+        yield "bitsandbytes int8", BitsAndBytesConfig(load_in_8bit=True)
+
+
+@pytest.mark.parametrize("package", ["torchao", "bitsandbytes"])
+def test_a_quantized_model_answers_saves_and_loads_again(trained, sample, ask, tmp_path, package):
+    pytest.importorskip(package)
+    quantization = next(config for name, config in quantizations() if name.startswith(package))
+    model = VideoNSAForConditionalGeneration.from_pretrained(trained, quantization_config=quantization)
+    assert ask(model) == sample["questions"][0]["answer"]
+    model.save_pretrained(tmp_path)
+    assert not pickles(tmp_path)
+    assert sum(path.stat().st_size for path in tmp_path.glob("*.safetensors")) < 0.6 * sum(
+        path.stat().st_size for path in trained.glob("*.safetensors")
+    )
+    assert ask(VideoNSAForConditionalGeneration.from_pretrained(tmp_path)) == sample["questions"][0]["answer"]
+
+
+def test_serve_answers_a_request_with_a_video(trained, sample, tmp_path):
+    for package in ("uvicorn", "fastapi", "openai"):
+        pytest.importorskip(package)
+    (launcher,) = (s for s in snippets(ROOT / "docs/ecosystem.md", "python") if "serving" in s)
+    (tmp_path / "serve.py").write_text("import conftest\n" + launcher)
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    command = [sys.executable, "serve.py", "serve", str(trained), "--trust-remote-code", "--device", "cpu"]
+    server = subprocess.Popen(
+        [*command, "--port", str(port)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT / "tests"), "HF_MODULES_CACHE": str(tmp_path / "modules")},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    video, text = ({"type": "video_url", "video_url": {"url": sample["video"]}}, conversation(sample)[0]["content"][1])
+    body = {
+        "model": str(trained),
+        "max_tokens": 4,
+        "chat_template_kwargs": {"num_frames": None, "fps": 4},
+        "messages": [{"role": "user", "content": [video, text]}],
+    }
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            try:
+                answer = json.load(urllib.request.urlopen(request, timeout=60))
+                break
+            except urllib.error.URLError as error:
+                assert not isinstance(error, urllib.error.HTTPError), error.read()
+                assert time.monotonic() < deadline and server.poll() is None
+                time.sleep(0.5)
+    finally:
+        server.terminate()
+        server.wait()
+    assert answer["choices"][0]["message"]["content"] == sample["questions"][0]["answer"]
+
+
+TENSOR_PARALLEL = """
+import json, sys
+import torch
+from transformers import AutoModel, AutoProcessor
+
+folder, messages = sys.argv[1], json.loads(sys.argv[2])
+torch.set_num_threads(1)
+processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+inputs = processor.apply_chat_template(
+    messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+)
+whole = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
+halves = AutoModel.from_pretrained(folder, trust_remote_code=True, tp_plan="auto").eval()
+gates, whole_gates = (m.model.language_model.layers[0].self_attn.g_proj_2.weight for m in (halves, whole))
+assert 2 * len(gates.to_local()) == len(whole_gates)
+with torch.no_grad():
+    torch.testing.assert_close(halves(**inputs).logits, whole(**inputs).logits, rtol=0, atol=1e-4)
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_two_processes_share_a_model_by_its_tensor_parallel_plan(sample, tmp_path):
+    from tiny import make_stock_checkpoint
+
+    shape = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 1}
+    stock = make_stock_checkpoint(tmp_path / "stock", vision_hidden_size=32, **shape)
+    folder = convert.convert(stock, tmp_path / "two", block_size=16, block_count=3, window_size=20)
+    program = tmp_path / "program.py"
+    program.write_text(TENSOR_PARALLEL)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*launch, str(program), str(folder), json.dumps(conversation(sample))],
+        env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def pickles(folder: Path) -> list[str]:
+    return [path.name for path in folder.rglob("*") if re.search(r"\.(bin|pt|pth|pkl|pickle|ckpt)$", path.name)]
+
+
+def test_weights_in_pickles_are_refused_and_none_are_written(trained, tmp_path):
+    folder = shutil.copytree(trained, tmp_path / "pickled")
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    for options in ({}, {"use_safetensors": False}):
+        with pytest.raises(OSError, match="safetensors"):
+            VideoNSAForConditionalGeneration.from_pretrained(folder, local_files_only=True, **options)
+    saved = tmp_path / "saved"
+    VideoNSAForConditionalGeneration.from_pretrained(trained).save_pretrained(saved)
+    assert list(saved.glob("*.safetensors")) and not pickles(saved)
+
+
+def test_no_code_of_ours_unpickles():
+    for path in [*ROOT.glob("*.py"), *(ROOT / "examples").glob("*.py")]:
+        assert not re.search(r"torch\.load|pickle\.load|import pickle|joblib|np\.load|eval\(|exec\(", path.read_text()
+                             .replace(".eval()", "")), path  # fmt: skip
+
+
+BLOCKED = """
+import json, socket, sys
+
+def blocked(*args, **kwargs):
+    raise SystemExit(f"network: {args[1:]}")
+
+socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = socket.create_connection = blocked
+from transformers import AutoModel, AutoProcessor, pipeline
+
+folder, messages, output = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3]
+model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+inputs = processor.apply_chat_template(
+    messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+)
+answer = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+print(processor.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+model.save_pretrained(output)
+processor.save_pretrained(output)
+pipeline("image-text-to-text", model=output, trust_remote_code=True)
+messages[0]["content"][0]["video"] = "http://127.0.0.1:9/clip.mp4"
+try:
+    processor.apply_chat_template(messages, tokenize=True, return_dict=True)
+except SystemExit as stop:
+    print(stop)
+"""
+
+
+def test_the_network_is_touched_for_urls_and_hub_ids_only(trained, sample, tmp_path, run_fresh, monkeypatch):
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    printed = run_fresh(BLOCKED.replace("import json", 'import os; os.environ.pop("HF_HUB_OFFLINE"); import json', 1),
+                        trained, json.dumps(conversation(sample)), tmp_path / "again")  # fmt: skip
+    answer, *rest = printed.splitlines()
+    assert answer == sample["questions"][0]["answer"]
+    assert len(rest) == 1 and rest[0].startswith("network: ") and "127.0.0.1" in rest[0]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """The built wheel, from a copy of the files that git would keep."""
+    source = shutil.copytree(
+        ROOT,
+        tmp_path_factory.mktemp("source") / "videonsa",
+        ignore=shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__", "tests", "tiny"),
+    )
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        folder,
+        source,
+    ]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    if done.returncode and "setuptools" in done.stderr:
+        pytest.skip(f"setuptools {metadata.version('setuptools')} is too old to build without a download")
+    assert done.returncode == 0, done.stderr
+    return next(folder.glob("*.whl"))
+
+
+PROBE = """
+import hashlib, json, sys
+import torch
+from transformers import AutoModel, AutoProcessor
+
+kind, folder, messages = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+if kind == "package":
+    from videonsa.modeling_videonsa import VideoNSAForConditionalGeneration as Model
+    from videonsa.processing_videonsa import VideoNSAProcessor as Processor
+    options = {}
+else:
+    Model, Processor, options = AutoModel, AutoProcessor, {"trust_remote_code": True}
+model = Model.from_pretrained(folder, **options).eval()
+processor = Processor.from_pretrained(folder, **options)
+inputs = processor.apply_chat_template(
+    messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+)
+with torch.no_grad():
+    logits = model(**inputs).logits
+digests = [hashlib.sha256(x.numpy().tobytes()).hexdigest() for x in (logits, inputs["pixel_values_videos"])]
+print(json.dumps([type(model).__module__, digests, model.config.to_dict() | {"_name_or_path": None}], default=str))
+"""
+
+
+def test_the_wheel_holds_the_code_files_and_agrees_with_the_remote_code(wheel, trained, sample, tmp_path, run_fresh):
+    with zipfile.ZipFile(wheel) as archive:
+        packed = {name: archive.read(name) for name in archive.namelist() if name.startswith("videonsa/")}
+        archive.extractall(tmp_path / "site")
+    assert packed == {f"videonsa/{name}": (ROOT / name).read_bytes() for name in convert.CODE_FILES}
+    for name in convert.CODE_FILES:
+        assert (trained / name).read_bytes() == (ROOT / name).read_bytes()
+    messages = json.dumps(conversation(sample))
+    path = f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r})\n"
+    package, remote = (json.loads(run_fresh(path + PROBE, kind, trained, messages)) for kind in ("package", "remote"))
+    assert package[0] == "videonsa.modeling_videonsa" and remote[0].startswith("transformers_modules.")
+    assert package[1:] == remote[1:]
+
+
+def test_the_version_stands_in_one_place_and_has_an_entry_in_the_changelog(wheel):
+    version = SETUP["metadata"]["version"]
+    assert wheel.name.startswith(f"videonsa-{version}-")
+    assert f"\n## {version}" in (ROOT / "CHANGELOG.md").read_text()
+    assert version not in (ROOT / "pyproject.toml").read_text()
+
+
+def test_code_files_listed_as_trusted_are_those_of_a_repository():
+    page = (ROOT / "docs/trust.md").read_text()
+    for name in convert.CODE_FILES:
+        assert f"`{name}`" in page
+    assert sorted(path.name for path in ROOT.glob("*.py")) == sorted(convert.CODE_FILES)
+
+
+def test_every_dependency_has_its_licence_on_the_page():
+    page = (ROOT / "docs/trust.md").read_text()
+    lists = [SETUP["options"]["install_requires"], *SETUP["options.extras_require"].values()]
+    names = {re.match(r"[\w.-]+", line)[0] for text in lists for line in text.split("\n") if re.match(r"\w", line)}
+    for name in sorted(names):
+        assert re.search(rf"^\| `{re.escape(name)}` \|", page, re.MULTILINE), name
+
+
+def test_workflows_run_what_the_makefile_offers():
+    import yaml
+
+    makefile = (ROOT / "Makefile").read_text()
+    files = list((ROOT / ".github/workflows").glob("*.yml"))
+    assert files
+    for file in files:
+        steps = [s for job in yaml.safe_load(file.read_text())["jobs"].values() for s in job["steps"]]
+        for target in re.findall(r"make ([\w-]+)", " ".join(step.get("run", "") for step in steps)):
+            assert re.search(rf"^{target}\b.*:", makefile, re.MULTILINE), target
