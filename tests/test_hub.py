@@ -60,12 +60,21 @@ def sample(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def ask(trained, sample):
-    """Asks a model the first question; returns its answer."""
-    processor = AutoProcessor.from_pretrained(trained, trust_remote_code=True)
-    inputs = processor.apply_chat_template(
+def processor(trained):
+    return AutoProcessor.from_pretrained(trained, trust_remote_code=True)
+
+
+@pytest.fixture(scope="module")
+def inputs(processor, sample):
+    """What a model takes for the first question."""
+    return processor.apply_chat_template(
         conversation(sample), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     )
+
+
+@pytest.fixture(scope="module")
+def ask(processor, inputs):
+    """Asks a model the first question; returns its answer."""
 
     def ask(model, **options):
         output = model.eval().generate(**inputs, max_new_tokens=4, do_sample=False, **options)
@@ -108,26 +117,21 @@ for snippet in json.loads(sys.argv[1]):
 """
 
 
-@pytest.mark.parametrize("untrained", [True, False], ids=["converted", "trained"])
 def test_every_python_snippet_of_a_card_runs_as_pasted(
-    tiny_repository, trained, sample, tmp_path, run_fresh, serve_folder, untrained
+    tiny_repository, trained, sample, tmp_path, run_fresh, serve_folder
 ):
-    folder = shutil.copytree(tiny_repository if untrained else trained, tmp_path / "VideoNSA-tiny")
-    if not untrained:
-        config = VideoNSAForConditionalGeneration.config_class.from_pretrained(folder)
-        card.write_card(folder, folder, config, base=folder, name="VideoNSA-tiny", note=convert.TRAINED)
-    else:
-        text = (folder / "README.md").read_text()
-        (folder / "README.md").write_text(text.replace('"tiny"', '"VideoNSA-tiny"'))
+    folder = shutil.copytree(trained, tmp_path / "trained")
+    config = VideoNSAForConditionalGeneration.config_class.from_pretrained(folder)
+    card.write_card(folder, folder, config, base=str(folder), name="trained", note=convert.TRAINED)
+    converted = shutil.copytree(tiny_repository, tmp_path / tiny_repository.name)
     shutil.copy(sample["video"], tmp_path / "clip.mp4")
-    written = snippets(folder / "README.md", "python")
-    assert len(written) == 2 and all(card.VIDEO in snippet for snippet in written)
+    written = snippets(folder / "README.md", "python") + snippets(converted / "README.md", "python")
+    assert len(written) == 4 and all(card.VIDEO in snippet for snippet in written)
     url = f"{serve_folder(tmp_path)}/clip.mp4"
     question = sample["questions"][0]
     run = [s.replace(card.VIDEO, url).replace("What happens in this video?", question["question"]) for s in written]
     printed = run_fresh(SESSION, json.dumps(run))
-    if not untrained:
-        assert printed.split() == [question["answer"]] * 2
+    assert printed.split()[:2] == [question["answer"]] * 2
 
 
 def test_every_python_snippet_of_the_pages_runs(trained, sample, tmp_path, run_fresh):
@@ -143,9 +147,10 @@ def test_every_python_snippet_of_the_pages_runs(trained, sample, tmp_path, run_f
 
 
 def commands(page: Path) -> list[str]:
-    """The commands of a page's sh blocks, a line each, without comments."""
-    lines = "\n".join(snippets(page, "sh")).replace("\\\n", " ").splitlines()
-    return [line.split("  #")[0].strip() for line in lines if line.strip() and not line.startswith("#")]
+    """The commands of a page's sh blocks, without comments; what is quoted may go over several lines."""
+    text = "\n".join(snippets(page, "sh")).replace("\\\n", " ")
+    text = re.sub(r"'[^']*'", lambda quoted: quoted[0].replace("\n", " "), text)
+    return [line.split("  #")[0].strip() for line in text.splitlines() if line.strip() and not line.startswith("#")]
 
 
 @functools.cache
@@ -238,7 +243,6 @@ def test_pipelines_answer_questions_about_videos(trained, sample, run_fresh):
         {},
         {"device_map": "auto"},
         {"cache": "static"},
-        {"compile": "aot_eager"},
         {"assistant": "dense"},
         {"prompt_lookup_num_tokens": 3},
     ],
@@ -250,11 +254,16 @@ def test_the_answer_does_not_depend_on_how_it_is_generated(trained, sample, ask,
     model = load(device_map=options.pop("device_map", None))
     if options.pop("cache", None):
         options["cache_implementation"] = "static"
-    if backend := options.pop("compile", None):
-        model.forward = torch.compile(model.forward, backend=backend)
     if variant := options.pop("assistant", None):
         options["assistant_model"] = load(nsa_variant=variant)
     assert ask(model, **options) == sample["questions"][0]["answer"]
+
+
+def test_a_compiled_model_computes_the_same(trained, inputs):
+    model = VideoNSAForConditionalGeneration.from_pretrained(trained).eval()
+    with torch.no_grad():
+        compiled = torch.compile(model, backend="eager")(**inputs, use_cache=False).logits
+        torch.testing.assert_close(compiled, model(**inputs, use_cache=False).logits)
 
 
 def quantizations():
@@ -386,7 +395,7 @@ BLOCKED = """
 import json, socket, sys
 
 def blocked(*args, **kwargs):
-    raise SystemExit(f"network: {args[1:]}")
+    raise SystemExit(f"network: {args}")
 
 socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = socket.create_connection = blocked
 from transformers import AutoModel, AutoProcessor, pipeline
@@ -452,22 +461,18 @@ import hashlib, json, sys
 import torch
 from transformers import AutoModel, AutoProcessor
 
-kind, folder, messages = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
-if kind == "package":
-    from videonsa.modeling_videonsa import VideoNSAForConditionalGeneration as Model
-    from videonsa.processing_videonsa import VideoNSAProcessor as Processor
-    options = {}
-else:
-    Model, Processor, options = AutoModel, AutoProcessor, {"trust_remote_code": True}
-model = Model.from_pretrained(folder, **options).eval()
-processor = Processor.from_pretrained(folder, **options)
+folder, messages = sys.argv[1], json.loads(sys.argv[2])
+options = {} if "videonsa" in sys.modules else {"trust_remote_code": True}
+model = AutoModel.from_pretrained(folder, **options).eval()
+processor = AutoProcessor.from_pretrained(folder, **options)
 inputs = processor.apply_chat_template(
     messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
 )
 with torch.no_grad():
     logits = model(**inputs).logits
 digests = [hashlib.sha256(x.numpy().tobytes()).hexdigest() for x in (logits, inputs["pixel_values_videos"])]
-print(json.dumps([type(model).__module__, digests, model.config.to_dict() | {"_name_or_path": None}], default=str))
+modules = [type(model).__module__, type(processor.video_processor).__module__]
+print(json.dumps([modules, digests, {**model.config.to_dict(), "_name_or_path": None}], default=str))
 """
 
 
@@ -479,9 +484,12 @@ def test_the_wheel_holds_the_code_files_and_agrees_with_the_remote_code(wheel, t
     for name in convert.CODE_FILES:
         assert (trained / name).read_bytes() == (ROOT / name).read_bytes()
     messages = json.dumps(conversation(sample))
+    (register,) = (s for s in snippets(ROOT / "docs/trust.md", "python") if ".register(" in s)
     path = f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r})\n"
-    package, remote = (json.loads(run_fresh(path + PROBE, kind, trained, messages)) for kind in ("package", "remote"))
-    assert package[0] == "videonsa.modeling_videonsa" and remote[0].startswith("transformers_modules.")
+    package = json.loads(run_fresh(path + register.replace("VideoNSA-7B", str(trained)) + PROBE, trained, messages))
+    remote = json.loads(run_fresh(PROBE, trained, messages))
+    assert package[0] == ["videonsa.modeling_videonsa", "videonsa.processing_videonsa"]
+    assert all(module.startswith("transformers_modules.") for module in remote[0])
     assert package[1:] == remote[1:]
 
 
