@@ -140,6 +140,7 @@ def test_lora_saves_an_adapter_with_gates_and_a_merged_model(train, tiny_reposit
     adapter = load_file(folder / "adapter/adapter_model.safetensors")
     names = {name.split(".")[-2] for name in adapter}
     assert {"g_proj_1", "g_proj_2", "lora_A", "lora_B"} <= names
+    assert not list(folder.rglob("*.bin"))  # pickles
     assert json.loads((folder / "adapter/adapter_config.json").read_text())["base_model_name_or_path"] == str(
         tiny_repository
     )
