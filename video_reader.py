@@ -1,20 +1,23 @@
 """Reads chosen frames of a video file, each resized as it is decoded.
 
 A file is read twice. Its packets, not decoded, give the time of every frame and where decoding can start; then what the
-chosen frames depend on is decoded, and no other frame is converted or held. Which frames to choose, and how large, is
-decided in `video_planner.py` and `processing_videonsa.py`.
+chosen frames depend on is decoded, in several threads that each start at key frames of their own, and no other frame is
+converted or held. Which frames to choose, and how large, is decided in `video_planner.py` and `processing_videonsa.py`.
 """
 
 import contextlib
+import gc
 import http.client
 import io
 import math
 import os
 import re
 import tempfile
+import threading
 import urllib.request
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import BinaryIO
 from urllib.parse import quote, unquote
 
@@ -39,10 +42,15 @@ SKIP_UNREFERENCED = ("h264", "mpeg4", "mpeg2video", "mpeg1video")
 # Demuxers that draw text, or that open other files and sockets; and what the latter know their files by.
 NO_VIDEOS = {"tty", "concat", "hls", "dash", "sdp"}
 REFERENCES = b"ffconcat version", b"#extm3u", b"<mpd", b"c=in ip"
-# Bytes that frames in flight between decoding threads may take.
-THREAD_MEMORY = 64 * 2**20
+# Packets. Less work for one of several decoders does not make up for opening the file once more, nor for starting anew.
+MIN_WORK = 128
+# Bytes that frames may take: those in flight between the threads of a decoder, and those that all decoders refer to.
+THREAD_MEMORY, DECODER_MEMORY = 48 * 2**20, 128 * 2**20
 LIMITED_RANGE, FULL_RANGE = 1, 2  # of luma and chroma, as libav numbers them
 ANY_MATRIX = 4  # for RGB it means nothing, but PyAV 16 looks at the range only where matrices differ; none has this
+# Decoders that are closed but not yet collected have threads that a forked process lacks, and would wait for.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=gc.collect)
 
 
 class VideoFile:
@@ -99,23 +107,20 @@ class VideoFile:
         Raises:
             ValueError: a frame cannot be decoded (unless `on_error="keep"`).
         """
-        resize, reformatter = resize or resize_bicubic, VideoReformatter()
+        resize, lock = resize or resize_bicubic, threading.Lock()
         slots = {}  # where each frame goes
         for slot, i in enumerate(indices):
             slots.setdefault(i, []).append(slot)
-        video, missing = np.empty((len(indices), 3, height, width), np.uint8), set(slots)
-        name = os.path.basename(self.name)
+        video, name = np.empty((len(indices), 3, height, width), np.uint8), os.path.basename(self.name)
         with logging.tqdm(total=len(slots), desc=name, unit="frame", delay=3, leave=False) as bar:
-            for i, frame in self._decode(sorted(slots)):
-                try:
-                    pixels = np.ascontiguousarray(np.rot90(to_rgb(frame, reformatter), self.quarter_turns))
-                except (av.FFmpegError, OSError) as error:
-                    colours = f"{frame.format.name} with matrix {frame.colorspace:d}"
-                    raise ValueError(f"{self.name}: its colours, {colours}, cannot be converted: {error}") from error
+
+            def store(i: int, pixels: np.ndarray) -> None:
                 # Copies are numpy's: those of torch take threads, which go on waiting where decoding needs the cores.
                 video[slots[i]] = resize(torch.from_numpy(pixels).permute(2, 0, 1)[None], height, width).numpy()
-                missing.discard(i)
-                bar.update()
+                with lock:
+                    bar.update()
+
+            missing = self._decode(sorted(slots), store)
         if missing:
             decoded = sorted(slots.keys() - missing)
             if not decoded:
@@ -170,6 +175,7 @@ class VideoFile:
             raise ValueError(f"{self.name}: damaged after {damaged:.1f} s; on_error='keep' makes do with the rest")
         self._check_duration(self.duration)
         self.quarter_turns = round(first.rotation / 90) if first else 0  # counterclockwise; phones film sideways
+        self.pixels = max(shape.width * shape.height, 1)
         shown = max(round(shape.width * aspect), 1), shape.height
         self.width, self.height = shown[::-1] if self.quarter_turns % 2 else shown
 
@@ -207,52 +213,88 @@ class VideoFile:
         constant = np.arange(count) * (self.duration / count)
         self.times = constant if np.abs(times - constant).max() < ROUNDING else times  # rid of the container's rounding
 
-    def _decode(self, wanted: list[int]) -> Iterator[tuple[int, av.VideoFrame]]:
-        """Yield (index, frame) for the frames wanted, in the order shown."""
+    def _decode(self, wanted: list[int], store: Callable[[int, np.ndarray], None]) -> set[int]:
+        """Call `store(index, pixels)`, pixels uint8 [height, width, 3], for the frames wanted: in any order and from
+        several threads. Returns those that cannot be decoded, of which there are none unless `on_error="keep"`."""
         todo = {int(self.pts[self.positions[i]]): i for i in wanted}
-        everything = [(0, len(self.pts) - 1)]
-        jumps = everything if self.in_order else self._stretches(self.positions[wanted])
-        problem = "the stream ends"
-        # What a container calls a key frame may not be one: then frames come out damaged, or not at all.
-        for stretches, skip in ((jumps, True), (everything, False)):
-            try:
-                for pts, frame in self._frames(stretches, todo, skip and not self.in_order):
-                    if frame.is_corrupt and not (self.keep and stretches is everything):
-                        problem = "a packet is damaged"
-                        break
-                    yield todo.pop(pts), frame
-                    if not todo:
-                        return
-            except av.FFmpegError as error:
-                problem = error
-        if not self.keep:
+
+        def work(stretches: Iterable[tuple[int, int]], threads: int, skip=True, damaged=False):
+            """Decode the stretches, which other threads may take from, too. Returns what there is to complain about."""
+            reformatter = VideoReformatter()
+            with contextlib.closing(self._frames(stretches, todo, threads, skip)) as frames:
+                try:
+                    for pts, frame in frames:
+                        if frame.is_corrupt and not damaged:
+                            return "a packet is damaged"
+                        if (i := todo.pop(pts, None)) is not None:
+                            store(i, self._pixels(frame, reformatter))
+                except av.FFmpegError as error:
+                    return error
+            return "the stream ends"
+
+        if not self.in_order:
+            stretches, decoders, threads = self._divide(self.positions[wanted])
+            if decoders == 1:
+                work(stretches, threads)
+            else:
+                stretches = iter(stretches)
+                with ThreadPoolExecutor(decoders) as pool:
+                    try:
+                        for done in as_completed([pool.submit(work, stretches, threads) for _ in range(decoders)]):
+                            done.result()
+                    except BaseException:
+                        todo.clear()  # nothing is left to do for the others
+                        raise
+        if todo:
+            # What a container calls a key frame may not be one: then frames come out damaged, or not at all.
+            problem = work([(0, len(self.pts) - 1)], self._threads(), skip=False, damaged=self.keep)
+        if todo and not self.keep:
             raise ValueError(
                 f"{self.name}: truncated or damaged, {len(wanted) - len(todo)} of {len(wanted)} frames could be "
                 f"decoded: {problem}; on_error='keep' makes do with those"
             )
+        return set(todo.values())
 
-    def _stretches(self, positions: np.ndarray) -> list[tuple[int, int]]:
-        """First and last position in the file of the packets to decode for the frames at `positions`."""
-        stretches, keys = [], np.flatnonzero(self.key)
+    def _divide(self, positions: np.ndarray) -> tuple[list[tuple[int, int]], int, int]:
+        """Stretches of the file to decode for the frames at `positions`, how many decoders do so side by side, and the
+        threads of each."""
+        threads = self._threads()
+        stretches = self._stretches(positions, MIN_WORK)
+        lengths = [last - first + 1 for first, last in stretches]
+        decoders = min(threads, DECODER_MEMORY // (28 * self.pixels), sum(lengths) // max([*lengths, MIN_WORK]))
+        if decoders < 2 or not isinstance(self.source, str) or "://" in self.source:  # what cannot be opened twice
+            return self._stretches(positions), 1, threads
+        return stretches, decoders, threads // decoders
+
+    def _threads(self) -> int:
+        return max(min(torch.get_num_threads(), THREAD_MEMORY // (3 * self.pixels)), 1)
+
+    def _stretches(self, positions: np.ndarray, length: float = math.inf) -> list[tuple[int, int]]:
+        """First and last position in the file of the packets to decode for the frames at `positions`; a stretch of at
+        least that length does not go on over further key frames."""
+        keys, ends = np.flatnonzero(self.key), {}  # the last position to decode from each key frame
         for position in sorted(positions.tolist()):
             # What is stored after a key frame, but shown before it, may depend on frames before the key frame.
             k = int(np.searchsorted(keys, position, side="right")) - 1
             while k > 0 and self.pts[keys[k]] > self.pts[position]:
                 k -= 1
-            start = int(keys[k]) if k >= 0 else 0
-            if stretches and start <= stretches[-1][1] + MIN_JUMP:
-                stretches[-1] = stretches[-1][0], position
+            ends[int(keys[k]) if k >= 0 else 0] = position
+        stretches = []
+        for start, end in sorted(ends.items()):
+            first, last = stretches[-1] if stretches else (-math.inf, -math.inf)
+            if start <= last + MIN_JUMP and start < first + length:
+                stretches[-1] = first, max(last, end)
             else:
-                stretches.append((start, position))
+                stretches.append((start, end))
         return stretches
 
-    def _frames(self, stretches, wanted: dict[int, int], skip: bool) -> Iterator[tuple[int, av.VideoFrame]]:
-        """Decode stretches of the file; yield (pts, frame) of the frames whose pts are wanted.
+    def _frames(self, stretches, wanted: dict[int, int], threads: int, skip: bool):
+        """Decode stretches of the file; yield (pts, frame) of the frames whose pts are wanted, until none is.
 
         With `skip`, what no wanted frame depends on is left out within a stretch, too: frames that no other refers to,
         and those before a key frame that the stretch starts at, which could not be decoded.
         """
-        with self._open(decode=True) as (container, stream):
+        with self._open(threads) as (container, stream):
             context, count = stream.codec_context, 0
             intra = skip and context.codec.intra_only
             unreferenced = skip and context.name in SKIP_UNREFERENCED
@@ -273,7 +315,7 @@ class VideoFile:
 
             position, packets = 0, self._packets(container, stream)  # position: of the packet to come
             for first, last in stretches:
-                if first > position + MIN_JUMP:
+                if not position <= first <= position + MIN_JUMP:
                     container.seek(int(self.dts[first]), stream=stream)
                     packets = self._packets(container, stream)
                     packet = next((p for p in packets if p.pts == self.pts[first] and p.is_keyframe), None)
@@ -285,6 +327,8 @@ class VideoFile:
                     packet = next(packets, None)
                 start = self.pts[first] if skip and self.key[first] else -math.inf
                 while packet is not None:
+                    if not wanted:
+                        return
                     needed = packet.pts in wanted
                     if unreferenced:
                         context.skip_frame = "DEFAULT" if needed else "NONREF"
@@ -295,6 +339,14 @@ class VideoFile:
                     packet = next(packets, None) if position <= last else None
                 yield from decode(None)
 
+    def _pixels(self, frame: av.VideoFrame, reformatter: VideoReformatter) -> np.ndarray:
+        """uint8 [height, width, 3], upright."""
+        try:
+            return np.ascontiguousarray(np.rot90(to_rgb(frame, reformatter), self.quarter_turns))
+        except (av.FFmpegError, OSError) as error:
+            colours = f"{frame.format.name} with matrix {frame.colorspace:d}"
+            raise ValueError(f"{self.name}: its colours, {colours}, cannot be converted: {error}") from error
+
     def _packets(self, container, stream) -> Iterator[av.Packet]:
         try:
             yield from (packet for packet in container.demux(stream) if packet.size)
@@ -303,7 +355,7 @@ class VideoFile:
                 raise
 
     @contextlib.contextmanager
-    def _open(self, decode: bool = False) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
+    def _open(self, threads: int = 1) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
         """Open the file and choose its video stream."""
         source = self.source
         remote = isinstance(source, str) and "://" in source
@@ -329,9 +381,7 @@ class VideoFile:
             if context is None:
                 raise ValueError(f"{self.name}: no decoder for its video stream")
             context.options = {"max_pixels": str(self.max_pixels)} | ({} if self.keep else {"err_detect": "explode"})
-            threads = THREAD_MEMORY // max(context.width * context.height * 3, 1)
-            context.thread_count = max(min(torch.get_num_threads(), threads), 1) if decode else 1
-            context.thread_type = "AUTO"
+            context.thread_count, context.thread_type = threads, "AUTO"
             yield container, streams[0]
 
     def _check_size(self, shape, where: str) -> None:

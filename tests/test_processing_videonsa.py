@@ -5,6 +5,7 @@ The clips made here are flat: frame i is grey level 8 + 3i, so that a sampled fr
 
 import functools
 import http.server
+import importlib
 import inspect
 import io
 import itertools
@@ -32,7 +33,7 @@ from transformers.video_utils import VideoMetadata
 
 import tiny
 import videonsa.processing_videonsa as processing
-from videonsa.processing_videonsa import VideoNSAProcessor, VideoNSAVideoProcessor, register_qwen_vl_utils_reader
+from videonsa.processing_videonsa import VideoNSAProcessor, VideoNSAVideoProcessor
 
 REAL_CLIP = Path(__file__).resolve().parents[2] / "shared/clips/v_TpB_zMG3XBA.mp4"
 B_FRAMES = {"bf": "2", "x264-params": "b-adapt=0:scenecut=0"}
@@ -893,7 +894,8 @@ class TestQwenVlUtils:
         monkeypatch.setattr(vision_process, "VIDEO_READER_BACKENDS", dict(vision_process.VIDEO_READER_BACKENDS))
         monkeypatch.setattr(vision_process, "get_video_reader_backend", lambda: "torchvision")
         monkeypatch.setattr(vision_process, "FORCE_QWENVL_VIDEO_READER", None)
-        register_qwen_vl_utils_reader()
+        sys.modules.pop("videonsa.qwen_vl_utils_reader", None)
+        importlib.import_module("videonsa.qwen_vl_utils_reader")
         assert vision_process.FORCE_QWENVL_VIDEO_READER == "videonsa"
         self.fetch_video, self.readers = vision_process.fetch_video, vision_process.VIDEO_READER_BACKENDS
         self.read = vision_process.VIDEO_READER_BACKENDS["torchvision"]

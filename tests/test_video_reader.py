@@ -5,9 +5,12 @@ Frames of `corpus.py` carry their number, so that a test can tell which it got.
 
 import contextlib
 import functools
+import gc
 import http.server
 import inspect
 import io
+import itertools
+import multiprocessing
 import os
 import random
 import socket
@@ -27,7 +30,6 @@ import torch
 from corpus import FRAMES, SIZE, numbers_of, picture, write
 from transformers.utils import logging
 
-import tiny
 from videonsa import video_reader
 from videonsa.video_reader import VideoFile
 
@@ -47,6 +49,29 @@ def threads():
     """Sets the number of threads, which is 1 in other tests."""
     yield torch.set_num_threads
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def side_by_side(threads, monkeypatch):
+    """Lets even clips of a few frames be decoded by several threads, each from key frames of its own."""
+    monkeypatch.setattr(video_reader, "MIN_WORK", 1)
+    threads(3)
+
+
+@pytest.fixture(params=["one", "several"])
+def decoders(request):
+    """Reads by one decoder in the thread that asks, or by several in threads of their own."""
+    if request.param == "several":
+        request.getfixturevalue("side_by_side")
+    return request.param
+
+
+@pytest.fixture
+def decoding(monkeypatch):
+    """The threads that decoded, in the order in which they began."""
+    used, frames = [], VideoFile._frames
+    monkeypatch.setattr(VideoFile, "_frames", lambda *args: used.append(threading.get_ident()) or frames(*args))
+    return used
 
 
 def read(source, indices=None, height=HEIGHT, width=WIDTH, **kwargs) -> torch.Tensor:
@@ -85,16 +110,17 @@ def stored(rgb, matrix, full, bits) -> list[int]:
 
 class TestFrames:
     @pytest.mark.parametrize("name", corpus.CORPUS)
-    def test_each_is_the_one_asked_for(self, clips, threads, name):
+    def test_each_is_the_one_asked_for(self, clips, threads, monkeypatch, name):
         with VideoFile(clips(name)) as file:
             assert (len(file), file.width, file.height) == (FRAMES, *SIZE)
             assert file.times.tolist() == pytest.approx(corpus.times_of(name), abs=2e-3)
             everything = file.read(range(FRAMES), HEIGHT, WIDTH)
             assert numbers_of(everything) == list(range(FRAMES))
-            for indices in ([0], [59], [5, 59], [11, 12, 13], [7, 7, 30, 58, 58], list(range(3, 60, 9))):
-                for count in (1, 2):
+            for indices in ([0], [59], [5, 59], [11, 12, 13], [7, 7, 30, 58, 58], range(3, 60, 9), range(60)):
+                for count, least in ((1, 128), (2, 128), (3, 1)):  # with 1, several decoders share what there is
                     threads(count)
-                    assert torch.equal(file.read(indices, HEIGHT, WIDTH), everything[indices])
+                    monkeypatch.setattr(video_reader, "MIN_WORK", least)
+                    assert torch.equal(file.read(indices, HEIGHT, WIDTH), everything[list(indices)])
 
     def test_only_those_are_converted(self, clips, monkeypatch):
         converted, convert = [], video_reader.to_rgb
@@ -110,16 +136,40 @@ class TestFrames:
 
     def test_streams_whose_key_frames_are_none_are_decoded_whole(self, clips, monkeypatch):
         # From any frame but the first on, frames come out damaged or not at all.
-        monkeypatch.setattr(VideoFile, "_stretches", lambda self, positions: [(17, int(max(positions)))])
+        monkeypatch.setattr(VideoFile, "_stretches", lambda self, positions, *_: [(17, int(max(positions)))])
         assert numbers_of(read(clips("one-key-frame.mp4"), [20, 50])) == [20, 50]
 
     @pytest.mark.parametrize("name", ["open-gop.mp4", "open-gop.ts", "hevc-open-gop.mkv", "mpeg2.ts", "h264.mov"])
-    def test_one_jump_is_enough(self, clips, monkeypatch, name):
-        attempts, frames = [], VideoFile._frames
-        monkeypatch.setattr(VideoFile, "_frames", lambda *args: attempts.append(1) or frames(*args))
-        for indices in ([40], [2, 33, 58], [59]):
+    def test_one_jump_is_enough(self, clips, decoding, name):
+        for indices in ([40], [2, 33, 58], [59], [21, 22, 23, 24, 25], [34, 36, 59]):
             assert numbers_of(read(clips(name), indices)) == indices
-        assert len(attempts) == 3
+        assert len(decoding) == 5
+
+    @pytest.mark.parametrize("name", ["h264.mp4", "open-gop.mp4", "hevc-open-gop.mkv", "vp9.webm", "av1.mp4", "late.ts"])
+    def test_several_threads_decode_from_key_frames_of_their_own(self, clips, side_by_side, decoding, name):
+        everything = None
+        for _ in range(4):
+            frames = read(clips(name))
+            assert numbers_of(frames) == list(range(FRAMES))
+            everything = frames if everything is None else everything
+            assert torch.equal(frames, everything)
+        assert len(decoding) == 12 and threading.get_ident() not in decoding  # none had to decode anything once more
+
+    def test_one_thread_decodes_where_there_are_no_others_or_too_little_work(self, clips, threads, decoding, monkeypatch):
+        threads(3)
+        read(clips("h264.mp4"))  # less than two shares of work
+        monkeypatch.setattr(video_reader, "MIN_WORK", 1)
+        read(clips("h264.mp4"), [0, 3, 4])  # a single stretch
+        read(clips("h264.mp4"), [0, 12, 47])  # most of it one stretch
+        read(clips("one-key-frame.mp4"))
+        for source in (clips("h264.mp4").read_bytes(), clips("h264.mp4").open("rb")):
+            read(source)  # of which there is one place to read at
+        monkeypatch.setattr(video_reader, "DECODER_MEMORY", 2 * 28 * 128 * 64 - 1)
+        read(clips("h264.mp4"))
+        monkeypatch.undo()
+        threads(1)
+        read(clips("h264.mp4"), [0, 30, 59])
+        assert set(decoding) == {threading.get_ident()} and len(decoding) == 7
 
     def test_a_recording_may_start_before_its_first_key_frame_and_refer_to_what_it_lacks(self, clips, tmp_path):
         data = clips("open-gop.ts").read_bytes()
@@ -127,7 +177,7 @@ class TestFrames:
         numbers = numbers_of(read(tmp_path / "cut.ts"))
         assert 0 < numbers[0] <= 12 and numbers == list(range(numbers[0], 60))
 
-    def test_a_jump_that_lands_behind_its_frame_is_made_good(self, clips, monkeypatch):
+    def test_a_jump_that_lands_behind_its_frame_is_made_good(self, clips, decoders):
         with VideoFile(clips("h264.mp4")) as file:
             file.dts = file.dts + 10**9
             assert numbers_of(file.read([2, 56], HEIGHT, WIDTH)) == [2, 56]
@@ -402,7 +452,7 @@ class TestBadFiles:
             assert numbers_of(file.read([0, 0], HEIGHT, WIDTH)) == [77, 77]
 
     @pytest.mark.parametrize("name", ["faststart.mp4", "h264.mkv", "vp9.webm"])
-    def test_a_file_that_ends_early_keeps_what_there_is_when_asked(self, clips, tmp_path, name):
+    def test_a_file_that_ends_early_keeps_what_there_is_when_asked(self, clips, tmp_path, decoders, name):
         path = tmp_path / name
         whole = faststart(clips(name), path) if name.endswith("mp4") else clips(name).read_bytes()
         path.write_bytes(whole[: len(whole) * 8 // 10])
@@ -416,7 +466,7 @@ class TestBadFiles:
             assert numbers[:-2] == list(range(len(file) - 2))  # the last may be cut in the middle
 
     @pytest.mark.parametrize("name", ["h264.mp4", "hevc.mp4", "vp9.webm", "mpeg4.mp4", "mjpeg.mov", "h264.avi"])
-    def test_damaged_packets_keep_the_others_when_asked(self, clips, tmp_path, name):
+    def test_damaged_packets_keep_the_others_when_asked(self, clips, tmp_path, decoders, name):
         data, path = bytearray(clips(name).read_bytes()), tmp_path / name
         with av.open(str(clips(name))) as container:
             packets = [packet for packet in container.demux(video=0) if packet.size]
@@ -442,7 +492,7 @@ class TestBadFiles:
         numbers = numbers_of(read(path, on_error="keep"))
         assert 50 <= len(numbers) < 60 and numbers[:20] == list(range(20)) and numbers[-10:] == list(range(50, 60))
 
-    def test_a_file_of_noise_is_refused_also_when_asked_to_keep(self, clips, tmp_path):
+    def test_a_file_of_noise_is_refused_also_when_asked_to_keep(self, clips, tmp_path, decoders):
         data, path = bytearray(clips("h264.mp4").read_bytes()), tmp_path / "noise.mp4"
         with av.open(str(clips("h264.mp4"))) as container:
             for packet in container.demux(video=0):
@@ -454,7 +504,7 @@ class TestBadFiles:
         with pytest.raises(ValueError, match="noise.mp4: none of its frames can be decoded"):
             read(path, on_error="keep")
 
-    def test_flipped_bytes_are_never_worse_than_an_error(self, clips, tmp_path):
+    def test_flipped_bytes_are_never_worse_than_an_error(self, clips, tmp_path, side_by_side):
         generator = random.Random(0)
         for name in ("h264.mp4", "h264.mkv", "h264.ts", "vp9.webm", "palette.gif", "mpeg4.avi"):
             original = clips(name).read_bytes()
@@ -462,13 +512,14 @@ class TestBadFiles:
                 data = bytearray(original)
                 for _ in range(1 + trial * 4):
                     data[generator.randrange(len(data))] = generator.randrange(256)
-                for on_error in ("raise", "keep"):
+                (tmp_path / name).write_bytes(data)
+                for source, on_error in itertools.product((bytes(data), tmp_path / name), ("raise", "keep")):
                     try:
-                        with VideoFile(bytes(data), on_error=on_error) as file:
+                        with VideoFile(source, on_error=on_error) as file:
                             count = min(len(file), 60)
                             assert file.read(range(count), 28, 56).shape == (count, 3, 28, 56)
                     except ValueError as error:
-                        assert "<bytes>" in str(error)
+                        assert "<bytes>" in str(error) or name in str(error)
 
 
 def faststart(path: Path, output: Path) -> bytes:
@@ -520,17 +571,21 @@ class TestLimits:
 
 
 class TestResources:
-    @pytest.mark.parametrize("codec", ["libx264", "libx265"])
-    def test_memory_is_that_of_the_frames_read(self, tmp_path, codec):
-        path = tiny.make_clip(tmp_path / "clip.mp4", seconds=2, fps=30, width=1920, height=1080, codec=codec)
+    @pytest.mark.parametrize(("codec", "threads"), [("libx264", 2), ("libx265", 16)])
+    def test_memory_is_that_of_the_frames_read(self, tmp_path, codec, threads):
+        options = corpus.X264 if codec == "libx264" else corpus.X265
+        path = write(tmp_path / "clip.mp4", (picture(i, 1920, 1080) for i in range(60)), codec=codec, options=options)
         script = f"""
             import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import conftest
             import resource, torch
+            from videonsa import video_reader
             from videonsa.video_reader import VideoFile
             peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-            torch.set_num_threads(2)
+            torch.set_num_threads({threads})
+            video_reader.MIN_WORK = 1
             before = peak()
             with VideoFile({str(path)!r}) as file:
+                assert file._divide(file.positions)[1] == 2
                 frames = file.read(range(0, 60, 2), 168, 280)
             print(peak() - before - frames.nbytes // 2**20)
         """
@@ -555,7 +610,22 @@ class TestResources:
             assert len(memory) == 125
             assert max(memory[25:]) < max(memory[:25]) + 20  # MB; 100 leaks of a decoder would be far more
 
-    def test_files_are_closed_after_errors_too(self, clips, tmp_path):
+    @pytest.mark.filterwarnings("ignore:.*fork")
+    def test_a_process_may_fork_after_threads_have_decoded(self, clips, threads):
+        threads(2)
+        gc.disable()  # else it may happen to be in time
+        try:
+            for _ in range(4):
+                read(clips("one-key-frame.mp4"))
+            child = multiprocessing.get_context("fork").Process(target=gc.collect)
+            child.start()
+        finally:
+            gc.enable()
+        child.join(20)
+        child.kill()
+        assert child.exitcode == 0
+
+    def test_files_are_closed_and_threads_end_after_errors_too(self, clips, tmp_path, decoders):
         (tmp_path / "text.mp4").write_text("This is not a video. " * 100)
         bad = tmp_path / "cut.mkv"
         bad.write_bytes(clips("h264.mkv").read_bytes()[:2000])
@@ -566,7 +636,40 @@ class TestResources:
                     read(path)
             with pytest.raises(RuntimeError), VideoFile(clips("h264.mp4")) as file:
                 file.read([2, 50], HEIGHT, WIDTH, resize=lambda *_: torch.zeros(1).view(2))
-        assert len(os.listdir("/proc/self/fd")) <= len(before)
+        assert len(os.listdir("/proc/self/fd")) <= len(before) and not decoding_threads()
+
+    @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+    def test_an_error_in_one_thread_ends_the_others(self, clips, side_by_side, error):
+        resized = []
+
+        def resize(frame, height, width):
+            resized.append(1)
+            if len(resized) == 2:
+                raise error("no more")
+            time.sleep(0.1)
+            return video_reader.resize_bicubic(frame, height, width)
+
+        with pytest.raises(error, match="no more"), VideoFile(clips("h264.mp4")) as file:
+            file.read(range(FRAMES), HEIGHT, WIDTH, resize)
+        assert len(resized) < 10 and not decoding_threads()
+
+    def test_damage_is_reported_alike_by_any_number_of_threads(self, clips, tmp_path, threads, monkeypatch):
+        monkeypatch.setattr(video_reader, "MIN_WORK", 1)
+        data, path = bytearray(clips("h264.mp4").read_bytes()), tmp_path / "clip.mp4"
+        with av.open(str(clips("h264.mp4"))) as container:
+            packets = [packet for packet in container.demux(video=0) if packet.size]
+        for packet in (*packets[14:16], *packets[38:40]):
+            data[packet.pos + 5 : packet.pos + packet.size] = bytes(packet.size - 5)
+        path.write_bytes(data)
+        messages = set()
+        for count in (2, 3, 3, 3):
+            threads(count)
+            with pytest.raises(ValueError) as caught:
+                read(path)
+            messages.add((count, str(caught.value)))
+        assert len(messages) == 2
+        kept = [threads(count) or read(path, on_error="keep") for count in (1, 2, 3)]
+        assert torch.equal(kept[0], kept[1]) and torch.equal(kept[0], kept[2])
 
     def test_progress_is_shown_after_seconds_only_and_not_where_it_is_off(self, clips, capfd, monkeypatch):
         read(clips("h264.mp4"))
@@ -581,6 +684,10 @@ class TestResources:
             assert type(bars[1]).__name__ == "EmptyTqdm"
         finally:
             logging.enable_progress_bar()
+
+
+def decoding_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("ThreadPool")]
 
 
 class Clips(torch.utils.data.Dataset):
