@@ -611,12 +611,18 @@ class TestResources:
             assert max(memory[25:]) < max(memory[:25]) + 20  # MB; 100 leaks of a decoder would be far more
 
     @pytest.mark.filterwarnings("ignore:.*fork")
-    def test_a_process_may_fork_after_threads_have_decoded(self, clips, threads):
+    def test_a_process_may_fork_after_threads_have_decoded(self, clips, tmp_path, threads):
         threads(2)
+        data = bytearray(clips("one-key-frame.mp4").read_bytes())
+        data[len(data) // 3 : len(data) // 2] = bytes(len(data) // 2 - len(data) // 3)
+        (tmp_path / "clip.mp4").write_bytes(data)
         gc.disable()  # else it may happen to be in time
         try:
-            for _ in range(4):
-                read(clips("one-key-frame.mp4"))
+            with pytest.raises(ValueError, match="damaged") as caught:
+                read(tmp_path / "clip.mp4")
+            caught = [caught]
+            caught.append(caught)  # keeps the error, and so its decoder, until it is collected
+            del caught
             child = multiprocessing.get_context("fork").Process(target=gc.collect)
             child.start()
         finally:
