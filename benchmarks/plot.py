@@ -29,13 +29,7 @@ def main() -> None:
     output = args.output or args.input
     output.mkdir(parents=True, exist_ok=True)
     drawn = 0
-    drawings = {
-        "attention": draw_attention,
-        "prefill": draw_prefill,
-        "train_step": draw_train_step,
-        "video": draw_video,
-    }
-    for name, draw in drawings.items():
+    for name, draw in DRAWINGS.items():
         path = args.input / f"{name}.json"
         if not path.exists():
             continue

@@ -145,7 +145,9 @@ class TestFrames:
             assert numbers_of(read(clips(name), indices)) == indices
         assert len(decoding) == 5
 
-    @pytest.mark.parametrize("name", ["h264.mp4", "open-gop.mp4", "hevc-open-gop.mkv", "vp9.webm", "av1.mp4", "late.ts"])
+    @pytest.mark.parametrize(
+        "name", ["h264.mp4", "open-gop.mp4", "hevc-open-gop.mkv", "vp9.webm", "av1.mp4", "late.ts"]
+    )
     def test_several_threads_decode_from_key_frames_of_their_own(self, clips, side_by_side, decoding, name):
         everything = None
         for _ in range(4):
@@ -155,7 +157,9 @@ class TestFrames:
             assert torch.equal(frames, everything)
         assert len(decoding) == 12 and threading.get_ident() not in decoding  # none had to decode anything once more
 
-    def test_one_thread_decodes_where_there_are_no_others_or_too_little_work(self, clips, threads, decoding, monkeypatch):
+    def test_one_thread_decodes_where_there_are_no_others_or_too_little_work(
+        self, clips, threads, decoding, monkeypatch
+    ):
         threads(3)
         read(clips("h264.mp4"))  # less than two shares of work
         monkeypatch.setattr(video_reader, "MIN_WORK", 1)
