@@ -35,8 +35,9 @@ CLIP_KEYS = {
     "video_end": "end",
 }
 NO_CLIP_KEYS = {"total_pixels", "resized_height", "resized_width", "timeout", "max_source_pixels", "max_duration"}
-# Numbers that are normalised and cut into patches at a time.
-CHUNK = 2**22
+# Numbers that are normalised and cut into patches at a time; bytes of pixels that are given up together after that,
+# enough for malloc to return them.
+CHUNK, PART = 2**22, 2**26
 
 logger = logging.get_logger(__name__)
 
@@ -202,32 +203,37 @@ class VideoNSAVideoProcessor(Qwen2VLVideoProcessor):
                 return super(Qwen2VLVideoProcessor, self).resize(image=frame, size=size, resample=resample)
 
             if isinstance(source, VideoFile):
-                pixels = source.read(indices, **size, resize=resize)
+                patch, frame = self._setting("temporal_patch_size", kwargs), 3 * size["height"] * size["width"]
+                parts = source.read_parts(indices, **size, size=-(-PART // (frame * patch)) * patch, resize=resize)
             else:
                 frames = self._frames(source, indices, kwargs)
-                pixels = stack_frames((resize(frame[None], **size) for frame in frames), len(indices))
-        features = self._patches(pixels, kwargs)
+                parts = [stack_frames((resize(frame[None], **size) for frame in frames), len(indices))]
+        features = self._patches(parts, kwargs)
         features["video_metadata"] = metadata
         return features
 
-    def _patches(self, pixels: torch.Tensor, kwargs: dict[str, Any]) -> BatchFeature:
-        """Stock features of sampled and resized frames [n, C, H, W], chunk by chunk: floats are not held twice."""
+    def _patches(self, parts: list[torch.Tensor], kwargs: dict[str, Any]) -> BatchFeature:
+        """Stock features of sampled and resized frames, tensors [n, C, H, W] of whole patches but for the last.
+
+        Chunk by chunk, so that floats are not held twice, and each part is taken from the list, and given up."""
         ours = {*OWN_SETTINGS, "fps", "num_frames", "min_pixels", "max_pixels", "min_frames", "max_frames"}
         kwargs = {key: value for key, value in kwargs.items() if key not in ours}
         kwargs |= {"do_sample_frames": False, "do_resize": False, "return_metadata": False}
         kwargs["input_data_format"] = "channels_first"
         patch = self._setting("temporal_patch_size", kwargs)
-        patches, start = None, 0
-        for chunk in pixels.split(max(CHUNK // pixels[0].numel() // patch, 1) * patch):
-            features = super().preprocess([chunk], **kwargs)
-            if len(chunk) == len(pixels):
-                return features
-            part, (t, h, w) = features["pixel_values_videos"], features["video_grid_thw"][0].tolist()
-            if patches is None:
-                t = -(-len(pixels) // patch)
-                patches, grid = part.new_empty(t * h * w, part.shape[1]), torch.tensor([[t, h, w]])
-            patches[start : start + len(part)] = part
-            start += len(part)
+        patches, start, count = None, 0, sum(map(len, parts))
+        while parts:
+            pixels = parts.pop(0)
+            for chunk in pixels.split(max(CHUNK // pixels[0].numel() // patch, 1) * patch):
+                features = super().preprocess([chunk], **kwargs)
+                if len(chunk) == count:
+                    return features
+                made, (t, h, w) = features["pixel_values_videos"], features["video_grid_thw"][0].tolist()
+                if patches is None:
+                    t = -(-count // patch)
+                    patches, grid = made.new_empty(t * h * w, made.shape[1]), torch.tensor([[t, h, w]])
+                patches[start : start + len(made)] = made
+                start += len(made)
         return BatchFeature({"pixel_values_videos": patches, "video_grid_thw": grid})
 
     @contextmanager

@@ -107,16 +107,26 @@ class VideoFile:
         Raises:
             ValueError: a frame cannot be decoded (unless `on_error="keep"`).
         """
+        return self.read_parts(indices, height, width, max(len(indices), 1), resize)[0]
+
+    def read_parts(self, indices, height: int, width: int, size: int, resize=None) -> list[torch.Tensor]:
+        """The same as tensors of `size` frames, the last of what is left, which can be given up one after the other."""
         resize, lock = resize or resize_bicubic, threading.Lock()
         slots = {}  # where each frame goes
         for slot, i in enumerate(indices):
             slots.setdefault(i, []).append(slot)
-        video, name = np.empty((len(indices), 3, height, width), np.uint8), os.path.basename(self.name)
+        sizes = [min(size, len(indices) - start) for start in range(0, max(len(indices), 1), size)]
+        parts, name = [np.empty((n, 3, height, width), np.uint8) for n in sizes], os.path.basename(self.name)
+
+        def fill(i: int, frame: np.ndarray) -> None:
+            for slot in slots[i]:
+                parts[slot // size][slot % size] = frame
+
         with logging.tqdm(total=len(slots), desc=name, unit="frame", delay=3, leave=False) as bar:
 
             def store(i: int, pixels: np.ndarray) -> None:
                 # Copies are numpy's: those of torch take threads, which go on waiting where decoding needs the cores.
-                video[slots[i]] = resize(torch.from_numpy(pixels).permute(2, 0, 1)[None], height, width).numpy()
+                fill(i, resize(torch.from_numpy(pixels).permute(2, 0, 1)[None], height, width).numpy()[0])
                 with lock:
                     bar.update()
 
@@ -127,9 +137,9 @@ class VideoFile:
                 raise ValueError(f"{self.name}: none of its frames can be decoded")
             logger.warning(f"{self.name}: {len(missing)} of {len(slots)} frames are damaged; those before stand in")
             for i in missing:
-                stand_in = max((j for j in decoded if j < i), default=decoded[0])
-                video[slots[i]] = video[slots[stand_in][0]]
-        return torch.from_numpy(video)
+                slot = slots[max((j for j in decoded if j < i), default=decoded[0])][0]
+                fill(i, parts[slot // size][slot % size])
+        return [torch.from_numpy(part) for part in parts]
 
     def _scan(self) -> None:
         """Read all packets; decode the first frame, which tells how frames are to be shown."""

@@ -648,6 +648,35 @@ class TestBudget:
         assert done.returncode == 0, done.stderr
         assert int(done.stdout) < 200  # MB, besides 144 of frames and 574 of floats
 
+    def test_pixels_of_a_file_are_given_up_as_floats_are_made_of_them(self, tmp_path):
+        path = encode(tmp_path / "clip.mp4", 1600, 8, width=224, height=224, codec="mpeg4")
+        script = f"""
+            import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import conftest
+            import resource
+            from videonsa.processing_videonsa import VideoNSAVideoProcessor
+            peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+            process = VideoNSAVideoProcessor()
+            process({str(path)!r}, num_frames=4)
+            before = peak()
+            floats = process({str(path)!r}, fps=8)["pixel_values_videos"]
+            print(peak() - before - floats.nbytes // 2**20)
+        """
+        done = subprocess.run([sys.executable, "-c", inspect.cleandoc(script)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert int(done.stdout) < 180  # MB, besides 918 of floats; there are 230 of pixels
+
+    @settings(max_examples=20, deadline=None)
+    @given(st.integers(1, 41), st.integers(1, 30), st.integers(1, 12))
+    def test_parts_and_chunks_of_any_size_give_the_same(self, processor, long_clips, frames, part, chunk):
+        path, numbers = long_clips(".mp4"), 3 * 56 * 84
+        expected, _ = process(processor, path, num_frames=frames)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(processing, "PART", part * numbers)
+            patch.setattr(processing, "CHUNK", chunk * numbers)
+            features, _ = process(processor, path, num_frames=frames)
+        assert torch.equal(features["pixel_values_videos"], expected["pixel_values_videos"])
+        assert torch.equal(features["video_grid_thw"], expected["video_grid_thw"])
+
 
 class TestPartsAndTimes:
     def test_a_part_of_a_video_is_sampled_from_its_start(self, processor, clips):
