@@ -663,6 +663,13 @@ class TestResources:
             file.read(range(FRAMES), HEIGHT, WIDTH, resize)
         assert len(resized) < 10 and not decoding_threads()
 
+    def test_reading_side_by_side_leaks_no_memory(self, clips, side_by_side):
+        used = []
+        for _ in range(120):
+            read(clips("h264.mp4"), range(0, FRAMES, 4))
+            used.append(resident_mb())
+        assert max(used[40:]) < max(used[:40]) + 20  # 80 times three decoders would be far more
+
     def test_damage_is_reported_alike_by_any_number_of_threads(self, clips, tmp_path, threads, monkeypatch):
         monkeypatch.setattr(video_reader, "MIN_WORK", 1)
         data, path = bytearray(clips("h264.mp4").read_bytes()), tmp_path / "clip.mp4"
@@ -700,6 +707,10 @@ def decoding_threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name.startswith("ThreadPool")]
 
 
+def resident_mb() -> int:
+    return int(Path("/proc/self/status").read_text().split("VmRSS:")[1].split()[0]) // 1024
+
+
 class Clips(torch.utils.data.Dataset):
     """The same frames of some clips in turn, with how many files of theirs the worker has open and the MB it takes."""
 
@@ -716,5 +727,4 @@ class Clips(torch.utils.data.Dataset):
         for name in os.listdir("/proc/self/fd"):
             with contextlib.suppress(FileNotFoundError):  # the loader's own come and go
                 files += os.readlink(f"/proc/self/fd/{name}") in self.paths
-        memory = int(Path("/proc/self/status").read_text().split("VmRSS:")[1].split()[0]) // 1024
-        return torch.utils.data.get_worker_info().id, path, files, memory, frames
+        return torch.utils.data.get_worker_info().id, path, files, resident_mb(), frames
