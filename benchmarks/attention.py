@@ -87,22 +87,14 @@ def measure_length(tokens: int, device: torch.device, args: argparse.Namespace) 
         return lse, module.select_blocks(q, k, lse, cu_seqlens, **blocking)
 
     def time_branches(module, q, lse, blocks, parts, selection) -> list[dict]:
-        block_size = {"block_size": args.block_size}
-        blocking, window = {**block_size, "block_count": args.block_count}, {"window_size": args.window_size}
-        calls = {
-            "compressed": lambda q, k, v: module.compressed_attention(q, k, v, cu_seqlens, **block_size)[0],
-            "select": lambda: module.select_blocks(q, k, lse, cu_seqlens, **blocking),
-            "selected": lambda q, k, v: module.selected_attention(q, k, v, blocks, cu_seqlens, **block_size)[0],
-            "window": lambda q, k, v: module.window_attention(q, k, v, cu_seqlens, **window)[0],
-            "whole": lambda q, k, v, gates: module.nsa_attention(q, k, v, gates, cu_seqlens, **blocking, **window),
-        }
+        calls = branch_calls(module, q, k, v, gates, lse, blocks, cu_seqlens, args)
         rows = []
         for part in parts:
             row = {"part": part, "kernel": module.__name__.split("_")[-1]}
             row |= {} if part in ("compressed", "window") else selection
-            tensors = {"select": (), "whole": (q, k, v, gates)}.get(part, (q, k, v))  # that have gradients
+            call, tensors = calls[part]
             for name in args.passes if tensors else args.passes[:1]:
-                rows.append({**row, "pass": name, **time_pass(name, calls[part], tensors, timed)})
+                rows.append({**row, "pass": name, **time_pass(name, call, tensors, timed)})
         return rows
 
     rows = dense_rows(queries(1.0), k, v, args.passes, timed)
@@ -125,6 +117,26 @@ def measure_length(tokens: int, device: torch.device, args: argparse.Namespace) 
         correlated = {"selection": f"overlap {target}", **statistics_of(blocks)}
         rows += time_branches(module, q, lse, blocks, ("selected", "whole"), correlated)
     return rows
+
+
+def branch_calls(module, q, k, v, gates, lse, blocks, cu_seqlens, sizes) -> dict[str, tuple]:
+    """For each part (call, tensors): call(*tensors) computes it, and the tensors have gradients; `sizes` has the sizes
+    of `nsa_attention`."""
+    block_size = {"block_size": sizes.block_size}
+    blocking, window = {**block_size, "block_count": sizes.block_count}, {"window_size": sizes.window_size}
+    return {
+        "compressed": (lambda q, k, v: module.compressed_attention(q, k, v, cu_seqlens, **block_size)[0], (q, k, v)),
+        "select": (lambda: module.select_blocks(q, k, lse, cu_seqlens, **blocking), ()),
+        "selected": (
+            lambda q, k, v: module.selected_attention(q, k, v, blocks, cu_seqlens, **block_size)[0],
+            (q, k, v),
+        ),
+        "window": (lambda q, k, v: module.window_attention(q, k, v, cu_seqlens, **window)[0], (q, k, v)),
+        "whole": (
+            lambda q, k, v, gates: module.nsa_attention(q, k, v, gates, cu_seqlens, **blocking, **window),
+            (q, k, v, gates),
+        ),
+    }
 
 
 def time_pass(name: str, call, tensors: tuple, timed) -> dict:

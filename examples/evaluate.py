@@ -16,7 +16,9 @@ import json
 import re
 import string
 import sys
+import time
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -118,6 +120,46 @@ def answer(model, processor, batch: list[dict[str, torch.Tensor]], max_new_token
     return processor.tokenizer.batch_decode(output[:, length:], skip_special_tokens=True)
 
 
+def answer_all(
+    model, processor, samples, *, batch_size: int, max_new_tokens: int, workers: int
+) -> Iterator[dict | Drop]:
+    """An entry for each question of samples [[Question]], in their order, or a Drop for a sample that cannot be read.
+
+    `seconds` of an entry is its share of the time that its batch took to generate; decoding of videos is not in it.
+    """
+
+    def entries(batch):
+        start = time.perf_counter()
+        texts = answer(model, processor, [prompt for _, prompt in batch], max_new_tokens)
+        seconds = (time.perf_counter() - start) / len(batch)
+        for (question, prompt), text in zip(batch, texts, strict=True):
+            yield {
+                "id": question.id,
+                "type": question.type,
+                "tokens": len(prompt["input_ids"]),
+                "expected": question.expected,
+                "answered": text,
+                "correct": is_correct(text, question.expected),
+                "seconds": seconds,
+            }
+
+    loader = DataLoader(
+        Prompts(samples, processor), batch_size=None, num_workers=workers, collate_fn=lambda prompts: prompts
+    )
+    batch = []
+    for prompts in loader:
+        if isinstance(prompts, Drop):
+            yield prompts
+            continue
+        for prompt in prompts:
+            batch.append(prompt)
+            if len(batch) == batch_size:
+                yield from entries(batch)
+                batch = []
+    if batch:
+        yield from entries(batch)
+
+
 def is_correct(answered: str, expected: str) -> bool:
     """Whether two answers are the same: letters where a letter is expected, words otherwise."""
     wanted = normalise(expected)
@@ -190,44 +232,26 @@ def evaluate(args) -> dict:
     answers = read_partial(partial, settings)
     known = {entry["id"] for entry in answers}
     todo = [[q for q in sample if q.id not in known] for sample in questions]
-    loader = DataLoader(
-        Prompts([sample for sample in todo if sample], processor),
-        batch_size=None,
-        num_workers=args.workers,
-        collate_fn=lambda prompts: prompts,
+    entries = answer_all(
+        model,
+        processor,
+        [sample for sample in todo if sample],
+        batch_size=args.batch_size,
+        max_new_tokens=args.max_new_tokens,
+        workers=args.workers,
     )
     output.parent.mkdir(parents=True, exist_ok=True)
     with partial.open("a") as file, tqdm(total=count, initial=len(answers), unit="question", disable=None) as bar:
         if not answers:
             print(json.dumps(settings), file=file, flush=True)
-
-        def flush(batch):
-            texts = answer(model, processor, [prompt for _, prompt in batch], args.max_new_tokens)
-            for (question, prompt), text in zip(batch, texts, strict=True):
-                entry = {
-                    "id": question.id,
-                    "type": question.type,
-                    "tokens": len(prompt["input_ids"]),
-                    "expected": question.expected,
-                    "answered": text,
-                    "correct": is_correct(text, question.expected),
-                }
-                answers.append(entry)
-                print(json.dumps(entry), file=file, flush=True)
-            bar.update(len(batch))
-
-        batch = []
-        for prompts in loader:
-            if isinstance(prompts, Drop):
-                drops.append(prompts)
+        for entry in entries:
+            if isinstance(entry, Drop):
+                drops.append(entry)
                 continue
-            for prompt in prompts:
-                batch.append(prompt)
-                if len(batch) == args.batch_size:
-                    flush(batch)
-                    batch = []
-        if batch:
-            flush(batch)
+            del entry["seconds"]
+            answers.append(entry)
+            print(json.dumps(entry), file=file, flush=True)
+            bar.update()
 
     result = {
         "settings": settings,
