@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 OLDEST := .venv-oldest
-OLDEST_VERSIONS := torch==2.11.0 torchvision==0.26.0 transformers==5.17.0 av==16.0.0
+OLDEST_VERSIONS := torch==2.11.0 torchvision==0.26.0 transformers==5.17.0 av==15.0.0
 
 # Where `make tiny` keeps its data, checkpoints and results; it goes on where it was interrupted.
 TINY := build/tiny

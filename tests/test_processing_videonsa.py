@@ -226,20 +226,18 @@ class TestTimes:
         assert metadata.sampled_fps == pytest.approx(count / (72 / fps))
         assert metadata.timestamps == pytest.approx([k * 72 // count / fps for k in range(count)], abs=1e-3)
 
-    @pytest.mark.parametrize(
-        ("suffix", "duration", "expected"),
-        [
-            (".mp4", 11, [0, 10, 12, 14, 16, 18]),  # at 0, 1.83, 3.67, 5.5, 7.33 and 9.17 s
-            (".mkv", 10.125, [0, 10, 12, 14, 15, 17]),  # at 0, 1.69, 3.38, 5.06, 6.75 and 8.44 s
-        ],
-    )
-    def test_variable_frame_rate_is_sampled_by_time(self, processor, tmp_path, suffix, duration, expected):
+    @pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+    def test_variable_frame_rate_is_sampled_by_time(self, processor, tmp_path, suffix):
         # Ten frames in the first second, then one at each second; for how long the last one stays, the muxers differ.
         times = [*range(0, 1000, 100), *range(1000, 10_001, 1000)]
         path = encode(tmp_path / f"clip{suffix}", times=times)
         _, everything = process(processor, path, do_sample_frames=False)
         assert everything.timestamps == pytest.approx([time / 1000 for time in times])
-        assert everything.duration == pytest.approx(duration)
+        expected = {  # by how long the last frame stays
+            11.0: [0, 10, 12, 14, 16, 18],  # at 0, 1.83, 3.67, 5.5, 7.33 and 9.17 s
+            10.125: [0, 10, 12, 14, 15, 17],  # at 0, 1.69, 3.38, 5.06, 6.75 and 8.44 s
+            10.1: [0, 10, 12, 14, 15, 17],  # at 0, 1.68, 3.37, 5.05, 6.73 and 8.42 s; MP4 of PyAV 15
+        }[round(everything.duration, 3)]
         _, metadata = process(processor, path, num_frames=6)
         assert metadata.frames_indices == shown(processor, path, num_frames=6) == expected
         assert metadata.timestamps == pytest.approx([times[i] / 1000 for i in expected])

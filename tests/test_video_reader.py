@@ -111,6 +111,8 @@ def stored(rgb, matrix, full, bits) -> list[int]:
 class TestFrames:
     @pytest.mark.parametrize("name", corpus.CORPUS)
     def test_each_is_the_one_asked_for(self, clips, threads, monkeypatch, name):
+        if name == "intra-refresh.mkv" and int(av.__version__.split(".")[0]) < 16:
+            pytest.skip("decoders of PyAV 15 do not tell that a frame after a jump is incomplete")
         with VideoFile(clips(name)) as file:
             assert (len(file), file.width, file.height) == (FRAMES, *SIZE)
             assert file.times.tolist() == pytest.approx(corpus.times_of(name), abs=2e-3)

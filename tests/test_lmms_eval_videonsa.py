@@ -1,0 +1,140 @@
+"""lmms_eval_videonsa.py: what it asks the model, in which order and with which settings; a whole run of lmms-eval."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from lmms_eval_videonsa import VideoNSA
+
+from demo import assemble_tiny_model, read
+from make_needle_videos import Settings, make_dataset
+
+ROOT = Path(__file__).resolve().parents[1]
+TASK = """\
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {data}
+task: needles
+test_split: test
+output_type: generate_until
+doc_to_visual: !function utils.doc_to_visual
+doc_to_text: question
+doc_to_target: answer
+generation_kwargs:
+  max_new_tokens: 8
+process_results: !function utils.process_results
+metric_list:
+  - metric: right
+    aggregation: mean
+    higher_is_better: true
+"""
+UTILS = """\
+def doc_to_visual(doc):
+    return [doc["video"]]
+
+
+def process_results(doc, results):
+    return {"right": float(results[0].strip().lower() == doc["answer"])}
+"""
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    """Folder of the tiny model and of four clips, and their questions as documents of a task."""
+    folder = tmp_path_factory.mktemp("lmms")
+    settings = Settings(seconds=(2.0, 4.0), questions=("colour", "where", "when"))
+    data = make_dataset(folder / "clips", {"test": 4}, settings, seed=5, workers=1)
+    documents = []
+    for line in (data / "test.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        turns = [message["content"] for message in record["messages"]]
+        parts = [part for turn in turns if isinstance(turn, list) for part in turn]
+        video = next(part["video"] for part in parts if part["type"] == "video")
+        texts = [t if isinstance(t, str) else next(p["text"] for p in t if p["type"] == "text") for t in turns]
+        for question, answer in zip(texts[::2], texts[1::2], strict=True):
+            documents.append({"video": str(data / video), "question": question.strip(), "answer": answer})
+    (folder / "documents.json").write_text(json.dumps(documents))
+    return SimpleNamespace(model=str(assemble_tiny_model(folder / "tiny")), documents=documents, folder=folder)
+
+
+def requests_for(model, documents, options):
+    """As lmms-eval makes them for a chat model."""
+
+    def doc_to_messages(doc):
+        times = {"start_time": doc.get("start"), "end_time": None}
+        content = [{"type": "video", "url": doc["video"], **times}, {"type": "text", "text": doc["question"]}]
+        return [{"role": "user", "content": content}]
+
+    model.task_dict = {"needles": {"test": documents}}
+    arguments = [(doc["question"], doc_to_messages, options, i, "needles", "test") for i, doc in enumerate(documents)]
+    return [SimpleNamespace(args=args) for args in arguments]
+
+
+def test_answers_are_those_of_the_demo_in_the_order_asked_for(clips):
+    model = VideoNSA(clips.model, batch_size=3, fps=2, nsa_variant="paper", block_count=8, device="cpu")
+    assert (model.model.config.block_count, model.batch_size) == (8, 3)
+    documents = [clips.documents[0], {**clips.documents[1], "start": 0.5}, *clips.documents[2:5]]
+    answers = model.generate_until(requests_for(model, documents, {"max_new_tokens": 6, "until": ["\n\n", "zz"]}))
+    for document, answer in zip(documents, answers, strict=True):
+        settings = {"fps": 2, **({"start": document["start"]} if "start" in document else {})}
+        inputs, metadata = read(model.processor, document["video"], document["question"], **settings)
+        assert metadata.plan.fps == pytest.approx(2, rel=0.4)
+        output = model.model.generate(**inputs, max_new_tokens=6, do_sample=False)
+        length = inputs["input_ids"].shape[1]
+        assert model.processor.tokenizer.decode(output[0, length:], skip_special_tokens=True).strip() == answer
+    assert len(set(answers)) > 1
+
+
+def test_answers_end_before_a_stop_string(clips):
+    model = VideoNSA(clips.model, device="cpu")
+    whole, cut = (
+        model.generate_until(requests_for(model, clips.documents[:1], {"max_new_tokens": 6, "until": until}))[0]
+        for until in (None, clips.documents[0]["answer"][1:])
+    )
+    assert whole == clips.documents[0]["answer"] and cut == whole[0]
+
+
+def test_a_system_prompt_goes_first_and_images_are_passed_on(clips):
+    model = VideoNSA(clips.model, system_prompt="Be brief.", frame_tokens=4, fill_blocks=4, device="cpu")
+    image = object()
+    turn = {"role": "user", "content": [{"type": "image", "url": image}, {"type": "text", "text": "?"}]}
+    model.task_dict = {"t": {"s": [None]}}
+    (system, user) = model.conversation(SimpleNamespace(args=("?", lambda doc: [turn], {}, 0, "t", "s")))
+    assert system == {"role": "system", "content": [{"type": "text", "text": "Be brief."}]}
+    assert user["content"][0] == {"type": "image", "image": image}
+    video = model.part({"type": "video", "url": "a.mp4", "start_time": None, "end_time": 3.0})
+    assert video == {"type": "video", "video": "a.mp4", "frame_tokens": 4, "block_size": 4, "end": 3.0}
+    with pytest.raises(ValueError, match="not audio"):
+        model.part({"type": "audio", "url": "a.wav"})
+
+
+def test_unknown_settings_are_named():
+    with pytest.raises(ValueError, match="--model_args has no frames; it may have .*block_count.*frame_tokens"):
+        VideoNSA("gone", frames=8)
+
+
+def test_the_wheel_has_the_module_that_the_entry_point_names():
+    config = (ROOT / "setup.cfg").read_text()
+    assert "videonsa = lmms_eval_videonsa:manifest" in config and "py_modules = lmms_eval_videonsa" in config
+
+
+@pytest.mark.skipif(importlib.util.find_spec("lmms_eval") is None, reason='needs pip install -e ".[eval]"')
+def test_lmms_eval_runs_a_local_task(clips, tmp_path):
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks/needles.yaml").write_text(TASK.format(data=clips.folder / "documents.json"))
+    (tmp_path / "tasks/utils.py").write_text(UTILS)
+    command = [sys.executable, "-m", "lmms_eval", "--model", "videonsa", "--tasks", "needles", "--batch_size", "4"]
+    command += ["--model_args", f"pretrained={clips.model},fps=4,max_frames=8", "--include_path", tmp_path / "tasks"]
+    command += ["--output_path", tmp_path / "results", "--log_samples"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, env=env, cwd=tmp_path, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (results,) = (tmp_path / "results").rglob("*_results.json")
+    scores = json.loads(results.read_text())["results"]["needles"]
+    assert scores["right,none"] >= 0.75
