@@ -1,0 +1,597 @@
+"""The findings of the VideoNSA paper (arXiv 2510.02295, section 4) as measurements on any checkpoint.
+
+    python examples/analyze.py gates                        # the tiny trained model, on clips made on the spot
+    python examples/analyze.py sinks VideoNSA-7B haystack/test.json --output findings
+    python examples/analyze.py looked-at VideoNSA-7B --video talk.mp4 --question "Who speaks first?"
+
+FINDING is one of transfer, scaling, budget, gates, latency, sinks and looked-at; `analyze.py FINDING --help` says what
+it measures, by which equation, and what it writes to the folder --output: FINDING.json and figures, in place of older
+ones. DATA is a file as for `evaluate.py`, whose way of asking and counting is used. `observe.py` looks into the layers,
+`figures.py` draws. Needs matplotlib: pip install -e ".[analyze]".
+"""
+
+import argparse
+import functools
+import inspect
+import itertools
+import json
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import figures
+import numpy as np
+import torch
+import transformers
+from observe import (
+    BRANCHES,
+    SINK_ATTENTION,
+    SIZES,
+    SinkTally,
+    block_means,
+    branch_functions,
+    choice_rates,
+    configured,
+    dense_received,
+    observing,
+    only_branches,
+    received_by_branch,
+    similarity,
+    watch,
+    watch_dense,
+)  # fmt: skip
+from tqdm import tqdm
+
+from data import Drop, load_samples
+from demo import assemble_tiny_model, load, read
+from evaluate import Prompts, Question, accuracy, answer_all, list_questions
+from make_needle_videos import Settings, make_dataset
+
+KINDS = {1: "image", 2: "video"}  # of mm_token_type_ids
+SAMPLED = 4096  # tokens of a clip of which gates are kept one by one
+CLIP_SECONDS = (4.0, 8.0, 16.0, 32.0)  # of the clips that are made where no data are given
+QUESTIONS = ("colour", "shape", "where", "when")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Findings
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def transfer(args) -> dict:
+    """Finding 1, dense transfer (paper: table 3): do weights trained with sparse attention serve dense attention?
+
+    The same checkpoint answers all questions as it is and with nsa_variant="dense", softmax(q·kᵀ/√d) v over all earlier
+    tokens ("Dense-NSA"), and so does a model trained with dense attention, if one is given ("Dense-SFT"). Measured are
+    the accuracy by type of question, its change relative to the first in percent, and the share of questions to which
+    two of them give the same answer, right or wrong.
+    """
+    model, processor, samples = open_model_and_data(args)
+    trained = model.config.nsa_variant
+    runs = {trained: ask(model, processor, samples, args)}
+    with configured(model, nsa_variant="dense"):
+        runs["dense, same weights"] = ask(model, processor, samples, args)
+    if args.twin:
+        twin, _ = load(args.twin, "dense", args.device)
+        runs["dense, dense-trained"] = ask(twin, processor, samples, args)
+    answers = {name: {entry["id"]: entry["answered"].strip().lower() for entry in run} for name, run in runs.items()}
+    agreement = {
+        a: {b: mean(answers[a][id] == answers[b][id] for id in answers[a] if id in answers[b]) for b in answers}
+        for a in answers
+    }
+    base = accuracy(runs[trained])["all"]["all"]["accuracy"]
+    return {
+        "accuracy": {name: accuracy(run) for name, run in runs.items()},
+        "change_percent": {
+            name: percent_change(accuracy(run)["all"]["all"]["accuracy"], base) for name, run in runs.items()
+        },
+        "agreement": agreement,
+    }
+
+
+def scaling(args) -> dict:
+    """Finding 2, scaling and the token budget (paper: figure 2, section 4): context L = frames F × tokens per frame T.
+
+    First, accuracy and time by context length, the questions grouped by it, up to the next power of two, as the data
+    and the processor give it. Then every video is read with each of --frames and --frame-tokens (per temporal patch,
+    which is two frames), and accuracy and time are measured for each pair. Pairs of one context, F/2 · T tokens, lie on
+    a line of the heat map; the best on each line is marked. Videos that have fewer frames leave a cell out.
+    """
+    model, processor, samples = open_model_and_data(args)
+    run = ask(model, processor, samples, args)
+    by_length = {}
+    for bucket, cell in accuracy(run)["all"].items():
+        if bucket != "all":
+            entries = [entry for entry in run if bucket == str(1 << (entry["tokens"] - 1).bit_length())]
+            kinds = {kind: row[bucket]["accuracy"] for kind, row in accuracy(entries).items() if kind != "all"}
+            by_length[bucket] = {**cell, "tokens": mean(e["tokens"] for e in entries), "types": kinds} | times(entries)
+    cells = []
+    for frames, tokens in tqdm(list(itertools.product(args.frames, args.frame_tokens)), disable=None):
+        entries = ask(model, processor, samples, args, num_frames=frames, frame_tokens=tokens)
+        cell = {"frames": frames, "frame_tokens": tokens, "context": frames // 2 * tokens}
+        cells.append({**cell, **summary(entries)})
+    best = {}
+    for cell in cells:
+        if cell["questions"] and cell["accuracy"] > best.get(cell["context"], {"accuracy": -1})["accuracy"]:
+            best[cell["context"]] = cell
+    splits = [{name: cell[name] for name in ("context", "frames", "frame_tokens")} for cell in best.values()]
+    return {"by_length": by_length, "cells": cells, "best_splits": splits}
+
+
+def budget(args) -> dict:
+    """Finding 3, the attention budget (paper: figure 3): b blocks of s tokens and a window of w, K = b·s + w keys.
+
+    Accuracy and time over `block_count` × `window_size`, at the K that the model was trained with, and at --budgets
+    times as much. `share` is `config.attention_budget`, the share of the query–key pairs of dense causal attention,
+    averaged over the prompts; `share_paper` is the paper's γ = 2 (b·s + w) / (L - 1), which counts every query as if it
+    had K keys behind it, and so exceeds 1 where K is long for the context L.
+    """
+    model, processor, samples = open_model_and_data(args)
+    size, count, window = (getattr(model.config, name) for name in SIZES)
+    cells = []
+    settings = {(count, window)}
+    for factor in args.budgets:
+        keys = factor * (count * size + window)
+        for local in args.window_shares:
+            w = round(keys * local)
+            b = round((keys - w) / size)
+            if w >= 1 and b >= 3:
+                settings.add((b, w))
+        if (b := round((keys - window) / size)) >= 3:
+            settings.add((b, window))
+    for b, w in tqdm(sorted(settings), disable=None):
+        with configured(model, block_count=b, window_size=w):
+            entries = ask(model, processor, samples, args)
+            shares = [model.config.attention_budget(entry["tokens"]) for entry in entries]
+        lengths = [entry["tokens"] for entry in entries]
+        cell = {"block_count": b, "window_size": w, "keys": b * size + w, "share": mean(shares)}
+        cell["share_paper"] = mean(2 * (b * size + w) / (length - 1) for length in lengths)
+        cells.append({**cell, "trained": (b, w) == (count, window), **summary(entries)})
+    return {"cells": cells}
+
+
+def gates(args) -> dict:
+    """Finding 4, gates (paper: figures 4 and 5, table 2; equation 1: o = Σ_c g_c · Attn(q, K_c, V_c)).
+
+    Of the gates g = sigmoid(MLP(x)) of each layer, head and branch, over the vision tokens of all clips: mean and
+    quartiles over depth; means by head, by kind of token (image, video) and by the relative time of the token's frame;
+    and how alike heads are: the mean over pairs of heads of the cosine of their gate trajectories over the tokens,
+    each less its mean (Pearson's correlation, which is what the paper's colour bars from -1 to 1 show).
+    Then the branches are ablated: each alone, each pair and all three answer all questions, the other gates set to 0.
+    """
+    model, processor, samples = open_model_and_data(args)
+    layers = model.config.text_config.num_hidden_layers
+    kept, kinds, moments = [[] for _ in range(layers)], [], []
+    alike = torch.zeros(
+        layers, 3, model.config.text_config.num_attention_heads, model.config.text_config.num_attention_heads
+    )
+    clips = 0
+    for inputs in prompts_of(processor, samples, args.limit):
+        kind = inputs["mm_token_type_ids"][0]
+        kind = kind[kind > 0]
+        chosen = torch.arange(0, len(kind), max(1, len(kind) // SAMPLED))
+        kinds.append(kind[chosen])
+        moments.append(chosen / max(1, len(kind) - 1))
+        clips += 1
+
+        def see(seen, chosen=chosen):
+            g = seen.gates[chosen.to(seen.gates.device)].float().cpu()  # [tokens, heads, 3]
+            kept[seen.layer].append(g)
+            alike[seen.layer] += similarity(g)
+
+        watch(model, inputs, see)
+    values = torch.stack([torch.cat(layer) for layer in kept])  # [layers, tokens, heads, 3]
+    kinds, moments = torch.cat(kinds), torch.cat(moments)
+    bins = (moments * 10).long().clamp(max=9)
+    quartiles = torch.quantile(values.mean(2), torch.tensor([0.25, 0.75]), dim=1)  # over tokens, of the mean head
+    heads = values.mean(1)  # [layers, heads, 3]
+    off_diagonal = ~torch.eye(heads.shape[1], dtype=torch.bool)
+    alike /= clips
+    result = {
+        "branches": BRANCHES,
+        "clips": clips,
+        "tokens": values.shape[1],
+        "mean": heads.mean(1).tolist(),
+        "quartiles_over_tokens": quartiles.transpose(0, 1).tolist(),
+        "quartiles_over_heads": torch.quantile(heads, torch.tensor([0.25, 0.75]), dim=1).transpose(0, 1).tolist(),
+        "by_head": heads.tolist(),
+        "by_kind": {KINDS[i]: values[:, kinds == i].mean((1, 2)).tolist() for i in KINDS if (kinds == i).any()},
+        "by_time": torch.stack([values[:, bins == i].mean((1, 2)) for i in range(10)], 1).tolist(),
+        "similarity": alike.tolist(),
+        "mean_similarity": alike[:, :, off_diagonal].mean(-1).tolist() if heads.shape[1] > 1 else None,
+        "ablation": {},
+    }
+    for on in (on for n in (3, 2, 1) for on in itertools.combinations(range(3), n)):
+        with observing(model, functools.partial(only_branches, on)):
+            run = ask(model, processor, samples, args)
+        result["ablation"][" + ".join(BRANCHES[i] for i in on)] = accuracy(run)
+    return result
+
+
+def latency(args) -> dict:
+    """Finding 5, latency by branch (paper: figure 6, appendix R): one layer in the model's shape, on random inputs.
+
+    Milliseconds per part over the context L: `pooling` (block means of k and v, O(L)), `compression` (which pools, then
+    attends to L/s means per query: O(L²/s)), `choice` (which pools, then ranks them: O(L²/s)), `selection` (O(L·b·s)),
+    `window` (O(L·w)), the `gates` network of the model's first layer (O(L)) and `whole`, nsa_attention without that
+    network. Timed by the code of benchmarks/attention.py. Theoretical growth is drawn through the longest context. (The
+    paper counts the choice as a part of selection, and expects compression to be linear.) On a CPU it is nsa_torch that
+    is timed, whose selection computes all L² scores and masks them.
+    """
+    sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+    from attention import (
+        branch_calls,
+    )  # here, because it puts the package of this checkout in place of an installed one
+    from common import DTYPES, environment, measure
+
+    model, _ = load(args.model, None, args.device)
+    config, attention = model.config.text_config, model.model.language_model.layers[0].self_attn
+    dtype = DTYPES[args.dtype] if args.dtype else model.dtype
+    sizes = SimpleNamespace(**{name: getattr(config, name) for name in SIZES})
+    dim, rows = attention.head_dim, []
+    attention = attention.to(dtype)
+    timed = functools.partial(measure, device=model.device, seconds=args.seconds, least=3)
+    torch.manual_seed(0)
+    for tokens in tqdm(args.lengths, disable=None):
+        new = functools.partial(torch.randn, dtype=dtype, device=model.device)
+        q = new(tokens, config.num_attention_heads, dim)
+        k, v = (new(tokens, config.num_key_value_heads, dim) for _ in range(2))
+        hidden, g = new(tokens, config.hidden_size), new(tokens, config.num_attention_heads, 3).sigmoid()
+        cu_seqlens = torch.tensor([0, tokens], dtype=torch.int32, device=model.device)
+        nsa = branch_functions(model, q)
+        with torch.no_grad():
+            _, lse = nsa.compressed_attention(q, k, v, cu_seqlens, block_size=sizes.block_size)
+            blocks = nsa.select_blocks(
+                q, k, lse, cu_seqlens, block_size=sizes.block_size, block_count=sizes.block_count
+            )
+            calls = branch_calls(nsa, q, k, v, g, lse, blocks, cu_seqlens, sizes)
+            parts = {
+                "pooling": (lambda k, v: [block_means(x, sizes.block_size) for x in (k, v)], (k, v)),
+                "compression": calls["compressed"],
+                "choice": calls["select"],
+                "selection": calls["selected"],
+                "window": calls["window"],
+                "gates": (attention.gates, (hidden,)),
+                "whole": calls["whole"],
+            }
+            for part, (call, tensors) in parts.items():
+                rows.append({"part": part, "tokens": tokens, **timed(functools.partial(call, *tensors))})
+    return {
+        "rows": rows,
+        "growth": {"pooling": 1, "compression": 2, "choice": 2, "selection": 1, "window": 1, "gates": 1, "whole": 2},
+        "kernel": nsa.__name__.split("_")[-1],
+        "shape": {"heads": config.num_attention_heads, "kv_heads": config.num_key_value_heads, "head_dim": dim},
+        "dtype": str(dtype).removeprefix("torch."),
+        "environment": {name: x for name, x in environment(model.device, None).items() if x is not None},
+    }
+
+
+def sinks(args) -> dict:
+    """Finding 6, attention sinks (paper: section 4, figures 7 to 9, 27; the definition is Pai et al.'s, "Sparsity is
+    cool", 2025, which the paper follows).
+
+    A key is a sink of a head where 1[α > 0.1 and ‖v‖ < median(‖v‖) - 2·IQR(‖v‖)]: α is the mean probability that it
+    receives from the queries that see it in the branch, ‖v‖ the norm of its value, median and interquartile range over
+    the keys of the same layer and KV head. `attention_only` drops the condition on values (α > 0.1; Gu et al. 2024,
+    arXiv 2410.10781, count sinks so, of the first token at 0.3).
+    Keys of `compression` are pooled blocks. `gated` is the mixture that reaches the output, Σ_c g_c p_c / Σ_c g_c per
+    query, where the probability of a block is spread evenly over its tokens; all queries at or after a token count.
+    `dense` is the same checkpoint with nsa_variant="dense" (or --twin), among its vision tokens.
+    Given are shares over layers, positions, key and value norms, and shares by block and window size. Attention
+    received is summed up chunk by chunk of queries: no [L, L] matrix is made.
+    """
+    model, processor, samples = open_model_and_data(args)
+    prompts = list(prompts_of(processor, samples, args.limit))
+    result = {"definition": {"attention": SINK_ATTENTION, "value_norm": "median - 2 IQR"}, "clips": len(prompts)}
+    result["branches"] = sparse_sinks(model, prompts, (*BRANCHES, "gated"))
+    dense = load(args.twin, "dense", args.device)[0] if args.twin else model
+    tally = SinkTally(dense.config.text_config.num_hidden_layers)
+    with configured(dense, nsa_variant="dense"):
+        for inputs in tqdm(prompts, disable=None):
+            watch_dense(dense, inputs, lambda *seen: tally.add(*dense_received(dense, *seen)))
+    result["branches"]["dense"] = tally.read()
+    result["dense_model"] = "twin" if args.twin else "same weights"
+    result["settings"] = []
+    size, count, window = (getattr(model.config, name) for name in SIZES)
+    sizes = [{"block_size": s, "block_count": max(3, count * size // s)} for s in args.block_sizes or (size, 2 * size)]
+    windows = [{"window_size": w} for w in args.windows or (window // 2, window, 2 * window, 4 * window)]
+    for fields, names in [*((f, BRANCHES[:2]) for f in sizes), *((f, BRANCHES[2:]) for f in windows)]:
+        with configured(model, **fields):
+            found = sparse_sinks(model, prompts, names)
+        for name, values in found.items():
+            kept = {key: values[key] for key in ("share", "attention_only", "positions", "positions_attention_only")}
+            result["settings"].append({"branch": name, **fields, **kept})
+    return result
+
+
+def looked_at(args) -> dict:
+    """What the model looked at for one answer: the blocks that vision tokens chose (paper: equation 3), and what the
+    answer's tokens attended to.
+
+    `chosen`: for each block, the share of the queries that chose it of those that could have left it out (they have
+    more blocks behind them than they may take, and it is neither the first, their own nor the one before, which all
+    take anyway), the mean over the layers of a group (early, middle, late) and KV heads. Vision tokens precede the
+    question and do not see it, and nothing after the last frames can choose them. `attended`: the probability that the
+    vision tokens receive from the text tokens which predict the answer, the mean over these, heads and layers; text
+    attends densely. Writes a contact sheet of the frames that score highest, with times, and an mp4 that shows both.
+    """
+    model, processor = load_model(args)
+    with tempfile.TemporaryDirectory() as folder:
+        video, question = args.video, args.question or "What happens in this video?"
+        if video is None:
+            data = make_clips(Path(folder) / "clips", 1, (16.0,), args.seed)
+            (sample,), _ = load_samples([str(data)], processor, roots=[])
+            asked = next(q for q in list_questions(sample) if q.type == "when")
+            video, question = asked.messages[-1]["content"][0]["video"], asked.messages[-1]["content"][-1]["text"]
+        wanted = {"fps": args.fps, "max_tokens": args.max_tokens}
+        inputs, metadata = read(processor, video, question, **{k: v for k, v in wanted.items() if v is not None})
+    frames = frames_of(inputs, processor)
+    inputs = inputs.to(model.device)
+    output = model.generate(**inputs, max_new_tokens=args.max_new_tokens, do_sample=False)
+    new = output[0, inputs["input_ids"].shape[1] :]
+    layers = model.config.text_config.num_hidden_layers
+    groups = dict(zip(("early", "middle", "late"), np.array_split(np.arange(layers), min(3, layers)), strict=False))
+    t, h, w = (inputs["video_grid_thw"][0] // torch.tensor([1, 2, 2], device=model.device)).tolist()
+    chosen, attended = torch.zeros(layers, t * h * w), torch.zeros(t * h * w)
+
+    def see(seen):
+        rates = choice_rates(seen.chosen_blocks(), seen.sizes["block_count"])  # [blocks]
+        chosen[seen.layer] = rates.repeat_interleave(seen.sizes["block_size"])[: t * h * w].cpu()
+        attended.add_(seen.text_attention(len(new)).mean(0).cpu() / layers)
+
+    watch(model, continued(inputs, new[:-1]), see)
+    scores = {name: chosen[torch.as_tensor(group)].mean(0).view(t, h, w) for name, group in groups.items()}
+    scores["answer"] = attended.view(t, h, w)
+    seconds = metadata.plan.times[::2]
+    result = {
+        "video": str(args.video or "a clip made on the spot"),
+        "question": question,
+        "answer": processor.tokenizer.decode(new, skip_special_tokens=True),
+        "plan": str(metadata.plan),
+        "grid": [t, h, w],
+        "layers": {name: group.tolist() for name, group in groups.items()},
+        "seconds": [round(float(x), 3) for x in seconds],
+        "frames": {name: x.mean((1, 2)).tolist() for name, x in scores.items()},
+        "share_of_answer_on_video": round(float(attended.sum()), 4),
+    }
+    figures.contact_sheet(result, frames, args.output / "looked-at.png")
+    figures.highlight_video(
+        frames, {"chosen": chosen.mean(0).view(t, h, w), "attended": scores["answer"]}, seconds,
+        metadata.plan.fps / 2, args.output / "looked-at.mp4",
+    )  # fmt: skip
+    return result
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Models, clips and questions
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def load_model(args):
+    """(model, processor) of args.model, or the tiny trained one."""
+    if args.model is None:
+        args.model = str(assemble_tiny_model(args.scratch / "tiny-videonsa"))
+    model, processor = load(args.model, None, args.device)
+    if model.config.nsa_variant == "dense":
+        raise ValueError(f"model {args.model} is dense: there is no sparse attention to analyse")
+    return model, processor
+
+
+def open_model_and_data(args):
+    """(model, processor, [[Question]]), short prompts first."""
+    model, processor = load_model(args)
+    data = args.data or str(make_clips(args.scratch / "clips", args.clips, tuple(args.clip_seconds), args.seed))
+    samples, drops = load_samples([data], processor, roots=[args.media_root] if args.media_root else [])
+    samples.sort(key=lambda sample: sample.tokens)
+    samples = [asked for sample in samples if (asked := list_questions(sample))]
+    if not samples:
+        raise ValueError(f"data {data} has no question that can be asked; {len(drops)} samples were dropped")
+    return model, processor, samples
+
+
+def make_clips(folder: Path, count: int, seconds, seed: int) -> Path:
+    settings = Settings(seconds=seconds, questions=QUESTIONS)
+    return make_dataset(folder, {"test": count}, settings, seed=seed, workers=1) / "test.jsonl"
+
+
+def ask(model, processor, samples, args, **video) -> list[dict]:
+    """Entries of `evaluate.answer_all`; `video` are settings of the processor for each video."""
+
+    def with_settings(question: Question) -> Question:
+        messages = [
+            {**message, "content": [{**p, **video} if p["type"] == "video" else p for p in message["content"]]}
+            for message in question.messages
+        ]
+        return replace(question, messages=messages)
+
+    samples = [[with_settings(question) for question in sample] for sample in samples] if video else samples
+    options = {"batch_size": args.batch_size, "max_new_tokens": args.max_new_tokens, "workers": args.workers}
+    return [entry for entry in answer_all(model, processor, samples, **options) if not isinstance(entry, Drop)]
+
+
+def prompts_of(processor, samples, limit: int) -> Iterator[dict]:
+    """Inputs [1, ...] of the first question of up to `limit` samples that have videos or images, evenly chosen."""
+    step = max(1, len(samples) // limit)
+    for prompts in map(
+        Prompts([sample[:1] for sample in samples], processor).__getitem__, range(0, len(samples), step)
+    ):
+        if isinstance(prompts, Drop):
+            continue
+        inputs = {name: x[None] if name == "input_ids" else x for name, x in prompts[0][1].items()}
+        ids = inputs["input_ids"]
+        types = sum(kind * (ids == getattr(processor, f"{name}_token_id")) for kind, name in KINDS.items()).int()
+        if types.any():
+            yield {**inputs, "mm_token_type_ids": types}
+
+
+def continued(inputs, new: torch.Tensor) -> dict:
+    """The inputs of a prompt with further text tokens [n] after it."""
+    more = dict(inputs)
+    more["input_ids"] = torch.cat([inputs["input_ids"], new[None]], 1)
+    for name, fill in (("attention_mask", 1), ("mm_token_type_ids", 0)):
+        if name in inputs:
+            more[name] = torch.nn.functional.pad(inputs[name], (0, len(new)), value=fill)
+    return more
+
+
+def frames_of(inputs, processor) -> np.ndarray:
+    """uint8 [T, height, width, 3]: the first frame of each temporal patch, as the model gets it."""
+    video = processor.video_processor
+    t, h, w = inputs["video_grid_thw"][0].tolist()
+    m, p = video.merge_size, video.patch_size
+    x = inputs["pixel_values_videos"].float().view(t, h // m, w // m, m, m, 3, video.temporal_patch_size, p, p)
+    x = x[:, :, :, :, :, :, 0].permute(0, 1, 3, 6, 2, 4, 7, 5).reshape(t, h * p, w * p, 3)
+    x = x * torch.tensor(video.image_std) + torch.tensor(video.image_mean)
+    return (x.clamp(0, 1) * 255).round().byte().numpy()
+
+
+def sparse_sinks(model, prompts, names) -> dict[str, dict]:
+    tallies = {name: SinkTally(model.config.text_config.num_hidden_layers) for name in names}
+
+    def see(seen):
+        for name, *found in received_by_branch(seen, names):
+            tallies[name].add(seen.layer, *found)
+
+    for inputs in tqdm(prompts, disable=None):
+        watch(model, inputs, see)
+    return {name: tally.read() for name, tally in tallies.items()}
+
+
+def summary(entries: list[dict]) -> dict:
+    table = accuracy(entries) if entries else {"all": {"all": {"accuracy": None, "questions": 0}}}
+    kinds = {kind: row["all"]["accuracy"] for kind, row in table.items() if kind != "all"}
+    return {**table["all"]["all"], "types": kinds} | times(entries)
+
+
+def times(entries: list[dict]) -> dict:
+    """Seconds per question to generate the answer, without decoding of the video."""
+    return {"seconds": mean(entry["seconds"] for entry in entries)}
+
+
+def mean(values) -> float | None:
+    values = list(values)
+    return round(sum(values) / len(values), 6) if values else None
+
+
+def percent_change(value: float, base: float) -> float | None:
+    return round(100 * (value / base - 1), 2) if base else None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Command line
+# ----------------------------------------------------------------------------------------------------------------------
+
+FINDINGS = {
+    "transfer": transfer,
+    "scaling": scaling,
+    "budget": budget,
+    "gates": gates,
+    "latency": latency,
+    "sinks": sinks,
+    "looked-at": looked_at,
+}
+
+
+def parse_length(text: str) -> int:
+    return int(text[:-1]) * 1024 if text[-1] in "kK" else int(text)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    raw = {"formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = argparse.ArgumentParser(description=__doc__, **raw)
+    commands = parser.add_subparsers(dest="finding", metavar="FINDING", required=True)
+    cuda = torch.cuda.is_available()
+    for name, function in FINDINGS.items():
+        about = inspect.getdoc(function)
+        command = commands.add_parser(name, help=about.split(":")[0].split("(")[0], description=about, **raw)
+        add = command.add_argument
+        add("model", nargs="?", help="folder or Hub id of a VideoNSA repository (default: the tiny trained one)")
+        if name not in ("latency", "looked-at"):
+            add("data", nargs="?", help="questions as for evaluate.py (default: clips made on the spot)")
+            add("--clips", type=int, default=24, help="of the clips made on the spot (default: %(default)s)")
+            add("--clip-seconds", type=float, nargs="+", default=CLIP_SECONDS, help="their lengths (%(default)s)")
+            add("--media-root", help="folder that media paths are relative to (default: that of DATA)")
+            add("--batch-size", type=int, default=1, help="questions at a time (default: %(default)s)")
+            add("--workers", type=int, default=0, help="processes that decode (default: %(default)s)")
+        if name != "latency":
+            add("--max-new-tokens", type=int, default=32, help="longest answer (default: %(default)s)")
+            add("--seed", type=int, default=0, help="of the clips made on the spot (default: %(default)s)")
+        if name in ("transfer", "sinks"):
+            add("--twin", help="a model trained with dense attention")
+        if name in ("gates", "sinks"):
+            add("--limit", type=int, default=24, help="clips whose layers are observed (default: %(default)s)")
+        if name == "scaling":
+            add("--frames", type=int, nargs="+", default=[8, 16, 32, 64], help="(default: %(default)s)")
+            add("--frame-tokens", type=int, nargs="+", default=[4, 9, 16], help="per two frames (default: %(default)s)")
+        if name == "budget":
+            add("--budgets", type=float, nargs="+", default=[0.5, 1, 2, 4], help="times the trained one (%(default)s)")
+            shares = [0.03, 0.12, 0.25, 0.5]
+            add("--window-shares", type=float, nargs="+", default=shares, help="of a budget (default: %(default)s)")
+        if name == "latency":
+            lengths = [2**i for i in range(10, 18 if cuda else 15)]
+            add(
+                "--lengths",
+                type=parse_length,
+                nargs="+",
+                default=lengths,
+                help="tokens (default: 1K ... 128K; CPU: 16K)",
+            )
+            add("--dtype", choices=("bf16", "fp16", "fp32"), help="(default: the model's)")
+            add("--seconds", type=float, default=0.2, help="time for each figure (default: %(default)s)")
+        if name == "sinks":
+            add("--block-sizes", type=int, nargs="+", help="at the same block_size · block_count (default: 1, 2 times)")
+            add("--windows", type=int, nargs="+", help="(default: half to 4 times the trained one)")
+        if name == "looked-at":
+            add("--video", help="file or URL (default: a clip made on the spot)")
+            add("--question", help="(default: when something happens in that clip)")
+            add("--fps", type=float, help="frames per second to read (default: up to 4, within --max-tokens)")
+            add("--max-tokens", type=int, help="of video and text together (default: 131072)")
+        add("--output", type=Path, default=Path("findings"), help="folder (default: %(default)s)")
+        add("--device", default="cuda" if cuda else "cpu", help='or "auto" (default: %(default)s)')
+    return parser
+
+
+def run(args) -> dict:
+    """Measure, write FINDING.json and draw it."""
+    args.output.mkdir(parents=True, exist_ok=True)
+    given = {name: str(x) if isinstance(x, Path) else x for name, x in vars(args).items()}
+    given["model"] = given["model"] or "tiny"
+    with tempfile.TemporaryDirectory() as folder:
+        args.scratch = Path(folder)
+        if args.finding == "latency" and args.model is None:
+            args.model = str(assemble_tiny_model(args.scratch / "tiny-videonsa"))
+        found = FINDINGS[args.finding](args)
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    device = torch.cuda.get_device_name() if args.device.startswith("cuda") else args.device
+    del given["output"]
+    result = {"finding": args.finding, "settings": given, "versions": versions, "device": device, **found}
+    (args.output / f"{args.finding}.json").write_text(json.dumps(rounded(result), ensure_ascii=False) + "\n")
+    if args.finding != "looked-at":
+        figures.draw(result, args.output)
+    return result
+
+
+def rounded(x):
+    """The same with floats of five significant digits."""
+    if isinstance(x, dict):
+        return {str(key): rounded(value) for key, value in x.items()}
+    if isinstance(x, list | tuple):
+        return [rounded(value) for value in x]
+    return float(f"{x:.5g}") if isinstance(x, float) else x
+
+
+def main() -> None:
+    args = make_parser().parse_args()
+    try:
+        run(args)
+    except (OSError, ValueError, NotImplementedError) as error:
+        sys.exit(f"analyze.py: {error}")
+    for file in sorted(args.output.glob(f"{args.finding}*")):
+        print(f"wrote {file}")
+
+
+if __name__ == "__main__":
+    main()
