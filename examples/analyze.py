@@ -22,10 +22,16 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
-import figures
 import numpy as np
 import torch
 import transformers
+from tqdm import tqdm
+
+import figures
+from data import Drop, load_samples
+from demo import assemble_tiny_model, load, read
+from evaluate import Prompts, Question, accuracy, answer_all, list_questions
+from make_needle_videos import Settings, make_dataset
 from observe import (
     BRANCHES,
     SINK_ATTENTION,
@@ -43,16 +49,17 @@ from observe import (
     watch,
     watch_dense,
 )  # fmt: skip
-from tqdm import tqdm
-
-from data import Drop, load_samples
-from demo import assemble_tiny_model, load, read
-from evaluate import Prompts, Question, accuracy, answer_all, list_questions
-from make_needle_videos import Settings, make_dataset
 
 KINDS = {1: "image", 2: "video"}  # of mm_token_type_ids
 SAMPLED = 4096  # tokens of a clip of which gates are kept one by one
-CLIP_SECONDS = (4.0, 8.0, 16.0, 32.0)  # of the clips that are made where no data are given
+# Lengths of the clips that are made where no data are given.
+CLIP_SECONDS = {
+    "transfer": (4, 8, 16, 32),
+    "scaling": (4, 8, 16, 32),
+    "budget": (8, 16),
+    "gates": (8, 16),
+    "sinks": (8, 16),
+}
 QUESTIONS = ("colour", "shape", "where", "when")
 
 
@@ -98,7 +105,7 @@ def scaling(args) -> dict:
     First, accuracy and time by context length, the questions grouped by it, up to the next power of two, as the data
     and the processor give it. Then every video is read with each of --frames and --frame-tokens (per temporal patch,
     which is two frames), and accuracy and time are measured for each pair. Pairs of one context, F/2 · T tokens, lie on
-    a line of the heat map; the best on each line is marked. Videos that have fewer frames leave a cell out.
+    a line of the heat map; the best on each line is marked. Only videos that have the most frames asked for take part.
     """
     model, processor, samples = open_model_and_data(args)
     run = ask(model, processor, samples, args)
@@ -108,6 +115,11 @@ def scaling(args) -> dict:
             entries = [entry for entry in run if bucket == str(1 << (entry["tokens"] - 1).bit_length())]
             kinds = {kind: row[bucket]["accuracy"] for kind, row in accuracy(entries).items() if kind != "all"}
             by_length[bucket] = {**cell, "tokens": mean(e["tokens"] for e in entries), "types": kinds} | times(entries)
+    longest = ask(model, processor, samples, args, num_frames=max(args.frames), frame_tokens=min(args.frame_tokens))
+    fit = {entry["id"] for entry in longest}
+    samples = [sample for sample in samples if sample[0].id in fit]
+    if not samples:
+        raise ValueError(f"--frames: no video has {max(args.frames)} frames of {min(args.frame_tokens)} tokens")
     cells = []
     for frames, tokens in tqdm(list(itertools.product(args.frames, args.frame_tokens)), disable=None):
         entries = ask(model, processor, samples, args, num_frames=frames, frame_tokens=tokens)
@@ -414,10 +426,9 @@ def ask(model, processor, samples, args, **video) -> list[dict]:
 
 def prompts_of(processor, samples, limit: int) -> Iterator[dict]:
     """Inputs [1, ...] of the first question of up to `limit` samples that have videos or images, evenly chosen."""
-    step = max(1, len(samples) // limit)
-    for prompts in map(
-        Prompts([sample[:1] for sample in samples], processor).__getitem__, range(0, len(samples), step)
-    ):
+    count = min(limit, len(samples))
+    every = Prompts([sample[:1] for sample in samples], processor)
+    for prompts in (every[i * len(samples) // count] for i in range(count)):
         if isinstance(prompts, Drop):
             continue
         inputs = {name: x[None] if name == "input_ids" else x for name, x in prompts[0][1].items()}
@@ -463,7 +474,8 @@ def sparse_sinks(model, prompts, names) -> dict[str, dict]:
 def summary(entries: list[dict]) -> dict:
     table = accuracy(entries) if entries else {"all": {"all": {"accuracy": None, "questions": 0}}}
     kinds = {kind: row["all"]["accuracy"] for kind, row in table.items() if kind != "all"}
-    return {**table["all"]["all"], "types": kinds} | times(entries)
+    tokens = {"tokens": mean(entry["tokens"] for entry in entries)}
+    return {**table["all"]["all"], "types": kinds} | tokens | times(entries)
 
 
 def times(entries: list[dict]) -> dict:
@@ -511,8 +523,8 @@ def make_parser() -> argparse.ArgumentParser:
         add("model", nargs="?", help="folder or Hub id of a VideoNSA repository (default: the tiny trained one)")
         if name not in ("latency", "looked-at"):
             add("data", nargs="?", help="questions as for evaluate.py (default: clips made on the spot)")
-            add("--clips", type=int, default=24, help="of the clips made on the spot (default: %(default)s)")
-            add("--clip-seconds", type=float, nargs="+", default=CLIP_SECONDS, help="their lengths (%(default)s)")
+            add("--clips", type=int, default=16, help="how many of these (default: %(default)s)")
+            add("--clip-seconds", type=float, nargs="+", default=CLIP_SECONDS[name], help="their lengths (%(default)s)")
             add("--media-root", help="folder that media paths are relative to (default: that of DATA)")
             add("--batch-size", type=int, default=1, help="questions at a time (default: %(default)s)")
             add("--workers", type=int, default=0, help="processes that decode (default: %(default)s)")
@@ -522,7 +534,7 @@ def make_parser() -> argparse.ArgumentParser:
         if name in ("transfer", "sinks"):
             add("--twin", help="a model trained with dense attention")
         if name in ("gates", "sinks"):
-            add("--limit", type=int, default=24, help="clips whose layers are observed (default: %(default)s)")
+            add("--limit", type=int, default=16, help="clips whose layers are observed (default: %(default)s)")
         if name == "scaling":
             add("--frames", type=int, nargs="+", default=[8, 16, 32, 64], help="(default: %(default)s)")
             add("--frame-tokens", type=int, nargs="+", default=[4, 9, 16], help="per two frames (default: %(default)s)")

@@ -141,49 +141,50 @@ def budget(result):
 
 
 def gates(result):
-    branches = result["branches"]
-    figure, axes = plt.subplots(2, 3, figsize=(14, 7.5))
-    layers = np.arange(len(result["mean"]))
-    mean = np.array(result["mean"])
-    spread = np.array(result["quartiles_over_heads"])  # [layers, 2, branches]
+    branches, layers = result["branches"], np.arange(len(result["mean"]))
+    figure = plt.figure(figsize=(13, 7.5))
+    top, bottom = figure.subfigures(2, 1)
+    depth, alike, time = top.subplots(1, 3)
+    mean, spread = np.array(result["mean"]), np.array(result["quartiles_over_heads"])  # [layers, 2, branches]
     for b, name in enumerate(branches):
-        shift = (b - 1) * 0.25
-        low, high = spread[:, 0, b], spread[:, 1, b]
-        axes[0, 0].bar(layers + shift, high - low, 0.22, low, color=COLOURS[name], alpha=0.35)
-        axes[0, 0].plot(layers + shift, mean[:, b], "_", ms=16, mew=3, color=COLOURS[name], label=name)
-        similar = result["mean_similarity"]
-        if similar:
-            axes[0, 1].plot(layers, np.array(similar)[:, b], "o-", color=COLOURS[name], label=name)
-        times = np.array(result["by_time"]).mean(0)[:, b]
-        axes[0, 2].plot((np.arange(10) + 0.5) / 10, times, "o-", color=COLOURS[name], label=name)
-    axes[0, 0].set(title="Gates over depth; bars: quartiles over heads", xlabel="layer", ylabel="gate", ylim=(0, 1))
-    axes[0, 1].set(title="Inter-head similarity", xlabel="layer", ylabel="mean correlation of two heads", ylim=(-1, 1))
-    axes[0, 2].set(title="Gates over the video", xlabel="relative time of the frame", ylabel="gate", ylim=(0, 1))
-    axes[0, 0].set_xticks(layers if len(layers) < 12 else layers[::4])
-    axes[0, 1].set_xticks(layers if len(layers) < 12 else layers[::4])
-    for axis in axes[0]:
+        look, x = {"color": COLOURS[name], "label": name}, layers + (b - 1) * 0.25
+        depth.bar(x, spread[:, 1, b] - spread[:, 0, b], 0.22, spread[:, 0, b], color=COLOURS[name], alpha=0.35)
+        depth.plot(x, mean[:, b], "_", ms=max(3, 64 / len(layers)), mew=3, **look)
+        if result["mean_similarity"]:
+            alike.plot(layers, np.array(result["mean_similarity"])[:, b], "o-", **look)
+        time.plot((np.arange(10) + 0.5) / 10, np.array(result["by_time"]).mean(0)[:, b], "o-", **look)
+    depth.set(title="Gates over depth; bars: quartiles over heads", xlabel="layer", ylabel="gate", ylim=(0, 1))
+    alike.set(title="Inter-head similarity", xlabel="layer", ylabel="mean correlation of two heads", ylim=(-1, 1))
+    time.set(
+        title="Gates over the video, mean of all layers",
+        xlabel="relative time of the frame",
+        ylabel="gate",
+        ylim=(0, 1),
+    )
+    ticks = layers if len(layers) < 12 else layers[::4]
+    for axis in (depth, alike):
+        axis.set_xticks(ticks)
+    for axis in (depth, alike, time):
         axis.legend(fontsize=9)
+    each, ablation = bottom.subplots(1, 2, width_ratios=(1, 1.5))
     heads = np.array(result["by_head"])  # [layers, heads, branches]
-    joined = np.concatenate([heads[:, :, b] for b in range(3)], 1)
-    image = axes[1, 0].imshow(joined, aspect="auto", cmap="viridis", vmin=0, vmax=1)
     count = heads.shape[1]
-    axes[1, 0].set_xticks([count * (b + 0.5) - 0.5 for b in range(3)], branches)
+    image = each.imshow(
+        np.concatenate(list(heads.transpose(2, 0, 1)), 1), aspect="auto", cmap="viridis", vmin=0, vmax=1
+    )
+    each.set_xticks([count * (b + 0.5) - 0.5 for b in range(3)], branches)
     for b in (1, 2):
-        axes[1, 0].axvline(count * b - 0.5, color="white", lw=2)
-    axes[1, 0].set_yticks(layers if len(layers) < 12 else layers[::4])
-    axes[1, 0].set(title="Mean gate of each head (columns)", ylabel="layer")
-    figure.colorbar(image, ax=axes[1, 0], label="gate")
-    if result["ablation"]:
-        rows = result["ablation"]
-        kinds = [*sorted(set(next(iter(rows.values()))) - {"all"}), "all"]
-        table = np.array([[100 * row[kind]["all"]["accuracy"] for kind in kinds] for row in rows.values()])
-        merged = axes[1, 1].get_subplotspec().get_gridspec()
-        for axis in axes[1, 1:]:
-            axis.remove()
-        axis = figure.add_subplot(merged[1, 1:])
-        short = [name.replace("compression", "comp.").replace("selection", "sel.") for name in rows]
-        heat_map(axis, table, short, kinds, "{:.0f}", cmap="viridis", vmin=0, vmax=100)
-        axis.set_title("Accuracy (%) with only these branches")
+        each.axvline(count * b - 0.5, color="white", lw=2)
+    each.set_yticks(ticks)
+    each.set(title="Mean gate of each head (columns)", ylabel="layer")
+    bottom.colorbar(image, ax=each, label="gate")
+    rows = result["ablation"]
+    kinds = [*sorted(set(next(iter(rows.values()))) - {"all"}), "all"]
+    table = np.array([[100 * row[kind]["all"]["accuracy"] for kind in kinds] for row in rows.values()])
+    short = [name.replace("compression", "comp.").replace("selection", "sel.") for name in rows]
+    heat_map(ablation, table, short, kinds, "{:.0f}", cmap="viridis", vmin=0, vmax=100)
+    questions = next(iter(rows.values()))["all"]["all"]["questions"]
+    ablation.set_title(f"Accuracy (%) with only these branches, {questions} questions")
     return figure
 
 
@@ -219,8 +220,10 @@ def latency(result):
 
 def sinks(result):
     branches = result["branches"]
-    figure, axes = plt.subplots(2, 5, figsize=(17, 7.2))
-    for axis, (name, found) in zip(axes[0], branches.items(), strict=True):
+    figure = plt.figure(figsize=(15, 7.2))
+    top, bottom = figure.subfigures(2, 1)
+    scatters = top.subplots(1, len(branches))
+    for axis, (name, found) in zip(scatters, branches.items(), strict=True):
         points = np.array([point for layer in found["points"] for point in layer])
         order = points[:, 2].argsort()
         shown = axis.scatter(
@@ -232,12 +235,9 @@ def sinks(result):
         axis.set(
             title=f"{name}\nsinks {found['share']:.2%}, α > 0.1 {found['attention_only']:.2%}", xlabel="value norm"
         )
-    axes[0, 0].set_ylabel("key norm")
-    figure.colorbar(shown, ax=axes[0, -1], label="attention received, α")
-    grid = axes[1, 0].get_subplotspec().get_gridspec()
-    for axis in axes[1]:
-        axis.remove()
-    depth, position, settings = (figure.add_subplot(grid[1, place]) for place in (slice(0, 2), slice(2, 4), 4))
+    scatters[0].set_ylabel("key norm")
+    top.colorbar(shown, ax=scatters[-1], label="attention received, α")
+    depth, position, settings = bottom.subplots(1, 3, width_ratios=(1.6, 1.6, 1))
     for name, found in branches.items():
         layers = np.arange(len(found["by_layer"]))
         depth.plot(layers, 100 * np.array(found["by_layer"]), "o-", color=COLOURS[name], label=name)

@@ -9,9 +9,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from lmms_eval_videonsa import VideoNSA
 
 from demo import assemble_tiny_model, read
+from lmms_eval_videonsa import VideoNSA
 from make_needle_videos import Settings, make_dataset
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -241,7 +241,7 @@ class TestTimes:
         _, metadata = process(processor, path, num_frames=6)
         assert metadata.frames_indices == shown(processor, path, num_frames=6) == expected
         assert metadata.timestamps == pytest.approx([times[i] / 1000 for i in expected])
-        assert metadata.sampled_fps == pytest.approx(6 / duration)
+        assert metadata.sampled_fps == pytest.approx(6 / everything.duration)
 
     def test_a_frame_that_stays_on_screen_is_shown_again(self, processor, tmp_path):
         path = encode(tmp_path / "clip.mkv", times=[0, 100, 200, 300, 1000, 1100, 5000, 5100])
