@@ -43,8 +43,7 @@ def draw(result: dict, folder: Path) -> Path:
     with plt.rc_context(STYLE):
         figure = DRAWN[result["finding"]](result)
         path = folder / f"{result['finding']}.png"
-        figure.savefig(path)
-        plt.close(figure)
+        save(figure, path)
     return path
 
 
@@ -309,8 +308,7 @@ def contact_sheet(result: dict, frames: np.ndarray, path: Path, columns: int = 6
         axis.legend(fontsize=9, ncol=len(groups), loc="upper center", bbox_to_anchor=(0.5, -0.35), frameon=False)
         wrapped = textwrap.fill(f"{result['question']}  →  {result['answer']}", 90)
         figure.suptitle(wrapped, fontsize=12, fontweight="bold")
-        figure.savefig(path)
-        plt.close(figure)
+        save(figure, path)
 
 
 def row_title(name: str, result: dict) -> str:
@@ -354,6 +352,15 @@ def highlight_video(frames: np.ndarray, scores: dict[str, torch.Tensor], seconds
                 ImageDraw.Draw(sheet).text((column * size[0] + 4, 4), text, fill=(255, 255, 255))
             container.mux(stream.encode(av.VideoFrame.from_image(sheet)))
         container.mux(stream.encode())
+
+
+def save(figure, path: Path) -> None:
+    """As a PNG of 256 colours, a third of the size."""
+    figure.savefig(path)
+    plt.close(figure)
+    with Image.open(path) as picture:
+        small = picture.convert("RGB").quantize(256)
+    small.save(path, optimize=True)
 
 
 def grouped_bars(axis, groups: dict[str, list[float]], labels) -> None:
