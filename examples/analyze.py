@@ -17,6 +17,7 @@ import itertools
 import json
 import sys
 import tempfile
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -125,12 +126,17 @@ def scaling(args) -> dict:
         entries = ask(model, processor, samples, args, num_frames=frames, frame_tokens=tokens)
         cell = {"frames": frames, "frame_tokens": tokens, "context": frames // 2 * tokens}
         cells.append({**cell, **summary(entries)})
-    best = {}
+    return {"by_length": by_length, "cells": cells, "best_splits": best_splits(cells)}
+
+
+def best_splits(cells: list[dict]) -> list[dict]:
+    """The most accurate cell of each context that can be spent in several ways."""
+    rivals = defaultdict(list)
     for cell in cells:
-        if cell["questions"] and cell["accuracy"] > best.get(cell["context"], {"accuracy": -1})["accuracy"]:
-            best[cell["context"]] = cell
-    splits = [{name: cell[name] for name in ("context", "frames", "frame_tokens")} for cell in best.values()]
-    return {"by_length": by_length, "cells": cells, "best_splits": splits}
+        if cell["questions"]:
+            rivals[cell["context"]].append(cell)
+    best = [max(group, key=lambda cell: cell["accuracy"]) for group in rivals.values() if len(group) > 1]
+    return [{name: cell[name] for name in ("context", "frames", "frame_tokens")} for cell in best]
 
 
 def budget(args) -> dict:
@@ -539,7 +545,7 @@ def make_parser() -> argparse.ArgumentParser:
             add("--frames", type=int, nargs="+", default=[8, 16, 32, 64], help="(default: %(default)s)")
             add("--frame-tokens", type=int, nargs="+", default=[4, 9, 16], help="per two frames (default: %(default)s)")
         if name == "budget":
-            add("--budgets", type=float, nargs="+", default=[0.5, 1, 2, 4], help="times the trained one (%(default)s)")
+            add("--budgets", type=float, nargs="+", default=[0.5, 1, 2], help="times the trained one (%(default)s)")
             shares = [0.03, 0.12, 0.25, 0.5]
             add("--window-shares", type=float, nargs="+", default=shares, help="of a budget (default: %(default)s)")
         if name == "latency":

@@ -112,8 +112,11 @@ def budget(result):
     x = np.array([cell["window_size"] for cell in cells])
     y = np.array([cell["block_count"] for cell in cells])
     values = np.array([100 * cell["accuracy"] for cell in cells])
-    for keys in sorted({cell["keys"] for cell in cells}):
-        line = sorted((c["window_size"], c["block_count"]) for c in cells if abs(c["keys"] - keys) < 0.05 * keys)
+    steps = [
+        round(2 * np.log2(cell["keys"] / trained["keys"])) for cell in cells
+    ]  # whole blocks miss a budget a little
+    for step in set(steps):
+        line = sorted((x[i], y[i]) for i in range(len(cells)) if steps[i] == step)
         if len(line) > 1:
             left.plot(*zip(*line, strict=True), color="0.7", lw=1, zorder=0)
     points = left.scatter(x, y, c=values, s=130, cmap="viridis", edgecolors="0.3")
