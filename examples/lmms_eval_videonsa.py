@@ -79,6 +79,7 @@ class VideoNSA(lmms):
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         options = {"trust_remote_code": True, "dtype": dtype, "device_map": device}
         self.model = AutoModel.from_pretrained(pretrained, config=config, **options).eval()
+        self.device = self.model.device  # where lmms-eval puts what it gathers from processes
         self.processor = AutoProcessor.from_pretrained(pretrained, trust_remote_code=True)
         self.processor.tokenizer.padding_side = "left"
 
