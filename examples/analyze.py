@@ -52,7 +52,7 @@ from observe import (
 )  # fmt: skip
 
 KINDS = {1: "image", 2: "video"}  # of mm_token_type_ids
-SAMPLED = 4096  # tokens of a clip of which gates are kept one by one
+SAMPLED = 2048  # tokens of a clip of which gates are kept one by one
 # Lengths of the clips that are made where no data are given.
 CLIP_SECONDS = {
     "transfer": (4, 8, 16, 32),
@@ -62,6 +62,7 @@ CLIP_SECONDS = {
     "sinks": (8, 16),
 }
 QUESTIONS = ("colour", "shape", "where", "when")
+OBSERVED = ("gates", "latency", "sinks", "looked-at")  # findings about the branches of nsa_variant="paper"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -240,12 +241,11 @@ def latency(args) -> dict:
     is timed, whose selection computes all L² scores and masks them.
     """
     sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
-    from attention import (
-        branch_calls,
-    )  # here, because it puts the package of this checkout in place of an installed one
+    # Here, because these put the package of this checkout in place of an installed one.
+    from attention import branch_calls
     from common import DTYPES, environment, measure
 
-    model, _ = load(args.model, None, args.device)
+    model, _ = load_model(args)
     config, attention = model.config.text_config, model.model.language_model.layers[0].self_attn
     dtype = DTYPES[args.dtype] if args.dtype else model.dtype
     sizes = SimpleNamespace(**{name: getattr(config, name) for name in SIZES})
@@ -312,16 +312,14 @@ def sinks(args) -> dict:
             watch_dense(dense, inputs, lambda *seen: tally.add(*dense_received(dense, *seen)))
     result["branches"]["dense"] = tally.read()
     result["dense_model"] = "twin" if args.twin else "same weights"
-    result["settings"] = []
+    result["by_setting"] = []
     size, count, window = (getattr(model.config, name) for name in SIZES)
     sizes = [{"block_size": s, "block_count": max(3, count * size // s)} for s in args.block_sizes or (size, 2 * size)]
     windows = [{"window_size": w} for w in args.windows or (window // 2, window, 2 * window, 4 * window)]
     for fields, names in [*((f, BRANCHES[:2]) for f in sizes), *((f, BRANCHES[2:]) for f in windows)]:
         with configured(model, **fields):
             found = sparse_sinks(model, prompts, names)
-        for name, values in found.items():
-            kept = {key: values[key] for key in ("share", "attention_only", "positions", "positions_attention_only")}
-            result["settings"].append({"branch": name, **fields, **kept})
+        result["by_setting"] += [{"branch": name, **fields, **values} for name, values in found.items()]
     return result
 
 
@@ -393,8 +391,10 @@ def load_model(args):
     if args.model is None:
         args.model = str(assemble_tiny_model(args.scratch / "tiny-videonsa"))
     model, processor = load(args.model, None, args.device)
-    if model.config.nsa_variant == "dense":
-        raise ValueError(f"model {args.model} is dense: there is no sparse attention to analyse")
+    variant = model.config.nsa_variant
+    if variant == "dense" or (variant != "paper" and args.finding in OBSERVED):
+        needed = "'paper'" if args.finding in OBSERVED else "sparse attention"
+        raise ValueError(f"model {args.model} has nsa_variant={variant!r}; {args.finding} needs {needed}")
     return model, processor
 
 
@@ -579,8 +579,6 @@ def run(args) -> dict:
     given["model"] = given["model"] or "tiny"
     with tempfile.TemporaryDirectory() as folder:
         args.scratch = Path(folder)
-        if args.finding == "latency" and args.model is None:
-            args.model = str(assemble_tiny_model(args.scratch / "tiny-videonsa"))
         found = FINDINGS[args.finding](args)
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     device = torch.cuda.get_device_name() if args.device.startswith("cuda") else args.device

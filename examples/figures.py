@@ -256,7 +256,7 @@ def sinks(result):
     for axis in (depth, position):
         axis.set_yscale("symlog", linthresh=0.1)
         axis.set_ylim(bottom=0)
-    rows = result["settings"]
+    rows = result["by_setting"]
     names = [f"{row['branch'][:3]}. " + setting_name(row) for row in rows]
     y = np.arange(len(rows))[::-1]
     settings.barh(y + 0.2, [100 * row["share"] for row in rows], 0.4, color=[COLOURS[row["branch"]] for row in rows])

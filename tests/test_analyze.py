@@ -34,7 +34,7 @@ def tiny(folder):
 @pytest.fixture(scope="module")
 def prompts(folder):
     """Inputs of one question about each of two clips."""
-    args = {"model": str(folder / "tiny"), "data": str(folder / "clips/test.jsonl")}
+    args = {"model": str(folder / "tiny"), "data": str(folder / "clips/test.jsonl"), "finding": "gates"}
     _, processor, samples = analyze.open_model_and_data(SimpleNamespace(**args, device="cpu", media_root=None))
     return list(analyze.prompts_of(processor, samples, 2))
 
@@ -295,7 +295,7 @@ def test_sinks_of_all_branches_add_up(run, seen, prompt):
         shares.append(((alpha.numpy() > 0.1) & (norm < median - 2 * (high - low))).mean())
     assert found["window"]["by_layer"] == pytest.approx(shares, abs=1e-4)
     assert found["window"]["share"] == pytest.approx(np.mean(shares), abs=1e-4)
-    rows = result["settings"]
+    rows = result["by_setting"]
     assert [row["branch"] for row in rows] == ["compression", "selection"] * 2 + ["window"]
     assert (rows[2]["block_size"], rows[2]["block_count"], rows[4]["window_size"]) == (32, 3, 32)
     assert rows[0]["share"] == found["compression"]["share"] and rows[4]["share"] == found["window"]["share"]
@@ -342,5 +342,5 @@ def test_the_command_line_says_what_is_measured_and_what_is_wrong(folder, tmp_pa
     config["text_config"]["nsa_variant"] = "dense"
     (dense / "config.json").write_text(json.dumps(config))
     monkeypatch.setattr(sys, "argv", ["analyze.py", "gates", str(dense), "--output", output])
-    with pytest.raises(SystemExit, match="is dense: there is no sparse attention to analyse"):
+    with pytest.raises(SystemExit, match="has nsa_variant='dense'; gates needs 'paper'"):
         analyze.main()
