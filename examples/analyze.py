@@ -29,6 +29,7 @@ import transformers
 from tqdm import tqdm
 
 import figures
+from conversation import count_choices, patch_frame
 from data import Drop, load_samples
 from demo import assemble_tiny_model, load, read
 from evaluate import Prompts, Question, accuracy, answer_all, list_questions
@@ -40,7 +41,6 @@ from observe import (
     SinkTally,
     block_means,
     branch_functions,
-    choice_rates,
     configured,
     dense_received,
     observing,
@@ -344,7 +344,8 @@ def looked_at(args) -> dict:
             video, question = asked.messages[-1]["content"][0]["video"], asked.messages[-1]["content"][-1]["text"]
         wanted = {"fps": args.fps, "max_tokens": args.max_tokens}
         inputs, metadata = read(processor, video, question, **{k: v for k, v in wanted.items() if v is not None})
-    frames = frames_of(inputs, processor)
+    pixels, grid = inputs["pixel_values_videos"], inputs["video_grid_thw"][0].tolist()
+    frames = np.stack([patch_frame(processor.video_processor, pixels, grid, i) for i in range(grid[0])])
     inputs = inputs.to(model.device)
     output = model.generate(**inputs, max_new_tokens=args.max_new_tokens, do_sample=False)
     new = output[0, inputs["input_ids"].shape[1] :]
@@ -354,7 +355,8 @@ def looked_at(args) -> dict:
     chosen, attended = torch.zeros(layers, t * h * w), torch.zeros(t * h * w)
 
     def see(seen):
-        rates = choice_rates(seen.chosen_blocks(), seen.sizes["block_count"])  # [blocks]
+        counts = count_choices(seen.chosen_blocks(), seen.sizes["block_size"], seen.sizes["block_count"])
+        rates = (counts[:, 0] / counts[:, 1]).nan_to_num()  # [blocks], 0 where no query had a choice
         chosen[seen.layer] = rates.repeat_interleave(seen.sizes["block_size"])[: t * h * w].cpu()
         attended.add_(seen.text_attention(len(new)).mean(0).cpu() / layers)
 
@@ -452,17 +454,6 @@ def continued(inputs, new: torch.Tensor) -> dict:
         if name in inputs:
             more[name] = torch.nn.functional.pad(inputs[name], (0, len(new)), value=fill)
     return more
-
-
-def frames_of(inputs, processor) -> np.ndarray:
-    """uint8 [T, height, width, 3]: the first frame of each temporal patch, as the model gets it."""
-    video = processor.video_processor
-    t, h, w = inputs["video_grid_thw"][0].tolist()
-    m, p = video.merge_size, video.patch_size
-    x = inputs["pixel_values_videos"].float().view(t, h // m, w // m, m, m, 3, video.temporal_patch_size, p, p)
-    x = x[:, :, :, :, :, :, 0].permute(0, 1, 3, 6, 2, 4, 7, 5).reshape(t, h * p, w * p, 3)
-    x = x * torch.tensor(video.image_std) + torch.tensor(video.image_mean)
-    return (x.clamp(0, 1) * 255).round().byte().numpy()
 
 
 def sparse_sinks(model, prompts, names) -> dict[str, dict]:

@@ -305,16 +305,3 @@ def similarity(g: torch.Tensor) -> torch.Tensor:
     g = (g - g.mean(0)).permute(2, 1, 0)  # [3, H, N]
     g = torch.nn.functional.normalize(g, dim=-1)
     return g @ g.transpose(1, 2)
-
-
-def choice_rates(blocks: torch.Tensor, block_count: int) -> torch.Tensor:
-    """[blocks] from int32 [G, N, count]: how often a block was chosen where it could have been left out; else 0."""
-    own = blocks.amax(-1)  # the own block is the last one
-    n_blocks = int(own.max()) + 1
-    free = (own >= block_count)[..., None] & (blocks > 0) & (blocks < own[..., None] - 1)
-    chosen = torch.bincount(blocks[free].long(), minlength=n_blocks)
-    choosers = torch.bincount(own[own >= block_count].long(), minlength=n_blocks)
-    after = choosers.flip(0).cumsum(0).flip(0)  # queries whose own block is this one or later
-    could = torch.nn.functional.pad(after[2:], (0, 2))  # and is at least two blocks on
-    could[0] = 0
-    return chosen / could.clamp(min=1)
