@@ -28,6 +28,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor, BitsAndBytesConfig, TorchAoConfig
 
+import analyze
 import card
 import convert
 import finetune
@@ -157,7 +158,10 @@ def commands(page: Path) -> list[str]:
 
 @functools.cache
 def help_of(script: str) -> str:
-    """What a script of this project prints for --help."""
+    """What a script of this project prints for --help, also for each of its commands."""
+    if script == "examples/analyze.py":
+        commands = analyze.make_parser()._subparsers._group_actions[0].choices.values()
+        return "".join(command.format_help() for command in commands)
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit), pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [script, "--help"])
