@@ -22,13 +22,21 @@ class VideoNSATextConfig(Qwen2_5_VLTextConfig):
     Args:
         block_size (`int`, defaults to 64): Vision tokens per block, a power of two of at least 16.
         block_count (`int`, defaults to 32): Blocks that a vision query selects, at least 3 (the first, the previous and
-            its own are always chosen). The public checkpoint's name for it, `block_counts`, is understood.
-        window_size (`int`, defaults to 256): Vision tokens in the sliding window.
+            its own are always chosen). The public checkpoint's name for it, `block_counts`, is understood. `"merged"`
+            also takes the share of a query's blocks, a float in (0, 1], and a list of numbers or shares, one for each
+            layer; 1.0 is a dense layer.
+        block_mass (`float`, defaults to 1.0): `"merged"` stops choosing once the chosen blocks hold this share of the
+            estimated attention to blocks; `block_count` remains the bound.
+        block_remainder (`bool`, defaults to `False`): `"merged"` lets blocks that are not chosen enter by the means of
+            their keys and values.
+        window_size (`int`, defaults to 256): Vision tokens in the sliding window; `"merged"` always chooses the blocks
+            that it overlaps.
         gate_temperature (`float`, defaults to 1.0): What the logits of the gates are divided by; 0.3 for checkpoints in
             the layout of the public one.
         nsa_variant (`str`, defaults to `"paper"`): What vision queries compute: `"paper"` the published method,
             `"released"` what the code computes that the public checkpoint was trained with (the default for
-            checkpoints in its layout; see docs/released.md), `"dense"` stock attention; `"merged"` is reserved.
+            checkpoints in its layout; see docs/released.md), `"merged"` one softmax over the earlier text and the
+            chosen blocks, for stock weights (no gates; see docs/merged.md), `"dense"` stock attention.
         truncate_seconds (`bool`, *optional*): Cut the seconds per temporal patch to an integer before they become
             positions, as the public code does. By default only the variant `"released"` does.
         block_causal (`bool`, defaults to `False`): In the variant `"released"`, queries see pooled blocks up to their
@@ -45,7 +53,9 @@ class VideoNSATextConfig(Qwen2_5_VLTextConfig):
     base_model_tp_plan = {**Qwen2_5_VLTextConfig.base_model_tp_plan, "layers.*.self_attn.g_proj_2": "colwise"}
 
     block_size: int = 64
-    block_count: int = 32
+    block_count: int | float | list[int | float] = 32
+    block_mass: float = 1.0
+    block_remainder: bool = False
     window_size: int = 256
     gate_temperature: float = 1.0
     nsa_variant: str = "paper"
@@ -63,10 +73,20 @@ class VideoNSATextConfig(Qwen2_5_VLTextConfig):
         for name, allowed in (("nsa_variant", NSA_VARIANTS), ("nsa_backend", NSA_BACKENDS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")
-        for name, least in (("block_size", 16), ("block_count", 3), ("window_size", 1)):
+        for name, least in (("block_size", 16), ("window_size", 1)):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            if not _is_count(value, least):
                 raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+        counts = self.block_count if isinstance(self.block_count, list | tuple) else [self.block_count]
+        if not all(_is_count(x, 3) or (isinstance(x, float) and 0 < x <= 1) for x in counts):
+            raise ValueError(
+                'block_count must be an integer of at least 3 (for nsa_variant="merged" also a share, a float above 0 '
+                f"and at most 1, or a list of these for each layer), got {self.block_count!r}"
+            )
+        if not isinstance(self.block_mass, int | float) or not 0 < self.block_mass <= 1:
+            raise ValueError(f"block_mass must be a number above 0 and at most 1, got {self.block_mass!r}")
+        if not isinstance(self.block_remainder, bool):
+            raise ValueError(f"block_remainder must be True or False, got {self.block_remainder!r}")
         if self.block_size & (self.block_size - 1):
             raise ValueError(f"block_size must be a power of two, got {self.block_size}")
         if not isinstance(self.gate_temperature, int | float) or not self.gate_temperature > 0:
@@ -91,12 +111,7 @@ class VideoNSATextConfig(Qwen2_5_VLTextConfig):
         return self.nsa_variant == "released" if self.truncate_seconds is None else self.truncate_seconds
 
     def require_implemented(self) -> None:
-        """Raise a NotImplementedError for a variant that is known but not there yet, and a ValueError where the fields
-        do not fit the variant (they may be set one after another)."""
-        if self.nsa_variant not in ("paper", "released", "dense"):
-            raise NotImplementedError(
-                f"nsa_variant={self.nsa_variant!r} is not there yet; this release has 'paper', 'released' and 'dense'"
-            )
+        """Raise a ValueError where the fields do not fit the variant (they may be set one after another)."""
         most = 16 * self.num_key_value_heads
         if self.nsa_variant == "released" and not most - 16 < 2 * self.num_attention_heads <= most:
             raise ValueError(
@@ -104,6 +119,29 @@ class VideoNSATextConfig(Qwen2_5_VLTextConfig):
                 f"must be in {most // 2 - 7} ... {most // 2} for num_key_value_heads={self.num_key_value_heads}, got "
                 f"{self.num_attention_heads}"
             )
+        if self.nsa_variant in ("paper", "released") and not isinstance(self.block_count, int):
+            raise ValueError(
+                f'block_count must be an integer for nsa_variant="{self.nsa_variant}", got {self.block_count!r}'
+            )
+        if self.nsa_variant == "merged":
+            layers, least = self.num_hidden_layers, self._least_blocks()
+            if not isinstance(self.block_count, int | float) and len(self.block_count) != layers:
+                raise ValueError(
+                    f"block_count must have {layers} entries, one for each layer, got {self.block_count!r}"
+                )
+            counts = [self.layer_block_count(i) for i in range(layers)]
+            if any(isinstance(x, int) and x < least for x in counts):
+                raise ValueError(
+                    f'block_count must be at least {least} for nsa_variant="merged": block 0 and those that a window '
+                    f"of {self.window_size} overlaps are always chosen; got {self.block_count!r}"
+                )
+
+    def layer_block_count(self, layer: int) -> int | float:
+        """`block_count` of one layer."""
+        return self.block_count if isinstance(self.block_count, int | float) else self.block_count[layer]
+
+    def _least_blocks(self) -> int:
+        return 3 + (self.window_size - 2) // self.block_size
 
     def attention_budget(self, n_tokens: int, pooled_keys: bool = False) -> float:
         """Share of the n·(n + 1) / 2 query–key pairs of dense causal attention that vision queries compute.
@@ -113,14 +151,15 @@ class VideoNSATextConfig(Qwen2_5_VLTextConfig):
         tokens that is 3.6 % (5.1 % with the pooled keys; 3.5 % without the keys of the own block that are yet to
         come). Streams shorter than the selection exceed 100 %, since selection and window each read all of them.
         "released" computes every query head twice, over two KV heads.
+        The variant "merged" reads the window as part of the selection; of its layers this is the mean, without the
+        text, and with `block_mass` below 1 the most that it can come to.
 
         Args:
             n_tokens: length of the vision stream in tokens, at least 1.
             pooled_keys: also count the (i + 1) // block_size pooled keys of the compression branch.
 
         Raises:
-            ValueError: n_tokens is below 1.
-            NotImplementedError: the variant is "merged".
+            ValueError: n_tokens is below 1, or the fields do not fit the variant.
         """
         if n_tokens < 1:
             raise ValueError(f"n_tokens must be at least 1, got {n_tokens}")
@@ -132,9 +171,26 @@ class VideoNSATextConfig(Qwen2_5_VLTextConfig):
             ramp = min(n_tokens, most)
             return ramp * (ramp + 1) // 2 + (n_tokens - ramp) * most
 
-        computed = pairs(self.block_count * self.block_size) + pairs(self.window_size)
         complete, rest = divmod(n_tokens, self.block_size)
         before = complete * (complete - 1) // 2 * self.block_size + complete * rest  # sum over i of i // block_size
+
+        def chosen(count):
+            if not isinstance(count, float):
+                return pairs(count * self.block_size)
+            total, share = 0, round(count * 10_000)  # see nsa_torch.blocks_per_query
+            for own in range(-(-n_tokens // self.block_size)):
+                first, stop = own * self.block_size, min((own + 1) * self.block_size, n_tokens)
+                most = max((own + 1) * share // 10_000, self._least_blocks()) * self.block_size
+                total += (first + 1 + stop) * (stop - first) // 2 if most >= stop else most * (stop - first)
+            return total
+
+        if self.nsa_variant == "merged":
+            counts = [self.layer_block_count(i) for i in range(self.num_hidden_layers)]
+            by_count = {
+                count: chosen(count) + (pooled_keys and count != 1.0) * (before + complete) for count in set(counts)
+            }
+            return sum(by_count[count] for count in counts) / len(counts) / pairs(n_tokens)
+        computed = pairs(self.block_count * self.block_size) + pairs(self.window_size)
         released = self.nsa_variant == "released"
         if pooled_keys and not released:
             computed += before + complete  # sum over i of (i + 1) // block_size
@@ -146,6 +202,8 @@ class VideoNSATextConfig(Qwen2_5_VLTextConfig):
 NSA_FIELDS = (
     "block_size",
     "block_count",
+    "block_mass",
+    "block_remainder",
     "window_size",
     "gate_temperature",
     "nsa_variant",
@@ -153,6 +211,10 @@ NSA_FIELDS = (
     "block_causal",
     "nsa_backend",
 )
+
+
+def _is_count(value, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def is_public(config: dict) -> bool:

@@ -26,8 +26,10 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
 
 from .configuration_videonsa import VideoNSAConfig, VideoNSATextConfig
 from .nsa_released import Stream, released_attention
+from .nsa_torch import merged_attention as merged_attention_torch
 from .nsa_torch import nsa_attention as nsa_attention_torch
 from .nsa_triton import available as triton_available
+from .nsa_triton import merged_attention as merged_attention_triton
 from .nsa_triton import nsa_attention as nsa_attention_triton
 
 # Checkpoints come in the key layouts of stock Qwen2.5-VL, but transformers looks the renaming up by class name.
@@ -63,6 +65,10 @@ class VisionLayout:
     cu_seqlens: torch.Tensor  # int32 [samples + 1], of queries
     cu_seqlens_k: torch.Tensor  # int32 [samples + 1], of keys
     text: list[tuple[torch.Tensor, int, int, int]]  # (text queries as above, row, first and last + 1 key) of a sample
+    text_rows: torch.Tensor  # int64 [T], batch row of each text key
+    text_positions: torch.Tensor  # int64 [T], and its position among the cached and new tokens of that row
+    text_seen: torch.Tensor  # int32 [N], how many text keys of its sample come before a vision query
+    cu_seqlens_text: torch.Tensor  # int32 [samples + 1], of text keys
     valid: torch.Tensor | None  # bool [batch, total], False for padding
     length: int  # new tokens per row
     total: int  # cached and new tokens per row
@@ -90,6 +96,9 @@ class VisionLayout:
         queries = vision.flatten()[new].nonzero().squeeze(1)
         is_text = ~vision if valid is None else ~vision & valid
         text = is_text.flatten()[new].nonzero().squeeze(1)
+        text_keys = is_text.flatten().nonzero().squeeze(1)
+        cu_seqlens_text = cu_seqlens(text_keys)
+        text_before = is_text.flatten().cumsum(0).int()[new[queries]]  # of all samples
         edges = [*starts.flatten().nonzero().squeeze(1).tolist(), batch * total]
         samples = [(start // total, start % total, (stop - 1) % total + 1) for start, stop in pairwise(edges)]
         counts = sample[new[text]].bincount(minlength=len(samples)).tolist()
@@ -109,6 +118,10 @@ class VisionLayout:
             cu_seqlens=cu_seqlens(new[queries]),
             cu_seqlens_k=cu_seqlens(keys),
             text=parts,
+            text_rows=text_keys // total,
+            text_positions=text_keys % total,
+            text_seen=text_before - cu_seqlens_text[sample[new[queries]]],
+            cu_seqlens_text=cu_seqlens_text,
             valid=valid,
             length=length,
             total=total,
@@ -152,11 +165,18 @@ class VideoNSAAttention(Qwen2_5_VLAttention):
 
     def __init__(self, config: VideoNSATextConfig, layer_idx: int | None = None):
         super().__init__(config, layer_idx)
-        self.g_proj_1 = GateLinear(self.hidden_size, self.hidden_size)
-        self.g_proj_2 = GateLinear(self.hidden_size, 3 * self.num_heads)
+        self.has_gates = config.nsa_variant != "merged"
+        if self.has_gates:
+            self.g_proj_1 = GateLinear(self.hidden_size, self.hidden_size)
+            self.g_proj_2 = GateLinear(self.hidden_size, 3 * self.num_heads)
 
     def gates(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Weights of the compression, selection and window branch: [..., hidden] -> [..., heads, 3] in (0, 1)."""
+        if not self.has_gates:
+            raise ValueError(
+                f"nsa_variant {self.config.nsa_variant!r} needs gates, which a model made with 'merged' does not have; "
+                "load the checkpoint with the variant that you want"
+            )
         logits = self.g_proj_2(nn.functional.gelu(self.g_proj_1(hidden_states)))
         return (logits / self.config.gate_temperature).sigmoid().unflatten(-1, (-1, 3))
 
@@ -180,7 +200,7 @@ class VideoNSAAttention(Qwen2_5_VLAttention):
                 position_embeddings=position_embeddings,
                 **kwargs,
             )
-            if self.training and torch.is_grad_enabled():
+            if self.has_gates and self.training and torch.is_grad_enabled():
                 # Data parallelism needs every parameter in the graph of every rank, also for a text-only batch.
                 output = output + 0.0 * self.gates(hidden_states[:, :1]).sum()
             return output, weights
@@ -198,14 +218,17 @@ class VideoNSAAttention(Qwen2_5_VLAttention):
         output = q.new_zeros(q.shape)  # padding stays 0
 
         queries, rows, positions = vision_layout.queries, vision_layout.key_rows, vision_layout.key_positions
-        gates = self.gates(hidden_states.flatten(0, 1)[queries])  # [N, heads, 3]
-        if vision_layout.observe is not None:
-            gates = vision_layout.observe(self, q, k, v, gates, vision_layout)
-        if self.config.nsa_variant == "released":
-            self._released(output, q, k, v, gates, vision_layout)
+        if self.config.nsa_variant == "merged":
+            output[queries] = self._merged(q[queries], k, v, vision_layout)
         else:
-            keys = (k[rows, :, positions], v[rows, :, positions])
-            output[queries] = self._sparse(q[queries], *keys, gates, vision_layout)
+            gates = self.gates(hidden_states.flatten(0, 1)[queries])  # [N, heads, 3]
+            if vision_layout.observe is not None:
+                gates = vision_layout.observe(self, q, k, v, gates, vision_layout)
+            if self.config.nsa_variant == "released":
+                self._released(output, q, k, v, gates, vision_layout)
+            else:
+                keys = (k[rows, :, positions], v[rows, :, positions])
+                output[queries] = self._sparse(q[queries], *keys, gates, vision_layout)
         for chunk in vision_layout.text_chunks(self.num_key_value_groups):
             output[chunk.queries] += self._dense(q[chunk.queries], k, v, chunk).to(output.dtype)
         return self.o_proj(output.view(batch, length, -1)), None
@@ -222,6 +245,29 @@ class VideoNSAAttention(Qwen2_5_VLAttention):
             block_size=self.config.block_size,
             block_count=self.config.block_count,
             window_size=self.config.window_size,
+            scale=self.scaling,
+        )
+
+    def _merged(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: VisionLayout) -> torch.Tensor:
+        """One softmax of vision queries q [N, heads, dim] over text and chosen blocks, k and v [batch, groups, total,
+        dim]."""
+        rows, positions = layout.key_rows, layout.key_positions
+        text_rows, text_positions = layout.text_rows, layout.text_positions
+        return (merged_attention_triton if self._uses_triton(q) else merged_attention_torch)(
+            q,
+            k[rows, :, positions],
+            v[rows, :, positions],
+            k[text_rows, :, text_positions],
+            v[text_rows, :, text_positions],
+            layout.text_seen,
+            layout.cu_seqlens,
+            layout.cu_seqlens_text,
+            cu_seqlens_k=layout.cu_seqlens_k,
+            block_size=self.config.block_size,
+            block_count=self.config.layer_block_count(self.layer_idx),
+            window_size=self.config.window_size,
+            mass=self.config.block_mass,
+            remainder=self.config.block_remainder,
             scale=self.scaling,
         )
 
@@ -269,6 +315,7 @@ class VideoNSATextModel(Qwen2_5_VLTextModel):
     """The text decoder of Qwen2.5-VL with `VideoNSAAttention` in every layer."""
 
     config: VideoNSATextConfig
+    _keys_to_ignore_on_load_unexpected = [r"\.g_proj_[12]\."]  # of a checkpoint with gates, which "merged" has not
 
     def __init__(self, config: VideoNSATextConfig):
         config.validate_nsa()
@@ -394,10 +441,11 @@ class VideoNSAModel(Qwen2_5_VLModel):
 
         Args:
             output_gates: also return `gates`, per layer [batch, length, heads, 3] in the order compression, selection,
-                window, 0 for tokens that are not vision; empty when the call computes no sparse attention.
+                window, 0 for tokens that are not vision; empty when the call computes no sparse attention with gates.
             observe: called in each layer that has vision queries, before it attends, with its attention module, q
                 [batch * length, heads, dim], k and v [batch, KV heads, total, dim] of all tokens after the rotary, the
-                gates of its vision queries [N, heads, 3], and the `VisionLayout`; returns the gates to use.
+                gates of its vision queries [N, heads, 3], and the `VisionLayout`; returns the gates to use. Not called
+                by the variant "merged", which has none.
         """
         gates = []
         if output_gates:

@@ -8,6 +8,7 @@ A *stream* is the packed sequence of one sample's vision tokens; block j holds i
 
 import functools
 import inspect
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -141,7 +142,9 @@ def select_blocks(
     *,
     cu_seqlens_k: torch.Tensor | None = None,
     block_size: int = 64,
-    block_count: int = 32,
+    block_count: int | float = 32,
+    window_size: int | None = None,
+    mass: float = 1.0,
     own_importance: torch.Tensor | None = None,
     scale: float | None = None,
 ) -> torch.Tensor:
@@ -152,30 +155,45 @@ def select_blocks(
 
     Args:
         lse: [N, H] from `compressed_attention`; the others as in `nsa_attention`.
+        block_count: a number, or as a float in (0, 1] the share of the blocks 0 ... c, rounded down (in steps of 1 /
+            10,000, and never below the blocks that are always chosen).
+        window_size: always choose the blocks that this many last tokens overlap, and block 0; default block_size + 1,
+            which are the previous and the own block.
+        mass: choose no more of the others once all chosen hold this share of the importance of the blocks before c.
         own_importance: [G, N], not negative. If given, no block is always chosen: block c has this importance.
 
     Returns:
-        int32 [G, N, block_count], ascending, padded with -1 where fewer blocks are available.
+        int32 [G, N, `most_blocks`], ascending, padded with -1 where fewer blocks are chosen.
     """
-    sizes = {"block_size": block_size, "block_count": block_count, "scale": scale}
-    check_arguments(q, k, None, cu_seqlens, cu_seqlens_k, lse=lse, own_importance=own_importance, **sizes)
+    sizes = {"block_size": block_size, "block_count": block_count, "window_size": window_size, "scale": scale}
+    check_arguments(q, k, None, cu_seqlens, cu_seqlens_k, lse=lse, own_importance=own_importance, mass=mass, **sizes)
+    window_size = block_size + 1 if window_size is None else window_size
+    width = most_blocks(len(k), block_size, block_count, window_size)
 
     def choose(q, k, lse, first, own_importance):
-        own = _stream_index(q, first)[:, None] // block_size  # [C, 1]
+        i = _stream_index(q, first)[:, None]
+        own = i // block_size  # [C, 1]
         block = torch.arange((first + len(q) - 1) // block_size + 1, device=q.device)
         means = _block_means(k[: first + len(q)], block_size)
         log_p = _scores(q, means, scale) - lse.unflatten(1, (k.shape[1], -1)).transpose(0, 1).unsqueeze(-1)
         importance = log_p.exp().sum(2)  # [G, C, blocks], over the heads of a group
         importance = torch.nn.functional.pad(importance, (0, len(block) - len(means)))  # own block may be incomplete
-        importance = importance.masked_fill(block >= own, -torch.inf)
+        importance = importance.masked_fill(block >= own, 0)
         if own_importance is None:
-            importance = importance.masked_fill((block == 0) | (block == own) | (block == own - 1), torch.inf)
+            forced = (block == 0) | (block >= (i - window_size + 1) // block_size)
+            order = importance.masked_fill(forced, torch.inf)
         else:
-            importance = torch.where(block == own, own_importance.unsqueeze(-1).to(importance.dtype), importance)
-        best = importance.sort(dim=-1, descending=True, stable=True)
-        chosen = best.indices.masked_fill(best.values == -torch.inf, len(block))[..., :block_count].sort(-1).values
+            order = torch.where(block == own, own_importance.unsqueeze(-1).to(importance.dtype), importance)
+        best = order.masked_fill(block > own, -torch.inf).sort(dim=-1, descending=True, stable=True)
+        chosen = (best.values > -torch.inf) & (block < blocks_per_query(own, block_size, block_count, window_size))
+        if mass < 1:
+            held = importance.gather(-1, best.indices)
+            before = held.cumsum(-1) - held  # of the more important ones
+            enough = before >= mass * importance.sum(-1, keepdim=True)
+            chosen &= ~enough | (best.values == torch.inf)
+        chosen = best.indices.masked_fill(~chosen, len(block))[..., :width].sort(-1).values
         chosen = chosen.masked_fill(chosen == len(block), -1)
-        return torch.nn.functional.pad(chosen, (0, block_count - chosen.shape[-1]), value=-1).int()
+        return torch.nn.functional.pad(chosen, (0, width - chosen.shape[-1]), value=-1).int()
 
     chunks = _chunks(cu_seqlens, cu_seqlens_k, lambda n: _rows(q, n // block_size + 1))
     q, k = accumulate(q), accumulate(k)
@@ -184,7 +202,33 @@ def select_blocks(
             choose(q[rows], k[keys], lse[rows], first, None if own_importance is None else own_importance[:, rows])
             for rows, keys, first in chunks
         ]
-    return torch.cat([q.new_empty(k.shape[1], 0, block_count, dtype=torch.int32), *parts], dim=1)
+    return torch.cat([q.new_empty(k.shape[1], 0, width, dtype=torch.int32), *parts], dim=1)
+
+
+def blocks_per_query(own, block_size: int, block_count: int | float, window_size: int):
+    """How many blocks a query with the own block `own` (a number or a tensor) may choose, see `select_blocks`."""
+    if not isinstance(block_count, float):
+        return block_count
+    least = 3 + (window_size - 2) // block_size  # the first block, and what a window overlaps at most
+    share = (own + 1) * round(block_count * 10_000) // 10_000  # in integers, the same on every device
+    return max(share, least) if isinstance(share, int) else share.clamp(min=least)
+
+
+def most_blocks(n_keys: int, block_size: int, block_count: int | float, window_size: int) -> int:
+    """How many blocks a choice has room for: `block_count`, or for a share a power of two.
+
+    Raises:
+        ValueError: `block_count` is below the number of blocks that are always chosen.
+    """
+    least = 3 + (window_size - 2) // block_size
+    if not isinstance(block_count, float) and block_count < least:
+        raise ValueError(
+            f"block_count must be at least {least}, the blocks that are always chosen for a window of {window_size}: "
+            f"got {block_count}"
+        )
+    last = max(0, n_keys - 1) // block_size
+    most = blocks_per_query(last, block_size, block_count, window_size)
+    return most if most is block_count else 1 << (most - 1).bit_length()
 
 
 @_over_query_heads
@@ -208,11 +252,8 @@ def selected_attention(
     check_arguments(q, k, v, cu_seqlens, cu_seqlens_k, blocks=blocks, block_size=block_size, scale=scale)
 
     def attend(q, k, v, first, blocks):
-        i, n = _stream_index(q, first), first + len(q)
-        count = (n - 1) // block_size + 1
-        index = blocks.long().masked_fill((blocks < 0) | (blocks >= count), count)
-        chosen = blocks.new_zeros(*blocks.shape[:2], count + 1, dtype=torch.bool).scatter_(2, index, True)[..., :count]
-        visible = chosen.repeat_interleave(block_size, -1)[..., :n] & (torch.arange(n, device=q.device) <= i[:, None])
+        n = first + len(q)
+        visible = _visible_keys(_chosen(blocks, n, block_size), n, block_size)
         return _softmax_attention(q, k[:n], v[:n], visible, scale)
 
     return _over_chunks(attend, q, k, v, cu_seqlens, cu_seqlens_k, lambda n: n, blocks=blocks)
@@ -276,6 +317,82 @@ def pooled_attention(
     return (o.flip(0), lse.flip(0)) if reverse else (o, lse)
 
 
+def merged_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    text_k: torch.Tensor,
+    text_v: torch.Tensor,
+    text_seen: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    cu_seqlens_text: torch.Tensor,
+    *,
+    cu_seqlens_k: torch.Tensor | None = None,
+    block_size: int = 64,
+    block_count: int | float = 32,
+    window_size: int = 256,
+    mass: float = 1.0,
+    remainder: bool = False,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """One softmax over the text tokens before a query and the chosen blocks of its stream, without gates.
+
+    Chosen are block 0, those that the window overlaps, then the most important (see `select_blocks`): dense causal
+    attention where these are all, which `block_count` = 1.0 always gives.
+
+    Args:
+        text_k, text_v: [T, G, D] keys and values of the text tokens, sample by sample.
+        text_seen: int32 [N], how many text tokens of its sample come before a query; rises within a sample.
+        cu_seqlens_text: int32 [B + 1], where each sample's text tokens start and end in T.
+        window_size: tokens, the query's own included, whose blocks are always chosen.
+        remainder: let each complete block that is not chosen enter, too, as one key and value, the means of its own,
+            whose logit is raised by log(block_size), as if it stood for them all.
+        block_count, mass: as in `select_blocks`; the others, and errors, as in `nsa_attention`.
+
+    Returns:
+        [N, H, D] in the dtype of q. Differentiable in q, k, v, text_k and text_v; the choice carries no gradient.
+    """
+    sizes = {"block_size": block_size, "block_count": block_count, "window_size": window_size, "mass": mass}
+    check_arguments(q, k, v, cu_seqlens, cu_seqlens_k, scale=scale, **sizes)
+    check_text(q, k, text_k, text_v, text_seen, cu_seqlens, cu_seqlens_text)
+    lengths, blocks = {"cu_seqlens": cu_seqlens, "cu_seqlens_k": cu_seqlens_k}, None
+    if block_count != 1.0 or isinstance(block_count, int):
+        with torch.no_grad():
+            _, lse = compressed_attention(q, k, v, **lengths, block_size=block_size, scale=scale)
+            blocks = select_blocks(q, k, lse, **lengths, **sizes, scale=scale)
+
+    # Keys of a sample: its text, then its stream.
+    cu_seqlens_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
+    counts = [x.diff().tolist() for x in (cu_seqlens_text, cu_seqlens_k)]
+    k, v = (
+        torch.cat([part for pair in zip(t.split(counts[0]), x.split(counts[1]), strict=True) for part in pair])
+        for t, x in ((text_k, k), (text_v, v))
+    )
+    text_count = cu_seqlens_text.diff().repeat_interleave(cu_seqlens.diff())  # [N], of the whole sample
+
+    def attend(q, k, v, first, seen, text_count, blocks=None):
+        texts = int(text_count[0])
+        first, n = first - texts, first + len(q) - texts
+        if blocks is None:
+            chosen = torch.ones(1, len(q), (n - 1) // block_size + 1, dtype=torch.bool, device=q.device)
+        else:
+            chosen = _chosen(blocks, n, block_size)
+        text = (torch.arange(texts, device=q.device) < seen[:, None]).expand(len(chosen), -1, -1)
+        visible, bias = torch.cat([text, _visible_keys(chosen, n, block_size)], -1), None
+        k, v = k[: texts + n], v[: texts + n]
+        if remainder:
+            means = [_block_means(x[texts:], block_size) for x in (k, v)]
+            complete = (_stream_index(q, first)[:, None] + 1) // block_size
+            others = (torch.arange(len(means[0]), device=q.device) < complete) & ~chosen[..., : len(means[0])]
+            k, v = (torch.cat([x, mean]) for x, mean in zip((k, v), means, strict=True))
+            visible = torch.cat([visible, others], -1)
+            bias = torch.cat([q.new_zeros(texts + n), q.new_full((len(means[0]),), math.log(block_size))])
+        return _softmax_attention(q, k, v, visible, scale, bias)
+
+    per_query = (text_seen, text_count)
+    return _over_chunks(attend, q, k, v, cu_seqlens, cu_seqlens_k + cu_seqlens_text, lambda n: n, per_query, blocks)[0]
+
+
 def check_arguments(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -289,9 +406,10 @@ def check_arguments(
     own_importance: torch.Tensor | None = None,
     query_heads: Sequence[Sequence[int]] | None = None,
     block_size: int | None = None,
-    block_count: int | None = None,
+    block_count: int | float | None = None,
     window_size: int | None = None,
     first: int | None = None,
+    mass: float | None = None,
     scale: float | None = None,
     read_lengths: bool = True,
 ) -> None:
@@ -335,10 +453,14 @@ def check_arguments(
         raise ValueError(f"own_importance must be {[groups, n]} on {q.device}, got {got}")
     if block_size is not None and (block_size < 16 or block_size & (block_size - 1)):
         raise ValueError(f"block_size must be a power of two of at least 16, got {block_size}")
-    if block_count is not None and block_count < 3:
+    if isinstance(block_count, float) and not 0 < block_count <= 1:
+        raise ValueError(f"block_count as a share (a float) must be above 0 and at most 1, got {block_count}")
+    if isinstance(block_count, int) and block_count < 3:
         raise ValueError(f"block_count must be at least 3 (first, previous and own block), got {block_count}")
     if window_size is not None and window_size < 1:
         raise ValueError(f"window_size must be at least 1, got {window_size}")
+    if mass is not None and not 0 < mass <= 1:
+        raise ValueError(f"mass must be above 0 and at most 1, got {mass}")
     if scale is not None and not scale > 0:
         raise ValueError(f"scale must be positive, got {scale}")
     if first is not None:
@@ -360,6 +482,24 @@ def check_arguments(
             )
     elif k.shape[0] != n:
         raise ValueError(f"k must have {n} tokens like q where cu_seqlens_k is not given, got {k.shape[0]}")
+
+
+def check_text(q, k, text_k, text_v, text_seen, cu_seqlens, cu_seqlens_text, *, read_lengths: bool = True) -> None:
+    """The same for what `merged_attention` takes of the text."""
+    for name, x in (("text_k", text_k), ("text_v", text_v)):
+        if x.ndim != 3 or x.shape[1:] != k.shape[1:] or x.shape[0] != text_k.shape[0]:
+            raise ValueError(f"{name} must be [text tokens, {k.shape[1]}, {k.shape[2]}] like k, got {list(x.shape)}")
+        if x.dtype != q.dtype or x.device != q.device:
+            raise ValueError(f"{name} must be {q.dtype} on {q.device} like q, got {x.dtype} on {x.device}")
+    _check_lengths("cu_seqlens_text", cu_seqlens_text, text_k, "text_k", read_lengths)
+    if cu_seqlens_text.shape != cu_seqlens.shape:
+        raise ValueError(
+            f"cu_seqlens_text must describe the {len(cu_seqlens) - 1} samples of cu_seqlens, got "
+            f"{len(cu_seqlens_text) - 1}"
+        )
+    if text_seen.dtype != torch.int32 or text_seen.shape != q.shape[:1] or text_seen.device != q.device:
+        got = f"{text_seen.dtype} {list(text_seen.shape)} on {text_seen.device}"
+        raise ValueError(f"text_seen must be int32 [{q.shape[0]}] on {q.device}, got {got}")
 
 
 def _are_heads(listed: Sequence[int], heads: int) -> bool:
@@ -393,15 +533,29 @@ def _block_means(x: torch.Tensor, block_size: int) -> torch.Tensor:
     return x[: count * block_size].unflatten(0, (count, block_size)).mean(1)
 
 
+def _chosen(blocks: torch.Tensor, n: int, block_size: int) -> torch.Tensor:
+    """int32 [G, C, any] block indices of queries that reach n keys -> bool [G, C, blocks]"""
+    count = (n - 1) // block_size + 1
+    index = blocks.long().masked_fill((blocks < 0) | (blocks >= count), count)
+    return blocks.new_zeros(*blocks.shape[:2], count + 1, dtype=torch.bool).scatter_(2, index, True)[..., :count]
+
+
+def _visible_keys(chosen: torch.Tensor, n: int, block_size: int) -> torch.Tensor:
+    """bool [G, C, blocks] -> [G, C, n], without the keys that come after each of the last C of n queries"""
+    j = torch.arange(n, device=chosen.device)
+    return chosen.repeat_interleave(block_size, -1)[..., :n] & (j <= j[n - chosen.shape[1] :, None])
+
+
 def _scores(q: torch.Tensor, k: torch.Tensor, scale: float | None) -> torch.Tensor:
     """q [C, H, D], k [m, G, D] -> [G, C, H / G, m]"""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return torch.einsum("cgrd,mgd->gcrm", q.unflatten(1, (k.shape[1], -1)), k) * scale
 
 
-def _softmax_attention(q, k, v, visible, scale):
-    """q [C, H, D], k and v [m, G, D], visible bool [G or 1, C, m] -> o [C, H, D], lse [C, H]."""
-    scores = _scores(q, k, scale).masked_fill(~visible.unsqueeze(2), -torch.inf)
+def _softmax_attention(q, k, v, visible, scale, bias=None):
+    """q [C, H, D], k and v [m, G, D], visible bool [G or 1, C, m], bias [m] -> o [C, H, D], lse [C, H]."""
+    scores = _scores(q, k, scale)
+    scores = (scores if bias is None else scores + bias).masked_fill(~visible.unsqueeze(2), -torch.inf)
     lse = scores.logsumexp(-1)  # [G, C, r]
     p = (scores - lse.masked_fill(lse == -torch.inf, 0).unsqueeze(-1)).exp()  # all 0 where nothing is visible
     o = torch.einsum("gcrm,mgd->cgrd", p, v)
@@ -429,8 +583,8 @@ def _chunks(cu_seqlens, cu_seqlens_k, rows) -> list[tuple[slice, slice, int]]:
     return chunks
 
 
-def _over_chunks(attend, q, k, v, cu_seqlens, cu_seqlens_k, keys_per_query, max_rows=None, blocks=None):
-    """Run attend(q, k, v, first[, blocks]) -> (o, lse) chunk by chunk and join what it gives."""
+def _over_chunks(attend, q, k, v, cu_seqlens, cu_seqlens_k, keys_per_query, per_query=(), blocks=None, max_rows=None):
+    """Run attend(q, k, v, first[, of tensors per_query][, blocks]) -> (o, lse) chunk by chunk; join what it gives."""
 
     def rows(n):
         fit = _rows(q, keys_per_query(n))
@@ -445,7 +599,8 @@ def _over_chunks(attend, q, k, v, cu_seqlens, cu_seqlens_k, keys_per_query, max_
     outs = [(q[:0], q.new_empty(0, q.shape[1]))]
     with torch.autocast(q.device.type, enabled=False):
         for r, s, first in chunks:
-            args = (q[r], k[s], v[s], first) + (() if blocks is None else (blocks[:, r],))
+            args = (q[r], k[s], v[s], first, *(x[r] for x in per_query))
+            args += () if blocks is None else (blocks[:, r],)
             outs.append(checkpoint(attend, *args, **recomputed) if recompute else attend(*args))
     o, lse = zip(*outs, strict=True)
     return torch.cat(o).to(dtype), torch.cat(lse)

@@ -18,12 +18,13 @@ inputs are IEEE. Gradients cannot be differentiated again; those of `nsa_torch.p
 
 import functools
 import hashlib
+import math
 import os
 from itertools import pairwise
 
 import torch
 
-from .nsa_torch import check_arguments
+from .nsa_torch import blocks_per_query, check_arguments, check_text, most_blocks
 
 try:
     import triton
@@ -66,20 +67,20 @@ def compressed_attention(q, k, v, cu_seqlens, *, cu_seqlens_k=None, query_heads=
 @torch.no_grad()
 def select_blocks(
     q, k, lse, cu_seqlens, *,
-    cu_seqlens_k=None, query_heads=None, block_size=64, block_count=32, own_importance=None, scale=None,
+    cu_seqlens_k=None, query_heads=None, block_size=64, block_count=32, window_size=None, mass=1.0,
+    own_importance=None, scale=None,
 ):  # fmt: skip
     """See `nsa_torch.select_blocks`."""
-    values = {"block_size": block_size, "block_count": block_count, "lse": lse, "own_importance": own_importance}
-    _check(q, k, None, cu_seqlens, cu_seqlens_k, query_heads=query_heads, scale=scale, **values)
-    if own_importance is not None:
-        own_importance = own_importance.float().contiguous()
-    blocks = torch.empty(k.shape[1], q.shape[0], block_count, dtype=torch.int32, device=q.device)
-    if blocks.numel():
-        with torch.cuda.device_of(q):
-            heads, starts = _head_lists(q, k, query_heads)
-            call = _Call(q, k, k, cu_seqlens, cu_seqlens_k, heads, starts, block_size, scale)
-            call.choose(lse.float().contiguous(), blocks, own_importance)
-    return blocks
+    sizes = {"block_size": block_size, "block_count": block_count, "window_size": window_size, "mass": mass}
+    given = {"query_heads": query_heads, "lse": lse, "own_importance": own_importance}
+    _check(q, k, None, cu_seqlens, cu_seqlens_k, scale=scale, **given, **sizes)
+    window_size = block_size + 1 if window_size is None else window_size
+    width = most_blocks(k.shape[0], block_size, block_count, window_size)
+    share = round(block_count * 10_000) if isinstance(block_count, float) else 0  # see nsa_torch.blocks_per_query
+    cu_seqlens_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
+    options = (block_size, width, share, window_size, float(mass), scale)
+    lists = _head_lists(q, k, query_heads)
+    return _choose(q, k, lse, own_importance, cu_seqlens, cu_seqlens_k, *lists, *options)
 
 
 def selected_attention(q, k, v, blocks, cu_seqlens, *, cu_seqlens_k=None, query_heads=None, block_size=64, scale=None):
@@ -101,6 +102,46 @@ def pooled_attention(q, k, v, *, first, query_heads=None, block_size=64, reverse
     )
     branch = "reversed" if reverse else "pooled"
     return _launch(branch, q, k, v, cu_seqlens, cu_seqlens_k, query_heads, scale, block_size=block_size)
+
+
+def merged_attention(
+    q, k, v, text_k, text_v, text_seen, cu_seqlens, cu_seqlens_text, *,
+    cu_seqlens_k=None, block_size=64, block_count=32, window_size=256, mass=1.0, remainder=False, scale=None,
+):  # fmt: skip
+    """See `nsa_torch.merged_attention`. The softmax is put together from one over the blocks, one over the text, and
+    one over the means of the `remainder`, which has no gradient here."""
+    sizes = {"block_size": block_size, "block_count": block_count, "window_size": window_size, "mass": mass}
+    _check(q, k, v, cu_seqlens, cu_seqlens_k, scale=scale, **sizes)
+    check_text(q, k, text_k, text_v, text_seen, cu_seqlens, cu_seqlens_text, read_lengths=_reads_lengths(q))
+    if remainder and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, text_k, text_v)):
+        raise ValueError(
+            "the remainder (block_remainder) has no gradient in the Triton kernels: call under torch.no_grad(), or "
+            'train with block_remainder=False or nsa_backend="torch"'
+        )
+    lengths = {"cu_seqlens": cu_seqlens, "cu_seqlens_k": cu_seqlens_k}
+    branch, blocks = "window", None
+    if block_count != 1.0 or isinstance(block_count, int):
+        with torch.no_grad():
+            _, lse = compressed_attention(q, k, v, **lengths, block_size=block_size, scale=scale)
+            branch, blocks = "selected", select_blocks(q, k, lse, **lengths, **sizes, scale=scale)
+    cu_seqlens_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
+    options = (block_size, 0, max(1, k.shape[0]), scale, False)
+    lists = _head_lists(q, k, None)
+    out, lse, *_ = _attend(q, k, v, None, blocks, cu_seqlens, cu_seqlens_k, *lists, branch, *options)
+    if text_k.shape[0] > 0:
+        part = (q, text_k, text_v, None, text_seen, cu_seqlens, cu_seqlens_text, *lists, "prefix", *options)
+        out, lse = _merge(out, lse, *_attend(*part)[:2])
+    if remainder and blocks is not None:
+        part = (q, k, v, None, blocks, cu_seqlens, cu_seqlens_k, *lists, "remainder", *options)
+        others, others_lse, *_ = _attend(*part)
+        out, lse = _merge(out, lse, others, others_lse + math.log(block_size))
+    return out
+
+
+def _merge(o, lse, other, other_lse):
+    """Of two softmaxes over different keys, o [N, E, D] and lse [1, N, E], the one over all of them."""
+    weight = torch.sigmoid(other_lse - lse)[0].unsqueeze(-1)
+    return torch.lerp(o, other, weight.to(o.dtype)), torch.logaddexp(lse, other_lse)
 
 
 def _call(branch, q, k, v, cu_seqlens, cu_seqlens_k, query_heads, scale, *, gates=None, blocks=None, **sizes):
@@ -126,14 +167,17 @@ def _check(q, k, v, cu_seqlens, cu_seqlens_k, **arguments):
         raise ImportError("nsa_triton needs triton (pip install triton); nsa_torch computes the same without it")
     if not _can_launch(q.device):
         raise ValueError(f"q must be on a CUDA device for the Triton kernels, got {q.device}; nsa_torch runs anywhere")
-    # To read lengths on a GPU would wait for it.
-    read_lengths = q.device.type == "cpu" and not torch.compiler.is_compiling()
-    check_arguments(q, k, v, cu_seqlens, cu_seqlens_k, read_lengths=read_lengths, **arguments)
+    check_arguments(q, k, v, cu_seqlens, cu_seqlens_k, read_lengths=_reads_lengths(q), **arguments)
     if not _is_supported(q):
         raise ValueError(
             "q must be fp16, bf16 or fp32 with a head dim of 16 to 128 for the Triton kernels, "
             f"got {q.dtype} {list(q.shape)}; nsa_torch takes others"
         )
+
+
+def _reads_lengths(q: torch.Tensor) -> bool:
+    """Not on a GPU, which that would wait for."""
+    return q.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _is_supported(q: torch.Tensor) -> bool:
@@ -167,6 +211,32 @@ while hasattr(getattr(torch.ops, _namespace), "attend"):
 
 
 @torch.library.custom_op(
+    f"{_namespace}::choose",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor lse, Tensor? own_importance, Tensor cu_seqlens, Tensor cu_seqlens_k, "
+    "int[] heads, int[] starts, int block_size, int width, int share, int window_size, float mass, float? scale) "
+    "-> Tensor",
+)
+def _choose(
+    q, k, lse, own_importance, cu_seqlens, cu_seqlens_k, heads, starts, block_size, width, share, window_size, mass,
+    scale,
+):  # fmt: skip
+    """Chosen blocks int32 [G, N, width]."""
+    blocks = torch.empty(k.shape[1], q.shape[0], width, dtype=torch.int32, device=q.device)
+    if blocks.numel():
+        with torch.cuda.device_of(q):
+            call = _Call(q, k, k, cu_seqlens, cu_seqlens_k, heads, starts, block_size, scale)
+            own = None if own_importance is None else own_importance.float().contiguous()
+            call.choose(lse.float().contiguous(), blocks, own, window_size, share, mass)
+    return blocks
+
+
+@_choose.register_fake
+def _(q, k, lse, own_importance, cu_seqlens, cu_seqlens_k, heads, starts, block_size, width, *rest):
+    return q.new_empty(k.shape[1], q.shape[0], width, dtype=torch.int32)
+
+
+@torch.library.custom_op(
     f"{_namespace}::attend",
     mutates_args=(),
     schema="(Tensor q, Tensor k, Tensor v, Tensor? gates, Tensor? blocks, Tensor cu_seqlens, Tensor cu_seqlens_k, "
@@ -178,6 +248,9 @@ def _attend(
     scale, save,
 ):  # fmt: skip
     """o [N, E, D] for the E entries of `heads`, and lse [branches, N, E], of one branch or of "all", gated.
+
+    The branch "prefix" is attention over the first keys of a sample, as many as `blocks`, here [N], says of each query;
+    "remainder" is that of "compressed" without the blocks given, and without a gradient.
 
     With `save`, what the backward pass of "all" needs, too: the outputs of its branches [3, N, E, D] and the chosen
     blocks [G, N, block_count]; empty otherwise.
@@ -195,6 +268,10 @@ def _attend(
             call.selected(blocks.contiguous(), out, lse[0])
         elif branch == "window":
             call.window(out, lse[0], window_size)
+        elif branch == "prefix":
+            call.prefix(blocks.contiguous(), out, lse[0])
+        elif branch == "remainder":
+            call.compressed(out, lse[0], skip=call.bits(blocks))
         else:
             blocks = chosen if save else chosen.new_empty(k.shape[1], q.shape[0], block_count)
             gates, keep = gates.contiguous(), branches if save else (None,) * 3
@@ -224,22 +301,23 @@ def _(q, k, v, gates, blocks, cu_seqlens, cu_seqlens_k, heads, starts, branch, b
 @torch.library.custom_op(
     f"{_namespace}::attend_backward",
     mutates_args=(),
-    schema="(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor? gates, Tensor? blocks, Tensor cu_seqlens, "
-    "Tensor cu_seqlens_k, Tensor outputs, Tensor lse, int[] heads, int[] starts, str branch, int block_size, "
-    "int window_size, float? scale, bool need_q, bool need_kv) -> (Tensor, Tensor, Tensor, Tensor)",
+    schema="(Tensor d_out, Tensor? d_lse, Tensor q, Tensor k, Tensor v, Tensor? gates, Tensor? blocks, "
+    "Tensor cu_seqlens, Tensor cu_seqlens_k, Tensor outputs, Tensor lse, int[] heads, int[] starts, str branch, "
+    "int block_size, int window_size, float? scale, bool need_q, bool need_kv) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _attend_backward(
-    d_out, q, k, v, gates, blocks, cu_seqlens, cu_seqlens_k, outputs, lse, heads, starts, branch, block_size,
+    d_out, d_lse, q, k, v, gates, blocks, cu_seqlens, cu_seqlens_k, outputs, lse, heads, starts, branch, block_size,
     window_size, scale, need_q, need_kv,
 ):  # fmt: skip
     """Gradients of q, k, v, empty where not needed, and fp32 of the gates [N, E, 3] (of a single branch: [N, E, 1],
-    its d_out · o), from the outputs [branches, N, E, D] and lse [branches, N, E] of the branches."""
+    its d_out · o), from the outputs [branches, N, E, D] and lse [branches, N, E] of the branches. d_lse is that of a
+    single branch, [1, N, E]."""
     dq, dk, dv, d_gates = _gradients(d_out, q, k, outputs, need_q, need_kv)
     if d_out.numel() == 0:
         return dq, dk.zero_(), dv.zero_(), d_gates
     with torch.cuda.device_of(q):
         inputs = (q, k, v, cu_seqlens, cu_seqlens_k, heads, starts, block_size, scale)
-        _Backward(inputs, branch, d_out, gates, blocks, outputs, lse, window_size).run(dq, dk, dv, d_gates)
+        _Backward(inputs, branch, d_out, d_lse, gates, blocks, outputs, lse, window_size).run(dq, dk, dv, d_gates)
     return dq, dk, dv, d_gates
 
 
@@ -251,7 +329,7 @@ def _gradients(d_out, q, k, outputs, need_q, need_kv):
 
 
 @_attend_backward.register_fake
-def _(d_out, q, k, v, gates, blocks, cu_seqlens, cu_seqlens_k, outputs, *rest):
+def _(d_out, d_lse, q, k, v, gates, blocks, cu_seqlens, cu_seqlens_k, outputs, *rest):
     return _gradients(d_out, q, k, outputs, *rest[-2:])
 
 
@@ -265,14 +343,15 @@ def _save(ctx, inputs, output):
     ctx.options = (*lists, branch, block_size, window_size, scale)
 
 
-def _backward(ctx, d_out, *_):
-    if d_out is None:
+def _backward(ctx, d_out, d_lse, *_):
+    if d_out is None and d_lse is None:
         return (None,) * 15
     *tensors, outputs, lse = ctx.saved_tensors
+    d_out = torch.zeros_like(outputs) if d_out is None else d_out  # a single branch of which lse alone is used
     need_q, need_k, need_v, need_gates = ctx.needs_input_grad[:4]
     outputs = outputs if outputs.ndim == 4 else outputs[None]
     options = (*ctx.options, need_q, need_k or need_v)
-    dq, dk, dv, d_gates = _attend_backward(d_out, *tensors, outputs, lse, *options)
+    dq, dk, dv, d_gates = _attend_backward(d_out, d_lse, *tensors, outputs, lse, *options)
     d_gates = d_gates.to(tensors[3].dtype) if need_gates else None
     return dq if need_q else None, dk if need_k else None, dv if need_v else None, d_gates, *(None,) * 11
 
@@ -304,6 +383,9 @@ class _Call:
             "D": dim,
             "D_P2": triton.next_power_of_2(dim),
             "B_P2": triton.next_power_of_2(self.samples),
+            "SEEN": None,
+            "SKIP": None,
+            "WORDS": 0,
             "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",  # the latter says nothing for 16-bit inputs
         }
 
@@ -332,8 +414,9 @@ class _Call:
     # A branch writes o [N, E, D] to `out`; with gates [N, E, 3] it adds its share of the gated sum to what branches of
     # lower number have written there, and writes o to `keep`, if given.
 
-    def compressed(self, out, lse, gates=None, branch=0, keep=None, reverse=False):
-        config = _config("compressed", self.q)
+    def compressed(self, out, lse, gates=None, branch=0, keep=None, reverse=False, skip=None):
+        config = _config("compressed" if skip is None else "remainder", self.q)
+        config |= {} if skip is None else {"SKIP": skip, "WORDS": skip.shape[2]}
         k_means, v_means = self.means
         grid = (self.tiles(config["BM"]), self.common["E"])
         config |= _share(out, gates, branch, keep)
@@ -346,13 +429,19 @@ class _Call:
         arguments = (self.q, self.k, self.v, out, lse, min(window_size, self.n_keys))
         self.launch(_band_kernel, grid, *arguments, S=1, REVERSE=False, **config)
 
-    def choose(self, lse, blocks, own_importance=None):
+    def prefix(self, seen, out, lse):
+        config = _config("window", self.q)
+        grid = (self.tiles(config["BM"]), self.common["E"])
+        config |= {**_share(out, None, 0, None), "SEEN": seen}
+        self.launch(_band_kernel, grid, self.q, self.k, self.v, out, lse, self.n_keys, S=1, REVERSE=False, **config)
+
+    def choose(self, lse, blocks, own_importance=None, window_size=None, share=0, mass=1.0):
         """Write the choice into blocks [G, N, count], from the importance of a chunk of tiles at a time."""
-        count = blocks.shape[2]
+        count, window_size = blocks.shape[2], self.block_size + 1 if window_size is None else window_size
         n_blocks = (self.n_keys - 1) // self.block_size + 1  # of any sample, at most
         config, top = _config("importance", self.q), _top_config(n_blocks)
         rows = config["BM"]
-        everything = n_blocks <= count  # then there is nothing to compare
+        everything = n_blocks <= count and share == 0 and mass == 1  # then there is nothing to compare
         stride = triton.cdiv(n_blocks, 16) * 16  # so that rows are aligned
         size = self.groups * rows * stride  # of a tile
         step = max(1, MAX_IMPORTANCE // size)
@@ -365,9 +454,19 @@ class _Call:
                 arguments = (self.q, self.means[0], lse, importance, start, stride)
                 self.launch(_importance_kernel, grid, *arguments, **config)
             sizes = {"COUNT": count, "COUNT_P2": triton.next_power_of_2(count), "BM": rows, "EVERYTHING": everything}
+            sizes |= {"SHARE": share, "MASS": mass < 1}
             grid = (tiles * rows // top["ROWS"], self.groups)
-            arguments = (importance, own_importance, blocks, start, stride, self.n)
+            least = blocks_per_query(0, self.block_size, 1.0, window_size)
+            arguments = (importance, own_importance, blocks, start, stride, self.n, window_size, least, float(mass))
             self.launch(_top_kernel, grid, *arguments, **sizes, **top)
+
+    def bits(self, blocks):
+        """Chosen blocks [G, N, count] as int32 [N, G, words] with a bit for each block."""
+        words = (self.n_keys - 1) // self.block_size // 32 + 1
+        there, blocks = (blocks >= 0).int(), blocks.clamp(0, 32 * words - 1)
+        bits = torch.zeros(self.groups, self.n, words, dtype=torch.int32, device=blocks.device)
+        bits.scatter_add_(2, (blocks // 32).long(), there << (blocks % 32))  # a block is chosen once
+        return bits.transpose(0, 1).contiguous()
 
     def union(self, blocks, tile):
         """What `_union_kernel` gives for tiles of that many queries, and the entries that each has room for."""
@@ -398,20 +497,25 @@ class _Call:
 class _Backward(_Call):
     """Gradients through one branch or "all": d_out [N, E, D]; outputs [branches, N, E, D] and lse [branches, N, E]."""
 
-    def __init__(self, inputs, branch, d_out, gates, blocks, outputs, lse, window_size):
+    def __init__(self, inputs, branch, d_out, d_lse, gates, blocks, outputs, lse, window_size):
         super().__init__(*inputs)
         if branch in _POOLED:
             self.means = self.k, self.v
         self.branches = ("compressed", "selected", "window") if branch == "all" else (branch,)
         self.d_out, self.outputs, self.lse, self.window_size = d_out.contiguous(), outputs, lse, window_size
+        self.d_lse = d_lse
         self.gates = None if gates is None else gates.contiguous()
         self.blocks = None if blocks is None else blocks.contiguous()
+        if branch == "prefix":
+            self.common["SEEN"] = self.blocks
 
     def run(self, dq, dk, dv, dots):
         """Write dq [N, H, D], dk and dv [M, G, D], unless they are empty, and dots [N, E, branches]: d_out · o."""
         rows = self.n * self.common["E"]
         arguments = (self.d_out, self.outputs, dots, rows)
         self.launch(_dots_kernel, (triton.cdiv(rows, 32),), *arguments, BRANCHES=len(self.branches), ROWS=32)
+        if self.d_lse is not None:  # the gradient of a logit is p * (d_out · v - d_out · o + d_lse)
+            dots -= self.d_lse[0].unsqueeze(-1)
         gates = dots if self.gates is None else self.gates
         constants = {"GATED": self.gates is not None, "BRANCHES": len(self.branches)}
         self.terms = {
@@ -449,7 +553,7 @@ class _Backward(_Call):
 
     def key_gradients(self, dk, dv):
         """Partial sums of every branch in fp32, then all of them added up."""
-        if self.branches[0] in _POOLED:
+        if self.branches[0] in (*_POOLED, "prefix"):
             for gradient, partial in zip((dk, dv), self.band_partial(self.branches[0]), strict=True):
                 gradient.copy_(partial.sum(0))
             return
@@ -473,6 +577,8 @@ class _Backward(_Call):
 
     def band(self, name):
         """Keys, values, how many of them a query looks back on, and how many tokens each stands for."""
+        if name == "prefix":
+            return self.k, self.v, self.n_keys, 1
         if name == "window":
             return self.k, self.v, min(self.window_size, self.n_keys), 1
         return *self.means, len(self.means[0]), self.block_size
@@ -563,6 +669,7 @@ def _head_table(heads: tuple, starts: tuple, n_heads: int, device: torch.device)
 # where a program has 227 KB of shared memory, and where it has 99 KB or an architecture is not known.
 _HOPPER = {
     "compressed": {"BM": 128, "BN": 64, "num_warps": 8, "num_stages": 3},
+    "remainder": {"BM": 64, "BN": 64, "num_warps": 8, "num_stages": 2},
     "importance": {"BM": 64, "BN": 128, "num_warps": 4, "num_stages": 2},
     "selected": {"BM": 128, "BN": 64, "num_warps": 8, "num_stages": 2},
     "window": {"BM": 128, "BN": 64, "num_warps": 8, "num_stages": 3},
@@ -573,6 +680,7 @@ _HOPPER = {
 }
 _AMPERE = {
     "compressed": {"BM": 64, "BN": 64, "num_warps": 8, "num_stages": 2},
+    "remainder": {"BM": 64, "BN": 32, "num_warps": 8, "num_stages": 2},
     "importance": {"BM": 64, "BN": 64, "num_warps": 4, "num_stages": 2},
     "selected": {"BM": 64, "BN": 64, "num_warps": 8, "num_stages": 2},
     "window": {"BM": 64, "BN": 64, "num_warps": 8, "num_stages": 2},
@@ -698,14 +806,15 @@ def _row(start, i, n, REVERSE: tl.constexpr):
 
 @_jit
 def _band_kernel(
-    Q, K, V, OUT, LSE, window, GATES, KEPT, CU_Q, CU_K, B, HEADS, scale,
+    Q, K, V, OUT, LSE, window, SEEN, SKIP, GATES, KEPT, CU_Q, CU_K, B, HEADS, scale,
     H: tl.constexpr, E: tl.constexpr, G: tl.constexpr, D: tl.constexpr, D_P2: tl.constexpr, B_P2: tl.constexpr,
-    PRECISION: tl.constexpr, S: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    PRECISION: tl.constexpr, S: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, WORDS: tl.constexpr,
     GATED: tl.constexpr, BRANCH: tl.constexpr, KEEP: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     """Attention of one head of a tile over the last `window` keys that end at or before each query, where a key stands
     for S tokens: block means (all of them are in the window) or, with S = 1, tokens. With REVERSE queries and keys are
-    counted from their ends, so that a query sees those after it."""
+    counted from their ends, so that a query sees those after it. If SEEN [N] is given, over the first keys of the
+    sample instead, as many as it says; without the keys whose bits in SKIP [N, G, WORDS] are set."""
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # longest first
     e = tl.program_id(1)
     first, q0, k0, key0, n_q, n_k = _place(tile, CU_Q, CU_K, B, BM, 0, S, B_P2)
@@ -713,19 +822,20 @@ def _band_kernel(
         h, g = _heads(HEADS, e, True, H, E, G)
         m = first + tl.arange(0, BM)
         row = m < n_q
-        seen = (n_k - n_q + m + 1) // S
+        seen = _seen(SEEN, q0, m, n_q, n_k, S)
         q = _load(Q, (_row(q0, m, n_q, REVERSE) * H + h) * D, row, D, D_P2, True)
         acc = tl.zeros((BM, D_P2), tl.float32)
         top = tl.full((BM,), -1e30, tl.float32)
         total = tl.zeros((BM,), tl.float32)
         j = tl.arange(0, BN)
-        by_first = (n_k - n_q + first + 1) // S
-        by_last = (n_k - n_q + tl.minimum(first + BM, n_q)) // S
+        by_first = _seen(SEEN, q0, first, n_q, n_k, S)
+        by_last = _seen(SEEN, q0, tl.minimum(first + BM, n_q) - 1, n_q, n_k, S)
         low = tl.maximum(by_first - window, 0)
         free = tl.where(by_last <= window, by_first // BN * BN, low)  # every row sees the keys up to here
         for start in range(low, free, BN):
             at = (_row(key0, start + j, n_k // S, REVERSE) * G + g) * D
             x = tl.dot(q, tl.trans(_load(K, at, row, D, D_P2, False)), input_precision=PRECISION)
+            x = _skip(x, SKIP, (q0 + m).to(tl.int64) * G + g, row, start + j, WORDS)
             v = _load(V, at, row, D, D_P2, False)
             acc, top, total = _softmax_step(acc, top, total, x, v, scale, row, PRECISION)
         for start in range(free, by_last, BN):
@@ -734,12 +844,33 @@ def _band_kernel(
             x = tl.dot(q, tl.trans(_load(K, at, there, D, D_P2, True)), input_precision=PRECISION)
             key = (start + j)[None, :]
             x = tl.where((key < seen[:, None]) & (key >= (seen - window)[:, None]), x, float("-inf"))
+            x = _skip(x, SKIP, (q0 + m).to(tl.int64) * G + g, row, start + j, WORDS)
             v = _load(V, at, there, D, D_P2, True)
             acc, top, total = _softmax_step(acc, top, total, x, v, scale, row, PRECISION)
         o, lse = _finish(acc, top, total)
         at = _row(q0, m, n_q, REVERSE) * E + e
         tl.store(LSE + at, lse, mask=row)
         _store_share(OUT, KEPT, GATES, at, row, o, D, D_P2, GATED, BRANCH, KEEP)
+
+
+@_jit
+def _seen(SEEN, q0, m, n_q, n_k, S: tl.constexpr):
+    """How many keys queries m of a sample see, of `_band_kernel`."""
+    if SEEN is None:  # noqa: SIM108 (decided when compiling)
+        seen = (n_k - n_q + m + 1) // S
+    else:
+        seen = tl.load(SEEN + q0 + m, mask=m < n_q, other=0)
+    return seen
+
+
+@_jit
+def _skip(x, SKIP, at, row, key, WORDS: tl.constexpr):
+    """Logits x [R, n] of rows `at` of [N, G], -inf for the keys [n] whose bit is set."""
+    if SKIP is not None:
+        where = row[:, None] & (key < 32 * WORDS)[None, :]
+        word = tl.load(SKIP + at[:, None] * WORDS + (key // 32)[None, :], mask=where, other=0)
+        x = tl.where(((word >> (key % 32)[None, :]) & 1) != 0, float("-inf"), x)
+    return x
 
 
 @_jit
@@ -775,14 +906,16 @@ def _importance_kernel(
 
 @_jit
 def _top_kernel(
-    IMPORTANCE, OWN, BLOCKS, tile0, stride, n, CU_Q, CU_K, B,
+    IMPORTANCE, OWN, BLOCKS, tile0, stride, n, window, least, mass, CU_Q, CU_K, B,
     G: tl.constexpr, B_P2: tl.constexpr, S: tl.constexpr, COUNT: tl.constexpr, COUNT_P2: tl.constexpr, BM: tl.constexpr,
-    EVERYTHING: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+    EVERYTHING: tl.constexpr, SHARE: tl.constexpr, MASS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """The COUNT most important blocks of ROWS queries, ascending, -1 padded: BLOCKS [G, n, COUNT].
 
     Floats that are not negative order as their bits do, so a bisection on the bits finds the importance of the last
     block to choose in at most 31 steps, exactly; blocks of equal importance there are taken from the lowest index on.
+    Block 0 and those that the last `window` tokens overlap are always chosen. With SHARE, a query chooses that many of
+    10,000 of its blocks, but `least`; with MASS, as few as hold `mass` of the importance.
     """
     chunk_row = tl.program_id(0) * ROWS
     g = tl.program_id(1)
@@ -800,26 +933,38 @@ def _top_kernel(
         x = tl.load(IMPORTANCE + rows[:, None] * stride + j[None, :], mask=before, other=0.0)
         x = tl.where(x >= 0.0, x, 0.0)  # a NaN would order as any bits do, and COUNT be exceeded
         key = tl.minimum(x.to(tl.int32, bitcast=True), 0x7F800000)
+        forced = (j[None, :] == 0) | (j[None, :] >= ((n_k - n_q + m + 1 - window) // S)[:, None])
         if OWN is None:
-            key = tl.where((j[None, :] == 0) | (j[None, :] >= own[:, None] - 1), 0x7F800000, key)  # forced: infinity
+            key = tl.where(forced, 0x7F800000, key)  # infinity
         else:
+            forced = forced & (j < 0)[None, :]  # none is
             mine = tl.load(OWN + (g * n + q0 + m).to(tl.int64), mask=row, other=0.0).to(tl.int32, bitcast=True)
             key = tl.where(j[None, :] == own[:, None], mine[:, None], key)
         key = tl.where(there, key, -1)
+        most = tl.full((ROWS,), COUNT, tl.int32)
+        if SHARE > 0:
+            most = tl.maximum((own + 1) * SHARE // 10000, least)
         low = tl.zeros((ROWS,), tl.int32)  # at least COUNT keys are >= low, unless there are fewer in all
         high = tl.max(key, 1) + 1  # fewer than COUNT, or exactly as many as needed, are >= high
         n_low = tl.sum((key >= 0).to(tl.int32), 1)
-        while tl.max(((n_low > COUNT) & (high - low > 1)).to(tl.int32), 0) > 0:
+        wanted = mass * tl.sum(x, 1)
+        while _is_searching(low, high, n_low, most, MASS):
             middle = low + (high - low) // 2
             n_middle = tl.sum((key >= middle[:, None]).to(tl.int32), 1)
-            enough = n_middle >= COUNT
+            enough = n_middle >= most
+            if MASS:
+                enough = enough | (tl.sum(tl.where(key >= middle[:, None], x, 0.0), 1) >= wanted)
             low = tl.where(enough, middle, low)
             n_low = tl.where(enough, n_middle, n_low)
             high = tl.where(enough, high, middle)
         above = key >= high[:, None]
         equal = (key >= low[:, None]) & (key < high[:, None])
-        left = COUNT - tl.sum(above.to(tl.int32), 1)
-        chosen = above | (equal & (tl.cumsum(equal.to(tl.int32), 1) <= left[:, None]))
+        left = most - tl.sum(above.to(tl.int32), 1)
+        rank = tl.cumsum(equal.to(tl.int32), 1)
+        chosen = above | (equal & (rank <= left[:, None]))
+        if MASS:  # those of equal importance, as long as the ones before them hold less than is wanted
+            before_equal = tl.sum(tl.where(above, x, 0.0), 1)[:, None] + (rank - 1).to(tl.float32) * x
+            chosen = there & (forced | (chosen & (above | (before_equal < wanted[:, None]))))
     out = BLOCKS + ((g * n + q0 + m).to(tl.int64) * COUNT)[:, None]
     slot = tl.cumsum(chosen.to(tl.int32), 1) - 1
     tl.store(out + slot, tl.broadcast_to(j[None, :], (ROWS, WIDTH)), mask=chosen)
@@ -827,6 +972,15 @@ def _top_kernel(
     s = tl.arange(0, COUNT_P2)
     empty = row[:, None] & (s[None, :] >= number[:, None]) & (s < COUNT)[None, :]
     tl.store(out + s[None, :], tl.full((ROWS, COUNT_P2), -1, tl.int32), mask=empty)
+
+
+@_jit
+def _is_searching(low, high, n_low, most, MASS: tl.constexpr):
+    """Whether a row's bisection goes on: without a mass, until `low` has no more than `most` above it."""
+    searching = high - low > 1
+    if not MASS:
+        searching = searching & (n_low > most)
+    return tl.max(searching.to(tl.int32), 0) > 0
 
 
 @_jit
@@ -1039,7 +1193,7 @@ def _store_dq(DQ, at, row, dq, gate, scale, D: tl.constexpr, D_P2: tl.constexpr,
 
 @_jit
 def _band_dq_kernel(
-    Q, K, V, DQ, D_OUT, LSE, GATES, DOTS, window, CU_Q, CU_K, B, HEADS, scale,
+    Q, K, V, DQ, D_OUT, LSE, GATES, DOTS, window, SEEN, CU_Q, CU_K, B, HEADS, scale,
     H: tl.constexpr, E: tl.constexpr, G: tl.constexpr, D: tl.constexpr, D_P2: tl.constexpr, B_P2: tl.constexpr,
     PRECISION: tl.constexpr, S: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, ADD: tl.constexpr,
     GATED: tl.constexpr, BRANCHES: tl.constexpr, BRANCH: tl.constexpr, REVERSE: tl.constexpr,
@@ -1052,7 +1206,7 @@ def _band_dq_kernel(
         h, g = _heads(HEADS, e, True, H, E, G)
         m = first + tl.arange(0, BM)
         row = m < n_q
-        seen = (n_k - n_q + m + 1) // S
+        seen = _seen(SEEN, q0, m, n_q, n_k, S)
         token = _row(q0, m, n_q, REVERSE)
         at = token * E + e
         q, do, lse, gate, dot = _gradient_rows(
@@ -1060,8 +1214,8 @@ def _band_dq_kernel(
         )
         acc = tl.zeros((BM, D_P2), tl.float32)
         j = tl.arange(0, BN)
-        by_first = (n_k - n_q + first + 1) // S
-        by_last = (n_k - n_q + tl.minimum(first + BM, n_q)) // S
+        by_first = _seen(SEEN, q0, first, n_q, n_k, S)
+        by_last = _seen(SEEN, q0, tl.minimum(first + BM, n_q) - 1, n_q, n_k, S)
         low = tl.maximum(by_first - window, 0)
         for start in range(low, by_last, BN):
             where = (_row(key0, start + j, n_k // S, REVERSE) * G + g) * D
@@ -1116,7 +1270,7 @@ def _selected_dq_kernel(
 
 @_jit
 def _band_dkv_kernel(
-    Q, K, V, DK, DV, D_OUT, LSE, GATES, DOTS, window, n_keys, CU_Q, CU_K, B, HEADS, scale,
+    Q, K, V, DK, DV, D_OUT, LSE, GATES, DOTS, window, n_keys, SEEN, CU_Q, CU_K, B, HEADS, scale,
     H: tl.constexpr, E: tl.constexpr, G: tl.constexpr, D: tl.constexpr, D_P2: tl.constexpr, B_P2: tl.constexpr,
     PRECISION: tl.constexpr, S: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, GATED: tl.constexpr,
     BRANCHES: tl.constexpr, BRANCH: tl.constexpr, REVERSE: tl.constexpr,
@@ -1137,6 +1291,8 @@ def _band_dkv_kernel(
         before = n_k - n_q
         low = tl.maximum((first + 1) * S - 1 - before, 0)  # the first query that sees one of the keys
         high = tl.minimum((first + BN + window) * S - 1 - before, n_q)
+        if SEEN is not None:
+            low, high = 0 * n_q, n_q
         step = tl.cdiv(tl.maximum(high - low, 0), tl.num_programs(2) * BM) * BM
         low += split * step
         high = tl.minimum(high, low + step)
@@ -1152,7 +1308,7 @@ def _band_dkv_kernel(
             q, do, lse, gate, dot = _gradient_rows(
                 Q, D_OUT, LSE, GATES, DOTS, token * H + h, at, row, D, D_P2, GATED, BRANCHES, BRANCH
             )
-            seen = ((before + m + 1) // S)[None, :]
+            seen = _seen(SEEN, q0, m, n_q, n_k, S)[None, :]
             keep = (j[:, None] < seen) & (j[:, None] >= seen - window)
             dk, dv = _dkv_step(dk, dv, q, do, k, v, keep, scale, lse, gate, dot, PRECISION)
         where += split * (tl.cast(n_keys, tl.int64) * (G * D))

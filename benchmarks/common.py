@@ -58,6 +58,7 @@ def add_model_options(parser, lengths: list[int]) -> None:
     parser.add_argument("--attention", default="sdpa", help="what the stock model runs (%(default)s)")
     backend = "triton" if torch.cuda.is_available() else "torch"
     parser.add_argument("--backend", default=backend, choices=("triton", "torch"), help="nsa_backend (%(default)s)")
+    parser.add_argument("--variant", default="paper", choices=("paper", "merged"), help="nsa_variant (%(default)s)")
     for name, default in (("hidden", 3584), ("heads", 28), ("kv-heads", 4)):
         parser.add_argument(f"--{name}", type=int, default=default, help="(%(default)s)")
 
@@ -110,7 +111,9 @@ def make_models(args, device: torch.device, layers: int, vocabulary: int = 15206
     torch.manual_seed(0)
     with device:
         model = VideoNSAForConditionalGeneration._from_config(
-            VideoNSAConfig(**settings, nsa_backend=args.backend), dtype=DTYPES[args.dtype], attn_implementation="sdpa"
+            VideoNSAConfig(**settings, nsa_backend=args.backend, nsa_variant=args.variant),
+            dtype=DTYPES[args.dtype],
+            attn_implementation="sdpa",
         )
         stock = Qwen2_5_VLForConditionalGeneration._from_config(
             Qwen2_5_VLConfig(**settings), dtype=DTYPES[args.dtype], attn_implementation=args.attention

@@ -2,6 +2,7 @@
 
     python benchmarks/prefill.py                            # 8K ... 128K vision tokens, the language model of the 7B
     python benchmarks/prefill.py --lengths 64K --attention flash_attention_3
+    python benchmarks/prefill.py --lengths 128K --variant merged      # what stock weights run untrained
 
 Both models have the same random weights, made on the device; no checkpoint is needed. The prompt is a video of 64
 tokens per two frames between a little text, given as embeddings: decoding, processor and vision tower are left out.
@@ -36,7 +37,7 @@ def main() -> None:
     add_options(parser)
     args = parse_model_options(parser)
     device = torch.device(args.device)
-    shape = ("dtype", "layers", "hidden", "heads", "kv_heads")
+    shape = ("dtype", "variant", "layers", "hidden", "heads", "kv_heads")
     same = {"benchmark": "prefill", **environment(device, args.date), **{name: getattr(args, name) for name in shape}}
     logging.set_verbosity_error()
     models = make_models(args, device, args.layers)

@@ -24,14 +24,19 @@ FIELDS = {
     "gate_temperature": "divides the logits of the gates",
     "nsa_backend": "`triton`, `torch`, or `auto`: Triton on NVIDIA GPUs from sm_80 on, else PyTorch",
 }
+NSA = """\
+through Native Sparse Attention: to the means of blocks of
+{block_size} tokens, to the {block_count} blocks that matter most, and to a window of {window_size} tokens"""
+MERGED = """\
+to the text before them and to chosen blocks of {block_size}
+tokens: the first, those that a window of {window_size} tokens overlaps, and the most important, {block_count} in all"""
 LENGTHS = (8192, 32768, 131072)  # tokens
 
 CARD = """
 # {name}
 
 [VideoNSA](https://arxiv.org/abs/2510.02295) on the weights of {base}, for questions about long videos.
-In every layer of the language model, vision tokens attend through Native Sparse Attention: to the means of blocks of
-{block_size} tokens, to the {block_count} blocks that matter most, and to a window of {window_size} tokens.
+In every layer of the language model, vision tokens attend {method}.
 Text tokens, and with them all that is generated, keep the dense attention of Qwen2.5-VL.
 
 {note}
@@ -162,6 +167,9 @@ def write_card(source: str | Path, folder: Path, config, *, base: str, name: str
     per_token = 2 * text.num_hidden_layers * text.num_key_value_heads * head_dim * itemsize
     weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     model_options = {key: value for key, value in options.items() if key not in ("dtype", "device_map")}
+    sizes = {key: getattr(config, key) for key in ("block_size", "block_count", "window_size")}
+    merged = config.nsa_variant == "merged"
+    runs = [key for key in VARIANTS if _runs(text, key) and (not merged or key in ("merged", "dense"))]  # no gates
     card = CARD.format(
         name=name,
         base=Path(base).resolve().name if local else f"[{base}](https://huggingface.co/{base})",
@@ -178,13 +186,13 @@ def write_card(source: str | Path, folder: Path, config, *, base: str, name: str
         head_dim=head_dim,
         dtype=dtype,
         fields="\n".join(f"| `{key}` | {json.dumps(getattr(config, key))} | {FIELDS[key]} |" for key in FIELDS),
-        variants="\n".join(f'| `"{key}"` | {VARIANTS[key]} |' for key in VARIANTS if _runs(text, key)),
+        method=(MERGED if merged else NSA).format(**sizes),
+        variants="\n".join(f'| `"{key}"` | {VARIANTS[key]} |' for key in runs),
         lengths=" | ".join(f"{n:,} tokens" for n in LENGTHS),
         rules="|".join("---" for _ in LENGTHS),
         weights=" | ".join([f"{weights / 1e9:.3g}"] * len(LENGTHS)),
         cache=" | ".join(f"{n * per_token / 1e9:.3g}" for n in LENGTHS),
         budget=" | ".join(f"{config.attention_budget(n, pooled_keys=True):.1%}" for n in LENGTHS),
-        **{key: getattr(config, key) for key in ("block_size", "block_count", "window_size")},
     )
     (folder / "README.md").write_text(f"---\n{data.to_yaml()}\n---\n{card}")
 

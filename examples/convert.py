@@ -2,10 +2,12 @@
 
     python examples/convert.py Qwen/Qwen2.5-VL-7B-Instruct VideoNSA-7B
     python examples/convert.py path/to/checkpoint VideoNSA-3B --push-to-hub me/VideoNSA-3B
+    python examples/convert.py Qwen/Qwen2.5-VL-7B-Instruct Sparse-7B --variant merged    # to use without training
 
 The weights are copied shard by shard as they are, so that memory does not depend on the size of the model; new,
 untrained gates are added in shards of their own. Gates that the source has already are kept. What has the layout of the
 public VideoNSA checkpoint gets `nsa_variant="released"`, the arithmetic that it was trained with (docs/released.md).
+The variant "merged" has no gates.
 """
 
 import argparse
@@ -52,6 +54,9 @@ TRAINED = "The gates are those of the source checkpoint."
 RELEASED = """\
 The gates are those of the source checkpoint, and `nsa_variant="released"` computes what they were trained with, which
 differs from the published method; `nsa_variant="paper"` computes that, and needs some fine-tuning first."""
+MERGED = """\
+No training was needed and no weight was added (`nsa_variant="merged"`): a vision token attends to all text before it
+and to the chosen blocks in one softmax. Videos of no more tokens than they hold get the base model's answers."""
 
 
 def convert(
@@ -81,10 +86,13 @@ def convert(
     VideoNSAConfig(**nsa_fields)  # raises for bad ones before anything is downloaded
     origin, source = str(source), fetch_source(source, revision)
     config = VideoNSAConfig.from_pretrained(source, **nsa_fields)
+    if config.nsa_variant == "merged":
+        config.text_config.require_implemented()  # raises where other fields do not fit it
     shards = find_shards(source)
 
     with new_folder(output) as partial:
         has_gates, dtype = write_weights(shards, partial, config.text_config, seed)
+        merged = config.nsa_variant == "merged"
         config.architectures = ["VideoNSAForConditionalGeneration"]
         config.dtype = dtype
         config.save_pretrained(partial)
@@ -95,6 +103,7 @@ def convert(
         copy_code(partial)
         trained = RELEASED if config.nsa_variant == "released" else TRAINED
         note, options = (trained, {}) if has_gates else (UNTRAINED, {"nsa_variant": "dense"})
+        note, options = (MERGED, {}) if merged else (note, options)
         write_card(source, partial, config, base=origin, name=name or output.name, note=note, **options)
     return output
 
@@ -181,12 +190,13 @@ def write_weights(shards, folder: Path, text_config, seed: int) -> tuple[bool, t
     }
     layer_bytes = sum(torch.Size(shape).numel() for shape in per_layer.values()) * dtype.itemsize
     step = max(1, MAX_SHARD // layer_bytes)
-    gate_shards = [] if gated else [layers[i : i + step] for i in range(0, len(layers), step)]
+    add = not gated and text_config.nsa_variant != "merged"
+    gate_shards = [layers[i : i + step] for i in range(0, len(layers), step)] if add else []
 
     count, weight_map = len(shards) + len(gate_shards), {}
     names = iter([f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)])
     total = sum(file.stat().st_size for file in shards)
-    gate_bytes = 0 if gated else layer_bytes * len(layers)
+    gate_bytes = layer_bytes * len(layers) if add else 0
     with tqdm(total=total + gate_bytes, unit="B", unit_scale=True, desc="weights", disable=None) as bar:
         for file, keys in shards.items():
             name = next(names)
@@ -232,8 +242,14 @@ def main() -> None:
     parser.add_argument("source", help="folder or Hub id of a Qwen2.5-VL checkpoint in safetensors")
     parser.add_argument("output", help="folder to make")
     parser.add_argument("--revision", help="branch, tag or commit of the Hub repository")
+    parser.add_argument(
+        "--variant", choices=("paper", "merged"), help="what vision tokens compute (default: the source's, else paper)"
+    )
     parser.add_argument("--block-size", type=int, help="vision tokens per block (default: the source's, else 64)")
-    parser.add_argument("--block-count", type=int, help="blocks per vision query (default: the source's, else 32)")
+    parser.add_argument(
+        "--block-count", type=lambda x: float(x) if "." in x else int(x),
+        help="blocks per vision query; of merged also a share of them, such as 0.25 (default: the source's, else 32)",
+    )  # fmt: skip
     parser.add_argument("--window-size", type=int, help="vision tokens in the window (default: the source's, else 256)")
     parser.add_argument("--gate-temperature", type=float, help="of the gates (default: the source's, else 1)")
     parser.add_argument("--seed", type=int, default=0, help="of the new gates (default 0)")
@@ -244,6 +260,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # a polite kill must clean up as Ctrl-C does
     fields = ("block_size", "block_count", "window_size", "gate_temperature")
     options = {name: value for name in fields if (value := getattr(args, name)) is not None}
+    if args.variant:
+        options["nsa_variant"] = args.variant
     hub = HfApi()
     try:
         # First of all: it needs a login and a name that is free, and gives the name in full.

@@ -119,7 +119,7 @@ def main() -> None:
     parser.add_argument("--prefer", help="if they do not suffice: pixels, frames or balanced (default: pixels)")
     parser.add_argument("--max-new-tokens", type=int, default=128, help="(default: 128)")
     parser.add_argument(
-        "--variant", help="what vision tokens compute: paper, released or dense (default: the checkpoint's)"
+        "--variant", help="what vision tokens compute: paper, released, merged or dense (default: the checkpoint's)"
     )
     parser.add_argument(
         "--device",

@@ -297,7 +297,9 @@ def main() -> None:
     parser.add_argument("data", help=".json or .jsonl file of conversations; FILE%%10 takes a random tenth of it")
     parser.add_argument("output", help="JSON file to write")
     parser.add_argument("--media-root", help="folder that media paths are relative to (default: that of DATA)")
-    parser.add_argument("--variant", help="what vision tokens compute: paper or dense (default: the checkpoint's)")
+    parser.add_argument(
+        "--variant", help="what vision tokens compute: paper, merged or dense (default: the checkpoint's)"
+    )
     parser.add_argument("--fps", type=float, help="frames per second (default: the processor's)")
     parser.add_argument("--max-frames", type=int, help="longer videos are sampled more sparsely")
     parser.add_argument("--batch-size", type=int, default=1, help="questions at a time (default: 1)")

@@ -97,7 +97,7 @@ class ModelArguments:
             "transformers' choice); eager is twice as fast on a CPU with --bf16 and short samples"
         },
     )
-    nsa_variant: str | None = field(default=None, metadata={"help": "paper or dense (default: the model's)"})
+    nsa_variant: str | None = field(default=None, metadata={"help": "paper, merged or dense (default: the model's)"})
     block_size: int | None = field(default=None, metadata={"help": "vision tokens per block (default: the model's)"})
     block_count: int | None = field(default=None, metadata={"help": "blocks per vision query (default: the model's)"})
     window_size: int | None = field(default=None, metadata={"help": "tokens in the window (default: the model's)"})
@@ -371,8 +371,10 @@ def load_config(arguments: ModelArguments):
     for name in ("nsa_variant", "block_size", "block_count", "window_size", "gate_temperature"):
         if getattr(arguments, name) is not None:
             setattr(config, name, getattr(arguments, name))
-    if config.nsa_variant == "dense" and trained_parts(arguments) == {"gates"}:
-        raise ValueError("nothing would be trained: gates alone (--method gates) have no use in --nsa_variant dense")
+    if config.nsa_variant in ("merged", "dense") and trained_parts(arguments) == {"gates"}:
+        raise ValueError(
+            f"nothing would be trained: gates alone (--method gates) have no use in --nsa_variant {config.nsa_variant}"
+        )
     return config
 
 

@@ -84,8 +84,21 @@ def compile_all(capability: int, names) -> list[dict]:
                 out = nsa_triton.nsa_attention(q, k, k.clone(), gates, cu_seqlens, **sizes)
             if out.requires_grad:
                 out.backward(torch.zeros_like(out))
+                if name == "7B bf16":
+                    compile_merged(nsa_triton, q, k, cu_seqlens, sizes)
         rows += [{"case": name, "kernel": kernel, **read(binary)} for (kernel, _), binary in compiled.items()]
     return rows
+
+
+def compile_merged(nsa_triton, q, k, cu_seqlens, sizes) -> None:
+    """With gradients, and with what has none or changes the choice."""
+    text, seen = torch.zeros_like(k[:50]), torch.zeros(len(q), dtype=torch.int32)
+    arguments = (q, k, k.clone(), text, text, seen, cu_seqlens, torch.tensor([0, 50], dtype=torch.int32))
+    out = nsa_triton.merged_attention(*arguments, **sizes, window_size=16)
+    out.backward(torch.zeros_like(out))
+    with torch.no_grad():
+        sizes = {**sizes, "block_count": 0.5, "mass": 0.9, "window_size": 16, "remainder": True}
+        nsa_triton.merged_attention(*arguments, **sizes)
 
 
 def read(kernel) -> dict:

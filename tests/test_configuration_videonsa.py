@@ -11,6 +11,8 @@ from videonsa.configuration_videonsa import NSA_FIELDS, VideoNSAConfig, VideoNSA
 DEFAULTS = {
     "block_size": 64,
     "block_count": 32,
+    "block_mass": 1.0,
+    "block_remainder": False,
     "window_size": 256,
     "gate_temperature": 1.0,
     "nsa_variant": "paper",
@@ -21,6 +23,8 @@ DEFAULTS = {
 OTHERS = {
     "block_size": 16,
     "block_count": 5,
+    "block_mass": 0.5,
+    "block_remainder": True,
     "window_size": 20,
     "gate_temperature": 0.3,
     "nsa_variant": "dense",
@@ -226,11 +230,6 @@ def test_attention_budget_of_dense_attention_is_one():
 def test_attention_budget_needs_a_token(variant, n):
     with pytest.raises(ValueError, match=f"n_tokens must be at least 1, got {n}"):
         VideoNSAConfig(nsa_variant=variant).attention_budget(n)
-
-
-def test_attention_budget_is_refused_for_variants_to_come():
-    with pytest.raises(NotImplementedError, match="nsa_variant='merged'"):
-        VideoNSAConfig(nsa_variant="merged").attention_budget(1000)
 
 
 @pytest.mark.parametrize("block_causal", [False, True])

@@ -422,7 +422,7 @@ def test_push_to_hub_makes_the_repository_first_and_uploads_the_folder_last(trai
         (["--media_root", "a", "b"], "--media_root must name one folder, or one for each data file, got 2"),
         (["--config", "gone.yaml"], "--config must be a file, got gone.yaml"),
         (["--block_size", "24"], "block_size must be a power of two"),
-        (["--nsa_variant", "merged"], "not there yet"),
+        (["--nsa_variant", "merged"], "block_count must be at least 4"),
         (["--method", "gates", "--nsa_variant", "dense"], "nothing would be trained: .*--method gates.*--nsa_variant"),
         (["--label_smoothing_factor", "0.1"], "--label_smoothing_factor must be 0, got 0.1"),
         (["--train_sampling_strategy", "group_by_length"], "must be random or sequential, got group_by_length"),

@@ -442,8 +442,10 @@ def test_operators_are_what_torch_expects_of_them():
     torch.library.opcheck(nsa_triton._attend, arguments)
     out, lse, outputs, blocks = (x.detach() for x in nsa_triton._attend(*arguments))
     tensors = [x.detach() for x in tensors]
-    arguments = (out, *tensors, blocks, cu, cu, outputs, lse, *lists, "all", 16, 9, None, True, True)
+    arguments = (out, None, *tensors, blocks, cu, cu, outputs, lse, *lists, "all", 16, 9, None, True, True)
     torch.library.opcheck(nsa_triton._attend_backward, arguments, test_utils=("test_schema", "test_faketensor"))
+    arguments = (*tensors[:2], lse[0], None, cu, cu, *lists, 16, 3, 0, 17, 1.0, None)
+    torch.library.opcheck(nsa_triton._choose, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_the_file_can_be_imported_again_under_another_name_and_under_the_same():
