@@ -270,6 +270,8 @@ class VideoNSAConfig(Qwen2_5_VLConfig):
     def get_config_dict(cls, *args, **kwargs):
         config_dict, kwargs = super().get_config_dict(*args, **kwargs)
         if is_public(config_dict):
+            legacy = ("block_counts", "window_size")  # may be null, for the default
+            config_dict = {k: v for k, v in config_dict.items() if k not in legacy or v is not None}
             config_dict = {"nsa_variant": "released", "gate_temperature": 0.3, **config_dict}
         if config_dict.get("model_type") == Qwen2_5_VLConfig.model_type:
             config_dict["model_type"] = cls.model_type  # meant to load; the warning about other types would mislead

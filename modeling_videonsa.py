@@ -374,7 +374,8 @@ class VideoNSATextModel(Qwen2_5_VLTextModel):
     @staticmethod
     def _vision_by_position(position_ids) -> torch.Tensor | None:
         """bool [batch, length]: tokens whose time, row and column differ, as the public code tells vision from text.
-        The first patch of an image or video, and others on that diagonal, count as text."""
+        The first patch of an image or video, and others on that diagonal, count as text; without positions, or with
+        those of text alone, all tokens do."""
         if position_ids is None or position_ids.ndim < 3:
             return None
         time, row, column = position_ids[-3:]

@@ -43,6 +43,7 @@ class Stream:
     text_rows: torch.Tensor  # int64 [T], text queries among the n
     ties: torch.Tensor  # int64 [T, 3, block_count]: what a text query selects, see `tied_choice`
     runs: list[tuple[int, int]]  # first and last + 1 of runs of queries that hold all vision queries
+    all_vision: bool  # no text in the stream
 
     @classmethod
     def make(cls, vision: torch.Tensor, n: int, block_size: int, block_count: int) -> "Stream":
@@ -58,6 +59,7 @@ class Stream:
             text_rows=text,
             ties=tied_choice((first + text) // block_size, block_size, block_count),
             runs=[(start, end + 1) for start, end in zip(edges, ends, strict=True)],
+            all_vision=bool(vision.all()),
         )
 
     def to(self, device: torch.device, **options) -> "Stream":
@@ -81,8 +83,8 @@ def released_attention(
 ) -> torch.Tensor:
     """The sparse term of every query, and the dense term of vision queries, of one sample with a vision query.
 
-    What is left is the dense term of text queries, to be added: causal attention over all tokens. A call whose queries
-    are all vision has no dense term.
+    What is left is the dense term of text queries, to be added: causal attention over all tokens. A stream without text
+    has no dense term.
 
     Args:
         q: [n, H, D], after the rotary embedding, of the last n tokens of the stream; bf16, fp16 or fp32.
@@ -102,12 +104,12 @@ def released_attention(
     all_v, q, k, v = v, q.masked_fill(zeroed[first:], 0), k.masked_fill(zeroed, 0), v.masked_fill(zeroed, 0)
     k_means, v_means = _means(k, block_size), _means(v, block_size)
     gates = gates.new_zeros(n, heads, 3).index_copy(0, stream.vision_rows, 0.5 * gates)  # of heads and copies, halved
-    gates = gates.repeat(1, 2, 1).to(q.dtype).unsqueeze(-1).unbind(2)  # 3 x [n, entries, 1]
+    gates = gates.to(q.dtype).unsqueeze(-1).unbind(2)  # 3 x [n, H, 1]
 
     # A query that is 0 sees all its keys alike. So do the heads of zeros.
     own = torch.arange(first, length, device=q.device) // block_size
     seen = own + 1 if block_causal else count - own
-    lse = accumulate(seen.to(q.dtype)).log().repeat(PADDED * groups, 1)
+    lse = seen.to(accumulate(q[:0]).dtype).log().repeat(PADDED * groups, 1)
     compressed = []
     for start, stop in stream.runs:
         last = first + stop
@@ -125,7 +127,7 @@ def released_attention(
             query_heads=lists,
             scale=scale,
         )
-        compressed.append(o)
+        compressed.append(_with_copies(o))
         lse[:entries, start:stop] = run_lse.T.where(stream.vision[first:][start:stop], lse[:entries, start:stop])
     lse = lse.view(n, PADDED * groups)  # the public code reads [heads, n] so
     others = (-lse).exp().unflatten(1, (groups, PADDED)).sum(2).T  # [groups, n]: importance of a block to a query of 0
@@ -149,17 +151,17 @@ def released_attention(
         qkv = (q[start:stop], k[keys], v[keys])
         g_cmp, g_slc, g_win = (gate[start:stop] for gate in gates)
         selected, _ = selected_attention(*qkv, blocks, block_size=block_size, scale=scale, **lists_of_run)
-        o = torch.addcmul(g_cmp * o, g_slc, selected)
+        o = torch.addcmul(g_cmp * o, g_slc, _with_copies(selected))
         window, _ = window_attention(*qkv, window_size=window_size, scale=scale, **lists_of_run)
-        o = torch.addcmul(o, g_win, window)
-        out[start:stop] = o.unflatten(1, (2, heads)).sum(1)
-    if len(stream.text_rows) == 0:
+        out[start:stop] = torch.addcmul(o, g_win, _with_copies(window))
+    if stream.all_vision:
         return out
 
     rows, positions = stream.text_rows, torch.arange(1, length + 1, device=q.device)[:, None, None]
     dense = accumulate(all_v).cumsum(0) / positions  # a vision query is 0 in the dense term
-    dense = dense[first:].to(q.dtype).masked_fill(zeroed[first:], 0)
-    out = (out.unflatten(1, (groups, -1)) + dense.unsqueeze(2)).flatten(1, 2)
+    out = (out.unflatten(1, (groups, -1)) + dense[first:].unsqueeze(2)).flatten(1, 2).to(q.dtype)
+    if len(rows) == 0:
+        return out
     sizes = {"block_size": block_size, "window_size": window_size, "block_causal": block_causal}
     means = _text_means(v, v_means, first + rows, stream.ties, others[:, rows].sub(PADDED).sign().long(), **sizes)
     copies = torch.arange(entries, device=q.device).view(2, heads) // PADDED  # KV heads of each head and its copy
@@ -271,6 +273,11 @@ def _means(x: torch.Tensor, block_size: int) -> torch.Tensor:
     if whole < len(x):
         means = torch.cat([means, accumulate(x[whole:]).mean(0, keepdim=True)])
     return means.to(x.dtype)
+
+
+def _with_copies(o: torch.Tensor) -> torch.Tensor:
+    """Heads and their copies, [n, 2 H, D], added up: they have the same gates."""
+    return o.unflatten(1, (2, -1)).sum(1)
 
 
 def _lengths(q: torch.Tensor, queries: int, keys: int) -> dict:

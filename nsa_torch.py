@@ -162,6 +162,8 @@ def select_blocks(
         mass: choose no more of the others once all chosen hold this share of the importance of the blocks before c.
         own_importance: [G, N], not negative. If given, no block is always chosen: block c has this importance.
 
+    Block means are not rounded here, as they are in `nsa_triton`: near ties of 16-bit inputs may fall otherwise.
+
     Returns:
         int32 [G, N, `most_blocks`], ascending, padded with -1 where fewer blocks are chosen.
     """

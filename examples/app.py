@@ -635,7 +635,9 @@ def main() -> None:
         default=os.environ.get("MODEL"),
         help="folder or Hub id of a VideoNSA repository (default: the variable MODEL, or the tiny trained one)",
     )
-    parser.add_argument("--variant", help="what vision tokens compute: paper or dense (default: the checkpoint's)")
+    parser.add_argument(
+        "--variant", help="what vision tokens compute: paper, released, merged or dense (default: the checkpoint's)"
+    )
     parser.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help='or "auto" (default: %(default)s)'
     )

@@ -52,7 +52,7 @@ def load(model: str, variant: str | None, device: str):
     """(model, processor) of a VideoNSA repository, or of a checkpoint in the layout of the public one."""
     config = AutoConfig.from_pretrained(model, trust_remote_code=True)
     if is_public(config.to_dict()):
-        report("layout", "the public VideoNSA checkpoint's: nsa_variant=released, unless --variant says otherwise")
+        report("layout", f"the public VideoNSA checkpoint's, so nsa_variant={variant or 'released'}")
         options = {} if variant is None else {"nsa_variant": variant}
         loaded = VideoNSAForConditionalGeneration.from_pretrained(model, dtype="auto", device_map=device, **options)
         return loaded.eval(), convert.load_processor(model)

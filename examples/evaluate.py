@@ -298,7 +298,7 @@ def main() -> None:
     parser.add_argument("output", help="JSON file to write")
     parser.add_argument("--media-root", help="folder that media paths are relative to (default: that of DATA)")
     parser.add_argument(
-        "--variant", help="what vision tokens compute: paper, merged or dense (default: the checkpoint's)"
+        "--variant", help="what vision tokens compute: paper, released, merged or dense (default: the checkpoint's)"
     )
     parser.add_argument("--fps", type=float, help="frames per second (default: the processor's)")
     parser.add_argument("--max-frames", type=int, help="longer videos are sampled more sparsely")

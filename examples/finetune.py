@@ -97,7 +97,9 @@ class ModelArguments:
             "transformers' choice); eager is twice as fast on a CPU with --bf16 and short samples"
         },
     )
-    nsa_variant: str | None = field(default=None, metadata={"help": "paper, merged or dense (default: the model's)"})
+    nsa_variant: str | None = field(
+        default=None, metadata={"help": "paper, released, merged or dense (default: the model's)"}
+    )
     block_size: int | None = field(default=None, metadata={"help": "vision tokens per block (default: the model's)"})
     block_count: int | None = field(default=None, metadata={"help": "blocks per vision query (default: the model's)"})
     window_size: int | None = field(default=None, metadata={"help": "tokens in the window (default: the model's)"})

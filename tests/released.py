@@ -71,7 +71,9 @@ def released_trace(
             new] read as [new, heads]: those of cached rows cannot be known from the new queries. All this is a rule of
             ours for chunks with vision tokens; of the public code none is known.
         block_causal: an intermediate commit's compression mask, j <= t // S, in place of t <= (j + 1)·S - 1.
-        fast_paths: as in evaluation: one term only where the new tokens are all text or all vision.
+        fast_paths: as in evaluation: one term only where the new tokens are all text, or all tokens so far are vision.
+            (The public code looks at the new tokens in the second case, too, but knows no chunks: they would lose the
+            dense term that they have in one pass.)
         work_dtype: what q·scale and the pooled keys are rounded to before the importance is computed.
         rank: of the importance [G, new, blocks], -inf where a block is no candidate: gives block indices, best first;
             default: equal ones from the lowest index on.
@@ -146,7 +148,7 @@ def released_trace(
     out = sparse + dense
     if fast_paths and not vision_rows.any():
         out = dense
-    elif fast_paths and vision_rows.all():
+    elif fast_paths and vision.all():
         out = sparse
     gap = selection_gap(importance, heads, block_count)
     return Trace(out, *branches, dense, gates, vision_rows, lse, importance, kept, gap)

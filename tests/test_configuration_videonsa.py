@@ -250,6 +250,8 @@ def test_the_layout_of_the_public_checkpoint_is_recognised_and_what_it_says_is_h
     assert (config.nsa_variant, config.gate_temperature) == ("released", 0.3)
     assert (config.block_size, config.block_count, config.window_size) == (64, 16, 128)
     assert config.text_config.cuts_seconds() and not config.block_causal
+    nothing = VideoNSAConfig.from_pretrained(save({**public, "block_counts": None, "window_size": None}, tmp_path))
+    assert (nothing.block_count, nothing.window_size) == (32, 256)
     exact = VideoNSAConfig.from_pretrained(tmp_path, truncate_seconds=False)
     assert exact.nsa_variant == "released" and not exact.text_config.cuts_seconds()
     paper = VideoNSAConfig.from_pretrained(tmp_path, nsa_variant="paper")

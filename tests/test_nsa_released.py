@@ -19,8 +19,8 @@ from released import (
 )
 from test_nsa_triton import DEVICE, larger_tiles, needs_gpu, relative_rms  # noqa: F401 (a fixture)
 
-from videonsa.modeling_videonsa import VideoNSAForConditionalGeneration
-from videonsa.nsa_released import Stream, padded_heads, released_attention, tied_choice
+from videonsa.modeling_videonsa import VideoNSAForConditionalGeneration, VisionLayout
+from videonsa.nsa_released import Stream, _text_means, padded_heads, released_attention, tied_choice
 
 SIZES = {"block_size": 16, "block_count": 4, "window_size": 20}
 CLEAR = 1e-4  # relative distance of the last block chosen from the first one left, above which fp32 cannot err
@@ -171,25 +171,51 @@ LARGE = {
         {"block_size": 64, "block_count": 8, "window_size": 256, "dim": 128},
     ),
 }
-ON_KERNELS = [
-    *(pytest.param(*CASES[name], id=name) for name in ("text around a video", "14 heads")),
-    *(pytest.param(*case, id=f"large: {name}", marks=needs_gpu) for name, case in LARGE.items()),
-]
+BOTH = {
+    "torch": CASES,
+    "triton": {name: CASES[name] for name in ("text around a video", "14 heads")},
+    "triton, natively": CASES | LARGE,
+}
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # in the interpreter, where masked
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("triton", [False, True], ids=["torch", "triton"])
-@pytest.mark.parametrize(("parts", "options"), ON_KERNELS)
-def test_both_paths_equal_the_reference_in_working_precision(parts, options, triton, dtype):
+@pytest.mark.parametrize(
+    ("path", "case"),
+    [
+        pytest.param(path, case, marks=needs_gpu if "natively" in path else (), id=f"{path}: {name}")
+        for path, cases in BOTH.items()
+        for name, case in cases.items()
+    ],
+)
+def test_both_paths_equal_the_reference_in_working_precision(path, case, dtype):
+    triton = path != "torch"
     if triton:
         pytest.importorskip("triton")
-    device = DEVICE if triton else "cpu"
-    out, trace, vision = run_case(parts, options, dtype, device, triton=triton, dim=32)
+    parts, options = case
+    out, trace, vision = run_case(parts, {"dim": 32, **options}, dtype, DEVICE if triton else "cpu", triton=triton)
     clear = (trace.gap > (CLEAR if dtype == torch.float32 else 0.03)) | ~vision[:, None]
-    assert clear.float().mean() > (0.95 if dtype == torch.float32 else 0.4)
-    tolerance = 1e-5 if dtype == torch.float32 else 3e-3
-    assert relative_rms(out[clear], trace.out[clear]) <= tolerance
+    assert clear.float().mean() > (0.6 if dtype == torch.float32 else 0.15)
+    assert relative_rms(out[clear], trace.out[clear]) <= (1e-5 if dtype == torch.float32 else 3e-3)
+    assert relative_rms(out, trace.out) <= 0.03  # near ties fall either way
+
+
+def test_which_of_tied_blocks_are_kept_is_no_detail():
+    """Lower blocks first, as elsewhere, would give text queries something else."""
+    position_ids = positions(*CASES["a chunk over a cache"][0])
+    tensors = inputs(position_ids, 28, 4, 16)
+    public = released_trace(*tensors, position_ids, rank=public_ranking(16), **SIZES)
+    lowest = released_trace(*tensors, position_ids, **SIZES)
+    assert relative_rms(lowest.out[~public.vision], public.out[~public.vision]) > 0.1
+
+
+def test_means_of_text_queries_do_not_cancel_in_long_streams():
+    v = 100 + torch.randn(20_000, 1, 8, generator=torch.Generator().manual_seed(0))
+    at = torch.tensor([19_000, 19_999])
+    ties, rank = tied_choice(at // 16, 16, 4), torch.zeros(1, 2, dtype=torch.long)
+    sizes = {"block_size": 16, "window_size": 20, "block_causal": False}
+    found, exact = (_text_means(x, x.unflatten(0, (-1, 16)).mean(1), at, ties, rank, **sizes) for x in (v, v.double()))
+    torch.testing.assert_close(found, exact, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("triton", [False, True], ids=["torch", "triton"])
@@ -288,7 +314,7 @@ def test_a_public_checkpoint_gives_the_logits_and_tokens_of_the_reference(model,
 def test_the_kernels_give_the_same_logits(public, reference):
     pytest.importorskip("triton")
     kernels = VideoNSAForConditionalGeneration.from_pretrained(public, dtype=torch.float32, nsa_backend="triton")
-    prompt = make_prompt(reference[0], 5, ("video", (4, 8, 12), 0.5), 4)
+    prompt = make_prompt(reference[0], 5, ("video", (2, 8, 8), 0.5), 4)
     logits = kernels.to(DEVICE)(**{name: x.to(DEVICE) for name, x in in_fp32(prompt).items()}).logits[0]
     expected = released_logits(*reference[:2], prompt, **reference[2], rank=public_ranking(64))
     assert relative_rms(logits.cpu(), expected) <= 1e-5
@@ -306,6 +332,43 @@ def test_positions_are_cut_to_seconds_unless_the_switch_is_off(public, model, re
     assert kept[0, 0, 9:-7].unique().tolist() == [*range(9, 15)] and cut[0, 0, 9:-7].unique().tolist() == [9]
     expected = released_logits(*reference[:2], prompt, kept[:, 0], **reference[2], rank=public_ranking(64))
     assert relative_rms(exact(**in_fp32(prompt)).logits[0], expected) <= 1e-5
+
+
+@torch.no_grad()
+def test_times_that_are_not_evenly_spaced_are_cut_each(model, reference):
+    ids = make_prompt(reference[0], 1, ("video", (4, 4, 4)))["input_ids"]
+    times, grid = [[0.0, 0.7, 1.9, 2.0]], torch.tensor([[4, 4, 4]])
+    found, _ = model.model.get_rope_index(ids, video_grid_thw=grid, second_per_grid_ts=times)
+    assert found[0, 0, 1::4].tolist() == [1, 1, 3, 5]  # 0, 0, 1 and 2 seconds, of 2 positions each
+
+
+@torch.no_grad()
+def test_the_intermediate_compression_mask_is_a_switch(public, reference):
+    prompt = make_prompt(reference[0], *PROMPTS["video"])
+    causal = VideoNSAForConditionalGeneration.from_pretrained(public, block_causal=True, dtype=torch.float32)
+    logits = causal(**in_fp32(prompt)).logits[0]
+    expected = released_logits(*reference[:2], prompt, **reference[2], rank=public_ranking(64), block_causal=True)
+    assert relative_rms(logits, expected) <= 1e-5
+
+
+@torch.no_grad()
+def test_other_ways_to_generate_give_the_same_tokens(model, reference):
+    prompt = in_fp32(make_prompt(reference[0], *PROMPTS["video"]))
+    tokens = model.generate(**prompt, max_new_tokens=6, do_sample=False)
+    static = model.generate(**prompt, max_new_tokens=6, do_sample=False, cache_implementation="static")
+    assert torch.equal(static, tokens)
+    beams = model.generate(**prompt, max_new_tokens=6, do_sample=False, num_beams=2, num_return_sequences=2)
+    assert beams.shape[0] == 2
+
+
+def test_the_layout_moves_between_devices_as_a_whole():
+    vision = vision_mask(positions(3, (2, 4, 4, 1), 5))[None]
+    layout = VisionLayout.make(
+        vision, 20, make_stream=lambda vision, n: Stream.make(vision, n, block_size=16, block_count=3)
+    )
+    ((stream, *rest),) = layout.to("meta").streams
+    tensors = [x for x in (*vars(stream).values(), *rest) if isinstance(x, torch.Tensor)]
+    assert len(tensors) == 6 and all(x.device.type == "meta" for x in tensors)
 
 
 @torch.no_grad()
