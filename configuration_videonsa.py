@@ -110,7 +110,7 @@ class VideoNSATextConfig(Qwen2_5_VLTextConfig):
         """Whether positions are made of whole seconds per temporal patch."""
         return self.nsa_variant == "released" if self.truncate_seconds is None else self.truncate_seconds
 
-    def require_implemented(self) -> None:
+    def validate_variant(self) -> None:
         """Raise a ValueError where the fields do not fit the variant (they may be set one after another)."""
         most = 16 * self.num_key_value_heads
         if self.nsa_variant == "released" and not most - 16 < 2 * self.num_attention_heads <= most:
@@ -163,7 +163,7 @@ class VideoNSATextConfig(Qwen2_5_VLTextConfig):
         """
         if n_tokens < 1:
             raise ValueError(f"n_tokens must be at least 1, got {n_tokens}")
-        self.require_implemented()
+        self.validate_variant()
         if self.nsa_variant == "dense":
             return 1.0
 

@@ -319,7 +319,7 @@ class VideoNSATextModel(Qwen2_5_VLTextModel):
 
     def __init__(self, config: VideoNSATextConfig):
         config.validate_nsa()
-        config.require_implemented()
+        config.validate_variant()
         super().__init__(config)
         for i, layer in enumerate(self.layers):
             layer.self_attn = VideoNSAAttention(config, i)
@@ -501,7 +501,7 @@ class VideoNSAModel(Qwen2_5_VLModel):
 
     def _vision_mask(self, input_ids, inputs_embeds, mm_token_type_ids) -> torch.Tensor | None:
         """bool [batch, length], or None when the call has no vision query or the variant is dense."""
-        self.config.text_config.require_implemented()
+        self.config.text_config.validate_variant()
         new = input_ids if input_ids is not None else inputs_embeds
         if self.config.nsa_variant == "dense" or (new.shape[1] == 1 and torch.compiler.is_compiling()):
             return None  # compiled decoding steps must not wait for the device

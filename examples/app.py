@@ -677,7 +677,7 @@ def main() -> None:
                 refuse_private_addresses()
             app = App(chat, Path(folder) / "files", limits, examples=not args.model)
             launch(app, args.model or "tiny VideoNSA", server_name=args.host, server_port=args.port)
-    except (OSError, ValueError, NotImplementedError) as error:
+    except (OSError, ValueError) as error:
         sys.exit(f"app.py: {error}")
 
 

@@ -305,7 +305,7 @@ def main() -> None:
     args = parser.parse_args()
     try:
         result = compare(args)
-    except (OSError, ValueError, NotImplementedError) as error:
+    except (OSError, ValueError) as error:
         sys.exit(f"compare_sparse.py: {error}")
     if args.figure:
         draw(result, Path(args.figure))

@@ -87,7 +87,7 @@ def convert(
     origin, source = str(source), fetch_source(source, revision)
     config = VideoNSAConfig.from_pretrained(source, **nsa_fields)
     if config.nsa_variant == "merged":
-        config.text_config.require_implemented()  # raises where other fields do not fit it
+        config.text_config.validate_variant()  # raises where other fields do not fit it
     shards = find_shards(source)
 
     with new_folder(output) as partial:

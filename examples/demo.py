@@ -151,7 +151,7 @@ def main() -> None:
                 answer(model, processor, inputs.to(model.device), args.max_new_tokens)
                 if "answer" in asked:
                     report("truth", asked["answer"])
-        except (OSError, ValueError, NotImplementedError) as error:
+        except (OSError, ValueError) as error:
             sys.exit(f"demo.py: {error}")
 
 

@@ -312,7 +312,7 @@ def main() -> None:
     args = parser.parse_args()
     try:
         result = evaluate(args)
-    except (OSError, ValueError, NotImplementedError) as error:
+    except (OSError, ValueError) as error:
         sys.exit(f"evaluate.py: {error}")
     print(format_table(result["accuracy"]))
     for drop in result["dropped"][:10]:

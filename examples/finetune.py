@@ -727,7 +727,7 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the workers are the parallelism
     try:
         finetune(*parse_arguments(sys.argv[1:]))
-    except (OSError, ValueError, NotImplementedError) as error:
+    except (OSError, ValueError) as error:
         sys.exit(f"finetune.py: {error}")
     finally:
         if torch.distributed.is_initialized():

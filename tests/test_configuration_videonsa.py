@@ -267,4 +267,4 @@ def test_the_layout_of_the_public_checkpoint_is_recognised_and_what_it_says_is_h
 def test_heads_that_do_not_fill_the_padding_of_the_released_variant_are_refused_by_models(heads):
     config = VideoNSATextConfig(nsa_variant="released", num_attention_heads=heads, num_key_value_heads=2)
     with pytest.raises(ValueError, match=f"num_attention_heads must be in 9 ... 16.*got {heads}"):
-        config.require_implemented()
+        config.validate_variant()

@@ -214,7 +214,7 @@ def test_a_card_states_licence_base_model_and_what_the_checkpoint_can_run(tiny_r
         config.nsa_variant = variant
         try:
             VideoNSAForConditionalGeneration(config)
-        except (NotImplementedError, ValueError):
+        except ValueError:
             assert f'| `"{variant}"` |' not in written.text
         else:
             assert f'| `"{variant}"` |' in written.text

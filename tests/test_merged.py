@@ -531,7 +531,7 @@ def test_a_converted_repository_answers_in_a_fresh_process(
 def test_fields_that_do_not_fit_the_variant_are_refused(fields, message):
     config = VideoNSATextConfig(num_hidden_layers=2, **{"nsa_variant": "merged", **fields})
     with pytest.raises(ValueError, match=message):
-        config.require_implemented()
+        config.validate_variant()
 
 
 @pytest.mark.parametrize(
