@@ -478,7 +478,6 @@ def test_the_demo_reads_a_video_within_a_budget(repository):
     [
         (["--video", "no-such-file.mp4"], "no-such-file.mp4"),
         (["--variant", "sparse"], "nsa_variant must be one of"),
-        (["--variant", "merged"], "not there yet"),
         (["--model", "{stock}"], "make one with: python examples/convert.py"),
     ],
 )
