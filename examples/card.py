@@ -110,7 +110,7 @@ Computed from the shapes, not measured; workspace and activations of a prefill c
 | query–key pairs of vision tokens, of dense attention | {budget} |
 
 No speed of this model has been measured, on any GPU. Measured is the reading of videos: 2 minutes of 1080p H.264 at 4
-frames per second become model inputs in 7.1 s, at 0.2 in 1.6 s, on 2 cores of an AMD EPYC (PyAV 18.1, torch 2.15,
+frames per second become model inputs in 4.2 s, at 0.2 in 1.0 s, on 2 cores of an AMD EPYC (PyAV 18.1, torch 2.15,
 transformers 5.23; `benchmarks/video.py` of the project).
 
 ## Limits
