@@ -236,6 +236,14 @@ def test_gradients_equal_those_of_the_reference(triton):
         assert relative_rms(grad.cpu(), want) <= (1e-5 if triton else 1e-9)
 
 
+def test_what_is_not_a_number_stays_one_and_raises_nothing():
+    position_ids = positions(9, (7, 4, 4, 1), 30)
+    q, k, v, logits = inputs(position_ids, 14, 2, 16)
+    q[9:121] = torch.nan
+    out, text = ours(q, k, v, logits, position_ids, **SIZES)
+    assert out[~text].isnan().all() and out[text].isfinite().all()
+
+
 def test_heads_and_their_copies_fill_the_padding_in_order():
     lists = padded_heads(28, 4)
     assert lists == [[*range(16)], [*range(16, 28), *range(4)], [*range(4, 20)], [*range(20, 28)]]
