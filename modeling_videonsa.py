@@ -235,7 +235,7 @@ class VideoNSAAttention(Qwen2_5_VLAttention):
 
     def _sparse(self, q, k, v, gates, layout: VisionLayout) -> torch.Tensor:
         """Sparse attention of vision queries q [N, heads, dim] over vision keys and values k, v [M, groups, dim]."""
-        return (nsa_attention_triton if self._uses_triton(q) else nsa_attention_torch)(
+        return (nsa_attention_triton if self.uses_triton(q) else nsa_attention_torch)(
             q,
             k,
             v,
@@ -253,7 +253,7 @@ class VideoNSAAttention(Qwen2_5_VLAttention):
         dim]."""
         rows, positions = layout.key_rows, layout.key_positions
         text_rows, text_positions = layout.text_rows, layout.text_positions
-        return (merged_attention_triton if self._uses_triton(q) else merged_attention_torch)(
+        return (merged_attention_triton if self.uses_triton(q) else merged_attention_torch)(
             q,
             k[rows, :, positions],
             v[rows, :, positions],
@@ -281,7 +281,7 @@ class VideoNSAAttention(Qwen2_5_VLAttention):
                 v[row, :, keys].transpose(0, 1),
                 own_gates,
                 stream,
-                triton=self._uses_triton(q),
+                triton=self.uses_triton(q),
                 block_size=self.config.block_size,
                 block_count=self.config.block_count,
                 window_size=self.config.window_size,
@@ -289,7 +289,8 @@ class VideoNSAAttention(Qwen2_5_VLAttention):
                 scale=self.scaling,
             )
 
-    def _uses_triton(self, q: torch.Tensor) -> bool:
+    def uses_triton(self, q: torch.Tensor) -> bool:
+        """Whether such queries go to the kernels."""
         backend = self.config.nsa_backend
         return backend == "triton" or (backend == "auto" and triton_available(q))
 

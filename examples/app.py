@@ -614,7 +614,7 @@ def write_space(folder: str | Path) -> Path:
     setup.read(HERE.parent / "setup.cfg")
     needs = setup["options"]["install_requires"].split("\n") + setup["options.extras_require"]["app"].split("\n")
     with new_folder(folder) as partial_folder:
-        for module in ("app", "card", "conversation", "convert", "demo", "folders", "make_needle_videos"):
+        for module in ("app", "card", "conversation", "convert", "demo", "folders", "make_needle_videos", "observe"):
             shutil.copyfile(HERE / f"{module}.py", partial_folder / f"{module}.py")
         shutil.copytree(HERE / "tiny", partial_folder / "tiny")
         (partial_folder / "videonsa").mkdir()

@@ -8,6 +8,7 @@ import math
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -16,7 +17,7 @@ import torch
 from transformers import TextIteratorStreamer
 
 import demo
-from videonsa import nsa_torch, nsa_triton
+from observe import branch_functions, observing
 
 WATCHED_LAYERS = 3  # layers whose choices of blocks are counted
 MOMENTS = 8  # of a video that `Conversation.moments` holds at most
@@ -133,17 +134,14 @@ class VideoChat:
         start, conversation.timing = time.perf_counter(), {}
         if conversation.stop.is_set():
             raise Stopped
-        model, cache, watch, choices = self.model, conversation.cache, None, []
+        model, cache, watch, choices = self.model, conversation.cache, nullcontext(), []
         if cache is None:
             if conversation.messages:
                 raise ValueError("the cache of this conversation was lost; start a new one")
             content = [{"type": "video", "video": conversation.video}, {"type": "text", "text": question}]
             inputs, metadata = demo.read(self.processor, conversation.video, question, **conversation.settings)
             pixels, times = inputs["pixel_values_videos"], metadata.sample_times
-            observe = partial(self._observe, choices)
-            watch = model.model.language_model.register_forward_pre_hook(
-                lambda module, args, kwargs: (args, {**kwargs, "observe": observe}), with_kwargs=True
-            )
+            watch = observing(model, partial(self._observe, choices))
             inputs, self.reading = inputs.to(model.device), conversation
         else:
             content = [{"type": "text", "text": question}]
@@ -159,20 +157,18 @@ class VideoChat:
             return torch.full((len(ids),), conversation.stop.is_set(), device=ids.device)
 
         try:
-            output = model.generate(
-                **inputs,
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                return_dict_in_generate=True,
-                streamer=streamer,
-                stopping_criteria=[stopping],
-            )
+            with watch:
+                output = model.generate(
+                    **inputs,
+                    max_new_tokens=max_new_tokens,
+                    do_sample=False,
+                    return_dict_in_generate=True,
+                    streamer=streamer,
+                    stopping_criteria=[stopping],
+                )
         except BaseException:
             conversation.cache = None  # layers may hold parts of different lengths
             raise
-        finally:
-            if watch is not None:
-                watch.remove()
         ids, ends = output.sequences[0], model.generation_config.eos_token_id
         ended = int(ids[-1]) in (ends if isinstance(ends, list) else [ends])
         conversation.ids, conversation.cache = ids[: len(ids) - ended], output.past_key_values
@@ -207,7 +203,7 @@ class VideoChat:
         if attention.layer_idx in self.watched and self.model.config.nsa_variant == "paper":
             config, rows, positions = attention.config, layout.key_rows, layout.key_positions
             q, k, v = q[layout.queries], k[rows, :, positions], v[rows, :, positions]
-            nsa = nsa_triton if config.nsa_backend != "torch" and nsa_triton.available(q) else nsa_torch
+            nsa = branch_functions(self.model, q)
             sizes = {"block_size": config.block_size, "scale": attention.scaling}
             _, lse = nsa.compressed_attention(q, k, v, layout.cu_seqlens, **sizes)
             blocks = nsa.select_blocks(q, k, lse, layout.cu_seqlens, **sizes, block_count=config.block_count)

@@ -165,8 +165,7 @@ def watch_dense(model, inputs: dict, see: Callable) -> None:
 def branch_functions(model, q: torch.Tensor):
     """`nsa_triton` or `nsa_torch`, of the files that this model runs."""
     code = sys.modules[type(model).__module__]
-    backend = model.config.nsa_backend
-    triton = backend == "triton" or (backend == "auto" and code.triton_available(q))
+    triton = model.model.language_model.layers[0].self_attn.uses_triton(q)
     return sys.modules[(code.nsa_attention_triton if triton else code.nsa_attention_torch).__module__]
 
 
