@@ -88,8 +88,11 @@ class VisionLayout:
         vision = vision if valid is None else vision & valid
         new = torch.arange(batch * total, device=vision.device).view(batch, total)[:, total - length :].flatten()
 
+        edges = [*starts.flatten().nonzero().squeeze(1).tolist(), batch * total]
+        samples = [(start // total, start % total, (stop - 1) % total + 1) for start, stop in pairwise(edges)]
+
         def cu_seqlens(index):
-            counts = sample[index].bincount(minlength=int(sample[-1]) + 1)
+            counts = sample[index].bincount(minlength=len(samples))
             return nn.functional.pad(counts.cumsum(0), (1, 0)).int()
 
         keys = vision.flatten().nonzero().squeeze(1)
@@ -99,8 +102,6 @@ class VisionLayout:
         text_keys = is_text.flatten().nonzero().squeeze(1)
         cu_seqlens_text = cu_seqlens(text_keys)
         text_before = is_text.flatten().cumsum(0).int()[new[queries]]  # of all samples
-        edges = [*starts.flatten().nonzero().squeeze(1).tolist(), batch * total]
-        samples = [(start // total, start % total, (stop - 1) % total + 1) for start, stop in pairwise(edges)]
         counts = sample[new[text]].bincount(minlength=len(samples)).tolist()
         parts = [(part, *place) for part, place in zip(text.split(counts), samples, strict=True) if len(part)]
         streams = []
