@@ -27,6 +27,8 @@ class VideoNSATextConfig(Qwen2_5_VLTextConfig):
             layer; 1.0 is a dense layer.
         block_mass (`float`, defaults to 1.0): `"merged"` stops choosing once the chosen blocks hold this share of the
             estimated attention to blocks; `block_count` remains the bound.
+        block_spread (`bool`, defaults to `True`): `"merged"` estimates the attention to a block from the means and the
+            variances of its keys' channels, otherwise from the means alone as the paper does.
         block_remainder (`bool`, defaults to `False`): `"merged"` lets blocks that are not chosen enter by the means of
             their keys and values.
         window_size (`int`, defaults to 256): Vision tokens in the sliding window; `"merged"` always chooses the blocks
@@ -55,6 +57,7 @@ class VideoNSATextConfig(Qwen2_5_VLTextConfig):
     block_size: int = 64
     block_count: int | float | list[int | float] = 32
     block_mass: float = 1.0
+    block_spread: bool = True
     block_remainder: bool = False
     window_size: int = 256
     gate_temperature: float = 1.0
@@ -85,8 +88,9 @@ class VideoNSATextConfig(Qwen2_5_VLTextConfig):
             )
         if not isinstance(self.block_mass, int | float) or not 0 < self.block_mass <= 1:
             raise ValueError(f"block_mass must be a number above 0 and at most 1, got {self.block_mass!r}")
-        if not isinstance(self.block_remainder, bool):
-            raise ValueError(f"block_remainder must be True or False, got {self.block_remainder!r}")
+        for name in ("block_spread", "block_remainder", "block_causal"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if self.block_size & (self.block_size - 1):
             raise ValueError(f"block_size must be a power of two, got {self.block_size}")
         if not isinstance(self.gate_temperature, int | float) or not self.gate_temperature > 0:
@@ -98,8 +102,6 @@ class VideoNSATextConfig(Qwen2_5_VLTextConfig):
             )
         if self.truncate_seconds not in (None, True, False):
             raise ValueError(f"truncate_seconds must be True, False or None, got {self.truncate_seconds!r}")
-        if not isinstance(self.block_causal, bool):
-            raise ValueError(f"block_causal must be True or False, got {self.block_causal!r}")
         if "sliding_attention" in self.layer_types:
             raise ValueError(
                 "layer_types must not contain 'sliding_attention' (use_sliding_window=False): VideoNSA's text queries "
@@ -203,6 +205,7 @@ NSA_FIELDS = (
     "block_size",
     "block_count",
     "block_mass",
+    "block_spread",
     "block_remainder",
     "window_size",
     "gate_temperature",

@@ -268,6 +268,7 @@ class VideoNSAAttention(Qwen2_5_VLAttention):
             block_count=self.config.layer_block_count(self.layer_idx),
             window_size=self.config.window_size,
             mass=self.config.block_mass,
+            spread=self.config.block_spread,
             remainder=self.config.block_remainder,
             scale=self.scaling,
         )

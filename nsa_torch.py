@@ -145,6 +145,7 @@ def select_blocks(
     block_count: int | float = 32,
     window_size: int | None = None,
     mass: float = 1.0,
+    spread: bool = False,
     own_importance: torch.Tensor | None = None,
     scale: float | None = None,
 ) -> torch.Tensor:
@@ -154,12 +155,16 @@ def select_blocks(
     (arXiv 2502.11089 eq. 8-10), which therefore share the choice. Ties go to the lower index.
 
     Args:
-        lse: [N, H] from `compressed_attention`; the others as in `nsa_attention`.
+        lse: [N, H] from `compressed_attention`; with `spread`, that of the other keys in the softmax, -inf where there
+            are none. The others as in `nsa_attention`.
         block_count: a number, or as a float in (0, 1] the share of the blocks 0 ... c, rounded down (in steps of 1 /
             10,000, and never below the blocks that are always chosen).
         window_size: always choose the blocks that this many last tokens overlap, and block 0; default block_size + 1,
             which are the previous and the own block.
         mass: choose no more of the others once all chosen hold this share of the importance of the blocks before c.
+        spread: importance is what a block's tokens would get of one softmax over the blocks before c and the keys of
+            `lse`, estimated from the mean and variance of each channel of its keys, see `_block_lse`. A mean alone
+            hides a single strong key.
         own_importance: [G, N], not negative. If given, no block is always chosen: block c has this importance.
 
     Block means are not rounded here, as they are in `nsa_triton`: near ties of 16-bit inputs may fall otherwise.
@@ -176,10 +181,16 @@ def select_blocks(
         i = _stream_index(q, first)[:, None]
         own = i // block_size  # [C, 1]
         block = torch.arange((first + len(q) - 1) // block_size + 1, device=q.device)
-        means = _block_means(k[: first + len(q)], block_size)
-        log_p = _scores(q, means, scale) - lse.unflatten(1, (k.shape[1], -1)).transpose(0, 1).unsqueeze(-1)
-        importance = log_p.exp().sum(2)  # [G, C, blocks], over the heads of a group
-        importance = torch.nn.functional.pad(importance, (0, len(block) - len(means)))  # own block may be incomplete
+        lse = lse.unflatten(1, (k.shape[1], -1)).transpose(0, 1).unsqueeze(-1)  # [G, C, r, 1]
+        keys = k[: first + len(q)]
+        if spread:
+            scores = _block_lse(q, keys, block_size, scale)  # [G, C, r, complete blocks]
+            scores = scores.masked_fill((block[: scores.shape[-1]] >= own)[:, None], -torch.inf)
+            lse = torch.cat([scores, lse.to(scores.dtype)], -1).logsumexp(-1, keepdim=True)
+        else:
+            scores = _scores(q, _block_means(keys, block_size), scale)
+        importance = (scores - lse).exp().sum(2)  # [G, C, blocks], over the heads of a group
+        importance = torch.nn.functional.pad(importance, (0, len(block) - scores.shape[-1]))  # own may be incomplete
         importance = importance.masked_fill(block >= own, 0)
         if own_importance is None:
             forced = (block == 0) | (block >= (i - window_size + 1) // block_size)
@@ -334,6 +345,7 @@ def merged_attention(
     block_count: int | float = 32,
     window_size: int = 256,
     mass: float = 1.0,
+    spread: bool = True,
     remainder: bool = False,
     scale: float | None = None,
 ) -> torch.Tensor:
@@ -349,7 +361,7 @@ def merged_attention(
         window_size: tokens, the query's own included, whose blocks are always chosen.
         remainder: let each complete block that is not chosen enter, too, as one key and value, the means of its own,
             whose logit is raised by log(block_size), as if it stood for them all.
-        block_count, mass: as in `select_blocks`; the others, and errors, as in `nsa_attention`.
+        block_count, mass, spread: as in `select_blocks`; the others, and errors, as in `nsa_attention`.
 
     Returns:
         [N, H, D] in the dtype of q. Differentiable in q, k, v, text_k and text_v; the choice carries no gradient.
@@ -357,11 +369,8 @@ def merged_attention(
     sizes = {"block_size": block_size, "block_count": block_count, "window_size": window_size, "mass": mass}
     check_arguments(q, k, v, cu_seqlens, cu_seqlens_k, scale=scale, **sizes)
     check_text(q, k, text_k, text_v, text_seen, cu_seqlens, cu_seqlens_text)
-    lengths, blocks = {"cu_seqlens": cu_seqlens, "cu_seqlens_k": cu_seqlens_k}, None
-    if block_count != 1.0 or isinstance(block_count, int):
-        with torch.no_grad():
-            _, lse = compressed_attention(q, k, v, **lengths, block_size=block_size, scale=scale)
-            blocks = select_blocks(q, k, lse, **lengths, **sizes, scale=scale)
+    lengths = {"cu_seqlens": cu_seqlens, "cu_seqlens_k": cu_seqlens_k}
+    stream = k
 
     # Keys of a sample: its text, then its stream.
     cu_seqlens_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
@@ -371,6 +380,23 @@ def merged_attention(
         for t, x in ((text_k, k), (text_v, v))
     )
     text_count = cu_seqlens_text.diff().repeat_interleave(cu_seqlens.diff())  # [N], of the whole sample
+    over_chunks = functools.partial(
+        _over_chunks, q=q, k=k, v=v, cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k + cu_seqlens_text,
+        keys_per_query=lambda n: n, per_query=(text_seen, text_count),
+    )  # fmt: skip
+
+    def attend_text(q, k, v, first, seen, text_count):
+        text = torch.arange(int(text_count[0]), device=q.device)
+        return _softmax_attention(q, k[: len(text)], v[: len(text)], (text < seen[:, None])[None], scale)
+
+    blocks = None
+    if block_count != 1.0 or isinstance(block_count, int):
+        with torch.no_grad():
+            if spread:
+                _, lse = over_chunks(attend_text)
+            else:
+                _, lse = compressed_attention(q, stream, stream, **lengths, block_size=block_size, scale=scale)
+            blocks = select_blocks(q, stream, lse, **lengths, **sizes, spread=spread, scale=scale)
 
     def attend(q, k, v, first, seen, text_count, blocks=None):
         texts = int(text_count[0])
@@ -391,8 +417,7 @@ def merged_attention(
             bias = torch.cat([q.new_zeros(texts + n), q.new_full((len(means[0]),), math.log(block_size))])
         return _softmax_attention(q, k, v, visible, scale, bias)
 
-    per_query = (text_seen, text_count)
-    return _over_chunks(attend, q, k, v, cu_seqlens, cu_seqlens_k + cu_seqlens_text, lambda n: n, per_query, blocks)[0]
+    return over_chunks(attend, blocks=blocks)[0]
 
 
 def check_arguments(
@@ -533,6 +558,24 @@ def _block_means(x: torch.Tensor, block_size: int) -> torch.Tensor:
     """[n, G, D] -> [complete blocks, G, D]"""
     count = len(x) // block_size
     return x[: count * block_size].unflatten(0, (count, block_size)).mean(1)
+
+
+def _block_lse(q: torch.Tensor, k: torch.Tensor, block_size: int, scale: float | None) -> torch.Tensor:
+    """Estimated log-sum-exp of the logits of each block's keys, [G, C, r, complete blocks].
+
+    The logits of a query are taken as `block_size` draws from a normal distribution of mean q·μ and variance
+    σ² = Σ_d q_d² var_d, for the mean μ and the variances var of the keys' channels. Their log-sum-exp is then about
+    q·μ + σ²/2 + ln S up to σ = (2 ln S)^½, and beyond, where the largest draw is all that counts, q·μ + σ (2 ln S)^½
+    (the random energy model, Derrida, Phys. Rev. B 24, 2613, 1981).
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    most = math.sqrt(2 * math.log(block_size))
+    count = len(k) // block_size
+    blocks = k[: count * block_size].unflatten(0, (count, block_size))
+    means = blocks.mean(1)
+    variance = _scores(q.square(), (blocks - means[:, None]).square().mean(1), scale * scale)
+    spread = torch.where(variance < most * most, (variance + most * most) / 2, most * variance.sqrt())
+    return _scores(q, means, scale) + spread
 
 
 def _chosen(blocks: torch.Tensor, n: int, block_size: int) -> torch.Tensor:

@@ -3,6 +3,7 @@
 Forward, for a *tile*, which is a run of adjacent queries of one sample (r query heads share a KV head):
   compression  block means, then flash attention of a tile over them, head by head   `_means_kernel`, `_band_kernel`
   choice       importance of the blocks for a chunk of tiles; the top ones by bisection  `_importance_`, `_top_kernel`
+               where it goes by means and variances, first what it is a share of               `_estimate_kernel`
   selection    the union of a tile's blocks, each with the set of queries that chose it              `_union_kernel`
                flash attention of a tile's r heads as rows over that union                        `_selected_kernel`
   window       flash attention of a tile over a band of keys, head by head                            `_band_kernel`
@@ -67,7 +68,7 @@ def compressed_attention(q, k, v, cu_seqlens, *, cu_seqlens_k=None, query_heads=
 @torch.no_grad()
 def select_blocks(
     q, k, lse, cu_seqlens, *,
-    cu_seqlens_k=None, query_heads=None, block_size=64, block_count=32, window_size=None, mass=1.0,
+    cu_seqlens_k=None, query_heads=None, block_size=64, block_count=32, window_size=None, mass=1.0, spread=False,
     own_importance=None, scale=None,
 ):  # fmt: skip
     """See `nsa_torch.select_blocks`."""
@@ -78,7 +79,7 @@ def select_blocks(
     width = most_blocks(k.shape[0], block_size, block_count, window_size)
     share = round(block_count * 10_000) if isinstance(block_count, float) else 0  # see nsa_torch.blocks_per_query
     cu_seqlens_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
-    options = (block_size, width, share, window_size, float(mass), scale)
+    options = (block_size, width, share, window_size, float(mass), spread, scale)
     lists = _head_lists(q, k, query_heads)
     return _choose(q, k, lse, own_importance, cu_seqlens, cu_seqlens_k, *lists, *options)
 
@@ -106,31 +107,32 @@ def pooled_attention(q, k, v, *, first, query_heads=None, block_size=64, reverse
 
 def merged_attention(
     q, k, v, text_k, text_v, text_seen, cu_seqlens, cu_seqlens_text, *,
-    cu_seqlens_k=None, block_size=64, block_count=32, window_size=256, mass=1.0, remainder=False, scale=None,
+    cu_seqlens_k=None, block_size=64, block_count=32, window_size=256, mass=1.0, spread=True,
+    remainder=False, scale=None,
 ):  # fmt: skip
     """See `nsa_torch.merged_attention`. The softmax is put together from one over the blocks, one over the text, and
-    one over the means of the `remainder`, which has no gradient here."""
+    one over the means of the `remainder`."""
     sizes = {"block_size": block_size, "block_count": block_count, "window_size": window_size, "mass": mass}
     _check(q, k, v, cu_seqlens, cu_seqlens_k, scale=scale, **sizes)
     check_text(q, k, text_k, text_v, text_seen, cu_seqlens, cu_seqlens_text, read_lengths=_reads_lengths(q))
-    if remainder and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, text_k, text_v)):
-        raise ValueError(
-            "the remainder (block_remainder) has no gradient in the Triton kernels: call under torch.no_grad(), or "
-            'train with block_remainder=False or nsa_backend="torch"'
-        )
     lengths = {"cu_seqlens": cu_seqlens, "cu_seqlens_k": cu_seqlens_k}
+    options = (block_size, 0, max(1, k.shape[0]), scale, False)
+    lists = _head_lists(q, k, None)
+    text_lse = q.new_full((1, *q.shape[:2]), -torch.inf, dtype=torch.float32)
+    if text_k.shape[0] > 0:
+        part = (q, text_k, text_v, None, text_seen, cu_seqlens, cu_seqlens_text, *lists, "prefix", *options)
+        text_out, text_lse, *_ = _attend(*part)
     branch, blocks = "window", None
     if block_count != 1.0 or isinstance(block_count, int):
         with torch.no_grad():
-            _, lse = compressed_attention(q, k, v, **lengths, block_size=block_size, scale=scale)
-            branch, blocks = "selected", select_blocks(q, k, lse, **lengths, **sizes, scale=scale)
+            lse = text_lse[0]
+            if not spread:
+                _, lse = compressed_attention(q, k, v, **lengths, block_size=block_size, scale=scale)
+            branch, blocks = "selected", select_blocks(q, k, lse, **lengths, **sizes, spread=spread, scale=scale)
     cu_seqlens_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
-    options = (block_size, 0, max(1, k.shape[0]), scale, False)
-    lists = _head_lists(q, k, None)
     out, lse, *_ = _attend(q, k, v, None, blocks, cu_seqlens, cu_seqlens_k, *lists, branch, *options)
     if text_k.shape[0] > 0:
-        part = (q, text_k, text_v, None, text_seen, cu_seqlens, cu_seqlens_text, *lists, "prefix", *options)
-        out, lse = _merge(out, lse, *_attend(*part)[:2])
+        out, lse = _merge(out, lse, text_out, text_lse)
     if remainder and blocks is not None:
         part = (q, k, v, None, blocks, cu_seqlens, cu_seqlens_k, *lists, "remainder", *options)
         others, others_lse, *_ = _attend(*part)
@@ -214,12 +216,12 @@ while hasattr(getattr(torch.ops, _namespace), "attend"):
     f"{_namespace}::choose",
     mutates_args=(),
     schema="(Tensor q, Tensor k, Tensor lse, Tensor? own_importance, Tensor cu_seqlens, Tensor cu_seqlens_k, "
-    "int[] heads, int[] starts, int block_size, int width, int share, int window_size, float mass, float? scale) "
-    "-> Tensor",
+    "int[] heads, int[] starts, int block_size, int width, int share, int window_size, float mass, bool spread, "
+    "float? scale) -> Tensor",
 )
 def _choose(
     q, k, lse, own_importance, cu_seqlens, cu_seqlens_k, heads, starts, block_size, width, share, window_size, mass,
-    scale,
+    spread, scale,
 ):  # fmt: skip
     """Chosen blocks int32 [G, N, width]."""
     blocks = torch.empty(k.shape[1], q.shape[0], width, dtype=torch.int32, device=q.device)
@@ -227,7 +229,7 @@ def _choose(
         with torch.cuda.device_of(q):
             call = _Call(q, k, k, cu_seqlens, cu_seqlens_k, heads, starts, block_size, scale)
             own = None if own_importance is None else own_importance.float().contiguous()
-            call.choose(lse.float().contiguous(), blocks, own, window_size, share, mass)
+            call.choose(lse.float().contiguous(), blocks, own, window_size, share, mass, spread)
     return blocks
 
 
@@ -250,7 +252,7 @@ def _attend(
     """o [N, E, D] for the E entries of `heads`, and lse [branches, N, E], of one branch or of "all", gated.
 
     The branch "prefix" is attention over the first keys of a sample, as many as `blocks`, here [N], says of each query;
-    "remainder" is that of "compressed" without the blocks given, and without a gradient.
+    "remainder" is that of "compressed" without the blocks given.
 
     With `save`, what the backward pass of "all" needs, too: the outputs of its branches [3, N, E, D] and the chosen
     blocks [G, N, block_count]; empty otherwise.
@@ -408,15 +410,27 @@ class _Call:
         count = self.n_keys // self.block_size
         k_means, v_means = (x.new_empty(max(1, count), *x.shape[1:]) for x in (self.k, self.v))
         grid = (self.pieces, self.groups)
-        self.launch(_means_kernel, grid, self.k, self.v, k_means, v_means, num_warps=4)
+        self.launch(_means_kernel, grid, self.k, self.v, k_means, v_means, VARIANCE=False, num_warps=4)
         return k_means, v_means
+
+    @functools.cached_property
+    def moments(self):
+        """Means of k, and the variances of its channels, over complete blocks. The latter, and the squares that they
+        are multiplied with, are bf16 for 16-bit inputs: fp16 does not reach as far."""
+        count = self.n_keys // self.block_size
+        means = self.k.new_empty(max(1, count), *self.k.shape[1:])
+        variances = torch.empty_like(means, dtype=torch.float32 if means.dtype == torch.float32 else torch.bfloat16)
+        grid = (self.pieces, self.groups)
+        self.launch(_means_kernel, grid, self.k, self.k, means, variances, VARIANCE=True, num_warps=4)
+        return means, variances
 
     # A branch writes o [N, E, D] to `out`; with gates [N, E, 3] it adds its share of the gated sum to what branches of
     # lower number have written there, and writes o to `keep`, if given.
 
     def compressed(self, out, lse, gates=None, branch=0, keep=None, reverse=False, skip=None):
         config = _config("compressed" if skip is None else "remainder", self.q)
-        config |= {} if skip is None else {"SKIP": skip, "WORDS": skip.shape[2]}
+        if skip is not None:
+            self.common |= {"SKIP": skip, "WORDS": skip.shape[2]}
         k_means, v_means = self.means
         grid = (self.tiles(config["BM"]), self.common["E"])
         config |= _share(out, gates, branch, keep)
@@ -435,11 +449,11 @@ class _Call:
         config |= {**_share(out, None, 0, None), "SEEN": seen}
         self.launch(_band_kernel, grid, self.q, self.k, self.v, out, lse, self.n_keys, S=1, REVERSE=False, **config)
 
-    def choose(self, lse, blocks, own_importance=None, window_size=None, share=0, mass=1.0):
+    def choose(self, lse, blocks, own_importance=None, window_size=None, share=0, mass=1.0, spread=False):
         """Write the choice into blocks [G, N, count], from the importance of a chunk of tiles at a time."""
         count, window_size = blocks.shape[2], self.block_size + 1 if window_size is None else window_size
         n_blocks = (self.n_keys - 1) // self.block_size + 1  # of any sample, at most
-        config, top = _config("importance", self.q), _top_config(n_blocks)
+        config, top = _config("estimate" if spread else "importance", self.q), _top_config(n_blocks)
         rows = config["BM"]
         everything = n_blocks <= count and share == 0 and mass == 1  # then there is nothing to compare
         stride = triton.cdiv(n_blocks, 16) * 16  # so that rows are aligned
@@ -447,12 +461,18 @@ class _Call:
         step = max(1, MAX_IMPORTANCE // size)
         size = 0 if everything else min(step, self.tiles(rows)) * size
         importance = torch.empty(size, dtype=torch.float32, device=lse.device)
+        if not everything:
+            means, variances = self.moments if spread else (self.means[0], None)
+            keys = (self.q, means, variances, math.sqrt(2 * math.log(self.block_size)))
+        if spread and not everything:
+            lse, others = torch.empty_like(lse), lse
+            grid = (self.tiles(rows), self.common["E"])
+            self.launch(_estimate_kernel, grid, *keys, others, lse, **config)
         for start in range(0, self.tiles(rows), step):
             tiles = min(step, self.tiles(rows) - start)
             if not everything:
                 grid = (triton.cdiv(n_blocks, config["BN"]), tiles, self.groups)
-                arguments = (self.q, self.means[0], lse, importance, start, stride)
-                self.launch(_importance_kernel, grid, *arguments, **config)
+                self.launch(_importance_kernel, grid, *keys, lse, importance, start, stride, **config)
             sizes = {"COUNT": count, "COUNT_P2": triton.next_power_of_2(count), "BM": rows, "EVERYTHING": everything}
             sizes |= {"SHARE": share, "MASS": mass < 1}
             grid = (tiles * rows // top["ROWS"], self.groups)
@@ -508,6 +528,9 @@ class _Backward(_Call):
         self.blocks = None if blocks is None else blocks.contiguous()
         if branch == "prefix":
             self.common["SEEN"] = self.blocks
+        if branch == "remainder":
+            bits = self.bits(self.blocks)
+            self.common |= {"SKIP": bits, "WORDS": bits.shape[2]}
 
     def run(self, dq, dk, dv, dots):
         """Write dq [N, H, D], dk and dv [M, G, D], unless they are empty, and dots [N, E, branches]: d_out · o."""
@@ -540,7 +563,7 @@ class _Backward(_Call):
                 arguments = (self.q, self.k, self.v, rows, *tensors, *union)
                 self.launch(_selected_dq_kernel, grid, *arguments, UNION=room, **constants, **config)
             else:
-                config = _config("band_dq", self.q)
+                config = _config("remainder_dq" if name == "remainder" else "band_dq", self.q)
                 k, v, window, size = self.band(name)
                 grid = (self.tiles(config["BM"]), self.common["E"])
                 arguments = (self.q, k, v, rows, *tensors, window)
@@ -559,7 +582,8 @@ class _Backward(_Call):
             return
         nothing = (dk, dv)
         window = self.band_partial("window") if "window" in self.branches else nothing
-        means = self.band_partial("compressed") if "compressed" in self.branches else nothing
+        pooled = next((name for name in ("compressed", "remainder") if name in self.branches), None)
+        means = self.band_partial(pooled) if pooled else nothing
         selected, first_piece, step = nothing, self.cu_seqlens, self.groups
         if "selected" in self.branches:
             pieces = self.n * self.blocks.shape[2] // MAX_LIST + self.pieces  # of lists, for a KV head, at most
@@ -571,8 +595,8 @@ class _Backward(_Call):
             rows = min(self.block_size, 64)
             grid = (self.pieces, count, self.block_size // rows)
             arguments = (*window, *means, *selected, first_piece, dk, dv, len(means[0]), means[0].shape[-3], g)
-            present = {name.upper(): name in self.branches for name in ("compressed", "selected", "window")}
-            self.launch(_collect_kernel, grid, *arguments, BN=rows, **present, num_warps=8)
+            present = {name.upper(): name in self.branches for name in ("selected", "window")}
+            self.launch(_collect_kernel, grid, *arguments, BN=rows, COMPRESSED=bool(pooled), **present, num_warps=8)
             del selected, arguments  # before the next ones are allocated
 
     def band(self, name):
@@ -671,9 +695,11 @@ _HOPPER = {
     "compressed": {"BM": 128, "BN": 64, "num_warps": 8, "num_stages": 3},
     "remainder": {"BM": 64, "BN": 64, "num_warps": 8, "num_stages": 2},
     "importance": {"BM": 64, "BN": 128, "num_warps": 4, "num_stages": 2},
+    "estimate": {"BM": 64, "BN": 64, "num_warps": 4, "num_stages": 2},
     "selected": {"BM": 128, "BN": 64, "num_warps": 8, "num_stages": 2},
     "window": {"BM": 128, "BN": 64, "num_warps": 8, "num_stages": 3},
     "band_dq": {"BM": 128, "BN": 64, "num_warps": 8, "num_stages": 2},
+    "remainder_dq": {"BM": 64, "BN": 64, "num_warps": 8, "num_stages": 2},
     "band_dkv": {"BM": 32, "BN": 64, "num_warps": 8, "num_stages": 2},
     "selected_dq": {"BM": 128, "BN": 64, "num_warps": 8, "num_stages": 2},
     "selected_dkv": {"BM": 32, "BN": 64, "num_warps": 4, "num_stages": 2},
@@ -682,9 +708,11 @@ _AMPERE = {
     "compressed": {"BM": 64, "BN": 64, "num_warps": 8, "num_stages": 2},
     "remainder": {"BM": 64, "BN": 32, "num_warps": 8, "num_stages": 2},
     "importance": {"BM": 64, "BN": 64, "num_warps": 4, "num_stages": 2},
+    "estimate": {"BM": 64, "BN": 32, "num_warps": 4, "num_stages": 2},
     "selected": {"BM": 64, "BN": 64, "num_warps": 8, "num_stages": 2},
     "window": {"BM": 64, "BN": 64, "num_warps": 8, "num_stages": 2},
     "band_dq": {"BM": 64, "BN": 64, "num_warps": 8, "num_stages": 2},
+    "remainder_dq": {"BM": 64, "BN": 32, "num_warps": 8, "num_stages": 2},
     "band_dkv": {"BM": 32, "BN": 64, "num_warps": 8, "num_stages": 2},
     "selected_dq": {"BM": 64, "BN": 64, "num_warps": 8, "num_stages": 2},
     "selected_dkv": {"BM": 64, "BN": 64, "num_warps": 8, "num_stages": 1},
@@ -781,9 +809,9 @@ def _place(tile, CU_Q, CU_K, B, SIZE: tl.constexpr, UNIT: tl.constexpr, S: tl.co
 @_jit
 def _means_kernel(
     K, V, KM, VM, CU_Q, CU_K, B,
-    G: tl.constexpr, D: tl.constexpr, D_P2: tl.constexpr, B_P2: tl.constexpr, S: tl.constexpr,
+    G: tl.constexpr, D: tl.constexpr, D_P2: tl.constexpr, B_P2: tl.constexpr, S: tl.constexpr, VARIANCE: tl.constexpr,
 ):  # fmt: skip
-    """Mean of a block of k and v: KM, VM [blocks, G, D]."""
+    """Mean of a block of k and v, or with VARIANCE the variance of v: KM, VM [blocks, G, D]."""
     g = tl.program_id(1)
     first, q0, k0, block0, n_q, n_k = _place(tl.program_id(0), CU_Q, CU_K, B, S, 1, S, B_P2)
     if first + S <= n_k:
@@ -792,7 +820,11 @@ def _means_kernel(
         out = ((block0 + first // S).to(tl.int64) * G + g) * D + d
         k = tl.sum(_load(K, at, at >= 0, D, D_P2, False).to(tl.float32), 0) / S
         tl.store(KM + out, k.to(KM.dtype.element_ty), mask=d < D)
-        v = tl.sum(_load(V, at, at >= 0, D, D_P2, False).to(tl.float32), 0) / S
+        x = _load(V, at, at >= 0, D, D_P2, False).to(tl.float32)
+        v = tl.sum(x, 0) / S
+        if VARIANCE:
+            x -= v[None, :]
+            v = tl.sum(x * x, 0) / S
         tl.store(VM + out, v.to(VM.dtype.element_ty), mask=d < D)
 
 
@@ -835,7 +867,10 @@ def _band_kernel(
         for start in range(low, free, BN):
             at = (_row(key0, start + j, n_k // S, REVERSE) * G + g) * D
             x = tl.dot(q, tl.trans(_load(K, at, row, D, D_P2, False)), input_precision=PRECISION)
-            x = _skip(x, SKIP, (q0 + m).to(tl.int64) * G + g, row, start + j, WORDS)
+            key = (start + j)[None, :]
+            if SKIP is not None:
+                skipped = _is_skipped(SKIP, ((q0 + m).to(tl.int64) * G + g)[:, None], row[:, None], key, WORDS)
+                x = tl.where(skipped, float("-inf"), x)
             v = _load(V, at, row, D, D_P2, False)
             acc, top, total = _softmax_step(acc, top, total, x, v, scale, row, PRECISION)
         for start in range(free, by_last, BN):
@@ -844,7 +879,9 @@ def _band_kernel(
             x = tl.dot(q, tl.trans(_load(K, at, there, D, D_P2, True)), input_precision=PRECISION)
             key = (start + j)[None, :]
             x = tl.where((key < seen[:, None]) & (key >= (seen - window)[:, None]), x, float("-inf"))
-            x = _skip(x, SKIP, (q0 + m).to(tl.int64) * G + g, row, start + j, WORDS)
+            if SKIP is not None:
+                skipped = _is_skipped(SKIP, ((q0 + m).to(tl.int64) * G + g)[:, None], row[:, None], key, WORDS)
+                x = tl.where(skipped, float("-inf"), x)
             v = _load(V, at, there, D, D_P2, True)
             acc, top, total = _softmax_step(acc, top, total, x, v, scale, row, PRECISION)
         o, lse = _finish(acc, top, total)
@@ -864,23 +901,72 @@ def _seen(SEEN, q0, m, n_q, n_k, S: tl.constexpr):
 
 
 @_jit
-def _skip(x, SKIP, at, row, key, WORDS: tl.constexpr):
-    """Logits x [R, n] of rows `at` of [N, G], -inf for the keys [n] whose bit is set."""
-    if SKIP is not None:
-        where = row[:, None] & (key < 32 * WORDS)[None, :]
-        word = tl.load(SKIP + at[:, None] * WORDS + (key // 32)[None, :], mask=where, other=0)
-        x = tl.where(((word >> (key % 32)[None, :]) & 1) != 0, float("-inf"), x)
+def _is_skipped(SKIP, at, row, key, WORDS: tl.constexpr):
+    """Whether the bits of keys are set in rows `at` of SKIP [N, G]; keys, rows, and whether there is such a row are
+    2D, to be broadcast."""
+    word = tl.load(SKIP + at * WORDS + key // 32, mask=row & (key < 32 * WORDS), other=0)
+    return ((word >> (key % 32)) & 1) != 0
+
+
+@_jit
+def _block_scores(
+    q, k, at, there, VARIANCES, most, scale, D: tl.constexpr, D_P2: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    """What queries q [R, D] make of blocks, in units of log 2: their products with the means k [n, D], or, with the
+    variances at `at` [n], the log-sum-exp estimated as in `nsa_torch._block_lse`."""
+    x = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+    if VARIANCES is not None:
+        variance = _load(VARIANCES, at, there, D, D_P2, True)
+        q = q.to(tl.float32)
+        variance = tl.dot((q * q).to(variance.dtype), tl.trans(variance), input_precision=PRECISION) * (scale * scale)
+        limit = most * 1.4426950408889634
+        wide = most * tl.sqrt(variance)
+        x += tl.where(variance < limit * limit, 0.34657359027997264 * (variance + limit * limit), wide)
     return x
 
 
 @_jit
-def _importance_kernel(
-    Q, KM, LSE, IMPORTANCE, tile0, stride, CU_Q, CU_K, B, HEADS, scale,
+def _estimate_kernel(
+    Q, KM, VARIANCES, most, OTHERS, LSE, CU_Q, CU_K, B, HEADS, scale,
     H: tl.constexpr, E: tl.constexpr, G: tl.constexpr, D: tl.constexpr, D_P2: tl.constexpr, B_P2: tl.constexpr,
     PRECISION: tl.constexpr, S: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Compression probabilities of a tile's queries for BN blocks, summed over the heads of a KV head, one after
-    another so that nothing is summed across rows: IMPORTANCE [G, rows of the chunk, stride]."""
+    """The natural log-sum-exp of one head of a tile over what OTHERS has and the blocks before its own: [N, E]."""
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)  # longest first
+    e = tl.program_id(1)
+    first, q0, k0, block0, n_q, n_k = _place(tile, CU_Q, CU_K, B, BM, 0, S, B_P2)
+    if first < n_q:
+        h, g = _heads(HEADS, e, True, H, E, G)
+        m = first + tl.arange(0, BM)
+        row = m < n_q
+        own = (n_k - n_q + m) // S
+        last = (n_k - n_q + tl.minimum(first + BM, n_q) - 1) // S
+        q = _load(Q, ((q0 + m).to(tl.int64) * H + h) * D, row, D, D_P2, True)
+        at = (q0 + m).to(tl.int64) * E + e
+        top = tl.load(OTHERS + at, mask=row, other=0.0) * 1.4426950408889634
+        total = tl.where(top > float("-inf"), 1.0, 0.0)
+        top = tl.maximum(top, -1e30)
+        j = tl.arange(0, BN)
+        for start in range(0, last, BN):
+            there = start + j < last
+            keys = ((block0 + start + j).to(tl.int64) * G + g) * D
+            k = _load(KM, keys, there, D, D_P2, True)
+            x = _block_scores(q, k, keys, there, VARIANCES, most, scale, D, D_P2, PRECISION)
+            x = tl.where((start + j)[None, :] < own[:, None], x, float("-inf"))
+            new_top = tl.maximum(top, tl.max(x, 1))
+            total = total * tl.math.exp2(top - new_top) + tl.sum(tl.math.exp2(x - new_top[:, None]), 1)
+            top = new_top
+        tl.store(LSE + at, (top + tl.math.log2(tl.maximum(total, 1.0))) * 0.6931471805599453, mask=row)
+
+
+@_jit
+def _importance_kernel(
+    Q, KM, VARIANCES, most, LSE, IMPORTANCE, tile0, stride, CU_Q, CU_K, B, HEADS, scale,
+    H: tl.constexpr, E: tl.constexpr, G: tl.constexpr, D: tl.constexpr, D_P2: tl.constexpr, B_P2: tl.constexpr,
+    PRECISION: tl.constexpr, S: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Probabilities of BN blocks for a tile's queries, by `_block_scores` and LSE [N, E], summed over the heads of a KV
+    head, one after another so that nothing is summed across rows: IMPORTANCE [G, rows of the chunk, stride]."""
     start = tl.program_id(0) * BN
     local = tl.program_id(1)
     g = tl.program_id(2)
@@ -890,15 +976,16 @@ def _importance_kernel(
         m = first + tl.arange(0, BM)
         row = m < n_q
         j = start + tl.arange(0, BN)
-        k = _load(KM, ((block0 + j).to(tl.int64) * G + g) * D, j < own, D, D_P2, True)
+        at = ((block0 + j).to(tl.int64) * G + g) * D
+        k = _load(KM, at, j < own, D, D_P2, True)
         importance = tl.zeros((BM, BN), tl.float32)
         e0, e1 = _entries(HEADS, g, E, G)
         for e in range(e0, e1):
             h, _ = _heads(HEADS, e, True, H, E, G)
             q = _load(Q, ((q0 + m).to(tl.int64) * H + h) * D, row, D, D_P2, True)
             lse = tl.load(LSE + (q0 + m).to(tl.int64) * E + e, mask=row, other=0.0) * 1.4426950408889634
-            x = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-            importance += tl.math.exp2(x * scale - lse[:, None])
+            x = _block_scores(q, k, at, j < own, VARIANCES, most, scale, D, D_P2, PRECISION)
+            importance += tl.math.exp2(x - lse[:, None])
         out = (g * tl.num_programs(1) + local).to(tl.int64) * BM + tl.arange(0, BM)
         where = IMPORTANCE + out[:, None] * stride + j[None, :]
         tl.store(where, importance, mask=row[:, None] & (j < stride)[None, :])
@@ -1193,10 +1280,10 @@ def _store_dq(DQ, at, row, dq, gate, scale, D: tl.constexpr, D_P2: tl.constexpr,
 
 @_jit
 def _band_dq_kernel(
-    Q, K, V, DQ, D_OUT, LSE, GATES, DOTS, window, SEEN, CU_Q, CU_K, B, HEADS, scale,
+    Q, K, V, DQ, D_OUT, LSE, GATES, DOTS, window, SEEN, SKIP, CU_Q, CU_K, B, HEADS, scale,
     H: tl.constexpr, E: tl.constexpr, G: tl.constexpr, D: tl.constexpr, D_P2: tl.constexpr, B_P2: tl.constexpr,
     PRECISION: tl.constexpr, S: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, ADD: tl.constexpr,
-    GATED: tl.constexpr, BRANCHES: tl.constexpr, BRANCH: tl.constexpr, REVERSE: tl.constexpr,
+    WORDS: tl.constexpr, GATED: tl.constexpr, BRANCHES: tl.constexpr, BRANCH: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     """Gradient of one head of a tile's queries through `_band_kernel`: DQ [N, E, D]."""
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -1224,6 +1311,8 @@ def _band_dq_kernel(
             v = _load(V, where, there, D, D_P2, True)
             key = (start + j)[None, :]
             keep = (key < seen[:, None]) & (key >= (seen - window)[:, None])
+            if SKIP is not None:
+                keep = keep & ~_is_skipped(SKIP, ((q0 + m).to(tl.int64) * G + g)[:, None], row[:, None], key, WORDS)
             acc = _dq_step(acc, q, do, k, v, keep, scale, lse, dot, True, PRECISION)
         _store_dq(DQ, at * D, row, acc, gate, scale, D, D_P2, ADD)
 
@@ -1270,10 +1359,10 @@ def _selected_dq_kernel(
 
 @_jit
 def _band_dkv_kernel(
-    Q, K, V, DK, DV, D_OUT, LSE, GATES, DOTS, window, n_keys, SEEN, CU_Q, CU_K, B, HEADS, scale,
+    Q, K, V, DK, DV, D_OUT, LSE, GATES, DOTS, window, n_keys, SEEN, SKIP, CU_Q, CU_K, B, HEADS, scale,
     H: tl.constexpr, E: tl.constexpr, G: tl.constexpr, D: tl.constexpr, D_P2: tl.constexpr, B_P2: tl.constexpr,
-    PRECISION: tl.constexpr, S: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, GATED: tl.constexpr,
-    BRANCHES: tl.constexpr, BRANCH: tl.constexpr, REVERSE: tl.constexpr,
+    PRECISION: tl.constexpr, S: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, WORDS: tl.constexpr,
+    GATED: tl.constexpr, BRANCHES: tl.constexpr, BRANCH: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     """Gradients of BN keys of `_band_kernel` through a split of the queries that see them: DK, DV fp32 [splits, n_keys,
     G, D]."""
@@ -1310,6 +1399,9 @@ def _band_dkv_kernel(
             )
             seen = _seen(SEEN, q0, m, n_q, n_k, S)[None, :]
             keep = (j[:, None] < seen) & (j[:, None] >= seen - window)
+            if SKIP is not None:
+                at = ((q0 + m).to(tl.int64) * G + g)[None, :]
+                keep = keep & ~_is_skipped(SKIP, at, row[None, :], j[:, None], WORDS)
             dk, dv = _dkv_step(dk, dv, q, do, k, v, keep, scale, lse, gate, dot, PRECISION)
         where += split * (tl.cast(n_keys, tl.int64) * (G * D))
         _store(DK, where, there, dk * (scale * 0.6931471805599453), D, D_P2)

@@ -71,10 +71,13 @@ class Prefills:
             self.outputs.append(output[0][0])
 
     def count(self, q, k, lse, cu_seqlens, *, block_size, **kwargs):
-        """`select_blocks`, noting how many keys the choices of a layer come to, averaged over KV heads."""
+        """`select_blocks`, noting how many keys the choices of a layer come to, averaged over KV heads; a mean of the
+        remainder is one, too."""
         blocks = self.select(q, k, lse, cu_seqlens, block_size=block_size, **kwargs)
         i = torch.arange(len(q), device=q.device)[None, :, None]
         keys = (i + 1 - blocks * block_size).clamp(0, block_size).masked_fill(blocks < 0, 0)
+        if self.decoder.config.block_remainder:
+            keys = torch.cat([keys, (i + 1) // block_size - (keys == block_size).sum(-1, keepdim=True)], -1)
         self.chosen.append(float(keys.sum()) / len(blocks))
         return blocks
 
@@ -94,7 +97,7 @@ def run(model, processor, prompt, method, vision, max_new_tokens):
     config = model.config
     before = {
         name: getattr(config, name)
-        for name in ("nsa_variant", "block_count", "window_size", "block_mass", "block_remainder")
+        for name in ("nsa_variant", "block_count", "window_size", "block_mass", "block_spread", "block_remainder")
     }
     try:
         with Prefills(model) as prefill:

@@ -91,14 +91,14 @@ def compile_all(capability: int, names) -> list[dict]:
 
 
 def compile_merged(nsa_triton, q, k, cu_seqlens, sizes) -> None:
-    """With gradients, and with what has none or changes the choice."""
+    """With either estimate of importance, with and without what changes the choice, and the remainder."""
     text, seen = torch.zeros_like(k[:50]), torch.zeros(len(q), dtype=torch.int32)
     arguments = (q, k, k.clone(), text, text, seen, cu_seqlens, torch.tensor([0, 50], dtype=torch.int32))
-    out = nsa_triton.merged_attention(*arguments, **sizes, window_size=16)
-    out.backward(torch.zeros_like(out))
     with torch.no_grad():
-        sizes = {**sizes, "block_count": 0.5, "mass": 0.9, "window_size": 16, "remainder": True}
-        nsa_triton.merged_attention(*arguments, **sizes)
+        nsa_triton.merged_attention(*arguments, **sizes, window_size=16, spread=False)
+    sizes = {**sizes, "block_count": 0.5, "mass": 0.9, "window_size": 16, "remainder": True}
+    out = nsa_triton.merged_attention(*arguments, **sizes)
+    out.backward(torch.zeros_like(out))
 
 
 def read(kernel) -> dict:
