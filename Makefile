@@ -88,6 +88,13 @@ $(TINY)/data-4b: | $(VENV)/train.stamp
 $(TINY)/data-4c: | $(VENV)/train.stamp
 	$(MAKE_CLIPS) --seed 43 --train 2000 --seconds 64 --fps 0.5 --needle-seconds 4 12
 
+# Two or three shapes in a clip, for a dense twin that sparse methods are compared on (docs/merged.md).
+$(TINY)/data-several: | $(VENV)/train.stamp
+	$(MAKE_CLIPS) --seed 61 --train 6000 --validation 128 --seconds 2 4 4 8 --needles 2 3
+
+$(TINY)/data-several-test: | $(VENV)/train.stamp
+	$(MAKE_CLIPS) --seed 6 --test 100 --seconds 8 --needles 2 3
+
 $(TINY)/data-test: | $(VENV)/train.stamp
 	$(MAKE_CLIPS) --seed 4 --test 500 --seconds 4 8 16 32 64
 
@@ -112,6 +119,9 @@ $(TINY)/dense/README.md: | $(TINY)/stage-2/README.md $(TINY)/data-3
 
 $(TINY)/%-4/README.md: | $(TINY)/%/README.md $(TINY)/data-4a $(TINY)/data-4b $(TINY)/data-4c
 	$(call stage,4,$(TINY)/$*,$(TINY)/data-3/train.jsonl%40 $(patsubst %,$(TINY)/data-4%/train.jsonl,a b c),--nsa_variant $*)
+
+$(TINY)/dense-several/README.md: | $(TINY)/dense-4/README.md $(TINY)/data-several $(TINY)/data-3
+	$(call stage,several,$(TINY)/dense-4,$(TINY)/data-several/train.jsonl $(TINY)/data-3/train.jsonl%25)
 
 $(TINY)/%.json: | $(TINY)/%/README.md $(TINY)/data-test
 	$(PY) examples/evaluate.py $(TINY)/$* $(TINY)/data-test/test.jsonl $@ --batch-size 8 --max-new-tokens 12 --workers 1

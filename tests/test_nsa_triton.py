@@ -444,7 +444,7 @@ def test_operators_are_what_torch_expects_of_them():
     tensors = [x.detach() for x in tensors]
     arguments = (out, None, *tensors, blocks, cu, cu, outputs, lse, *lists, "all", 16, 9, None, True, True)
     torch.library.opcheck(nsa_triton._attend_backward, arguments, test_utils=("test_schema", "test_faketensor"))
-    arguments = (*tensors[:2], lse[0], None, cu, cu, *lists, 16, 3, 0, 17, 1.0, None)
+    arguments = (*tensors[:2], lse[0], None, cu, cu, *lists, 16, 3, 0, 17, 1.0, True, None)
     torch.library.opcheck(nsa_triton._choose, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
@@ -596,7 +596,8 @@ def test_all_kernels_compile_without_spilling_and_fit(compiled):
 
 DOTS = {
     "_band_kernel": 2,
-    "_importance_kernel": 1,
+    "_importance_kernel": 2,  # with variances, as below
+    "_estimate_kernel": 2,
     "_selected_kernel": 2,
     "_band_dq_kernel": 3,
     "_selected_dq_kernel": 3,
