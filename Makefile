@@ -92,9 +92,6 @@ $(TINY)/data-4c: | $(VENV)/train.stamp
 $(TINY)/data-several: | $(VENV)/train.stamp
 	$(MAKE_CLIPS) --seed 61 --train 6000 --validation 128 --seconds 2 4 4 8 --needles 2 3
 
-$(TINY)/data-several-test: | $(VENV)/train.stamp
-	$(MAKE_CLIPS) --seed 6 --test 100 --seconds 8 --needles 2 3
-
 $(TINY)/data-test: | $(VENV)/train.stamp
 	$(MAKE_CLIPS) --seed 4 --test 500 --seconds 4 8 16 32 64
 

@@ -29,6 +29,8 @@ class VideoNSATextConfig(Qwen2_5_VLTextConfig):
             estimated attention to blocks; `block_count` remains the bound.
         block_spread (`bool`, defaults to `True`): `"merged"` estimates the attention to a block from the means and the
             variances of its keys' channels, otherwise from the means alone as the paper does.
+        block_per_head (`bool`, defaults to `False`): In `"merged"` each query head chooses blocks for itself, and not
+            together with the others of its KV head: closer to dense attention, and slower.
         block_remainder (`bool`, defaults to `False`): `"merged"` lets blocks that are not chosen enter by the means of
             their keys and values.
         window_size (`int`, defaults to 256): Vision tokens in the sliding window; `"merged"` always chooses the blocks
@@ -58,6 +60,7 @@ class VideoNSATextConfig(Qwen2_5_VLTextConfig):
     block_count: int | float | list[int | float] = 32
     block_mass: float = 1.0
     block_spread: bool = True
+    block_per_head: bool = False
     block_remainder: bool = False
     window_size: int = 256
     gate_temperature: float = 1.0
@@ -88,7 +91,7 @@ class VideoNSATextConfig(Qwen2_5_VLTextConfig):
             )
         if not isinstance(self.block_mass, int | float) or not 0 < self.block_mass <= 1:
             raise ValueError(f"block_mass must be a number above 0 and at most 1, got {self.block_mass!r}")
-        for name in ("block_spread", "block_remainder", "block_causal"):
+        for name in ("block_spread", "block_per_head", "block_remainder", "block_causal"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if self.block_size & (self.block_size - 1):
@@ -206,6 +209,7 @@ NSA_FIELDS = (
     "block_count",
     "block_mass",
     "block_spread",
+    "block_per_head",
     "block_remainder",
     "window_size",
     "gate_temperature",

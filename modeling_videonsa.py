@@ -269,6 +269,7 @@ class VideoNSAAttention(Qwen2_5_VLAttention):
             window_size=self.config.window_size,
             mass=self.config.block_mass,
             spread=self.config.block_spread,
+            per_head=self.config.block_per_head,
             remainder=self.config.block_remainder,
             scale=self.scaling,
         )

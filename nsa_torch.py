@@ -346,6 +346,7 @@ def merged_attention(
     window_size: int = 256,
     mass: float = 1.0,
     spread: bool = True,
+    per_head: bool = False,
     remainder: bool = False,
     scale: float | None = None,
 ) -> torch.Tensor:
@@ -359,6 +360,7 @@ def merged_attention(
         text_seen: int32 [N], how many text tokens of its sample come before a query; rises within a sample.
         cu_seqlens_text: int32 [B + 1], where each sample's text tokens start and end in T.
         window_size: tokens, the query's own included, whose blocks are always chosen.
+        per_head: let each query head choose for itself, and not together with the others of its KV head.
         remainder: let each complete block that is not chosen enter, too, as one key and value, the means of its own,
             whose logit is raised by log(block_size), as if it stood for them all.
         block_count, mass, spread: as in `select_blocks`; the others, and errors, as in `nsa_attention`.
@@ -370,6 +372,11 @@ def merged_attention(
     check_arguments(q, k, v, cu_seqlens, cu_seqlens_k, scale=scale, **sizes)
     check_text(q, k, text_k, text_v, text_seen, cu_seqlens, cu_seqlens_text)
     lengths = {"cu_seqlens": cu_seqlens, "cu_seqlens_k": cu_seqlens_k}
+    if per_head and q.shape[1] > k.shape[1]:  # in turn one query head of each KV head
+        places = (text_k, text_v, text_seen, cu_seqlens, cu_seqlens_text)
+        options = {**sizes, "cu_seqlens_k": cu_seqlens_k, "spread": spread, "remainder": remainder, "scale": scale}
+        turns = q.unflatten(1, (k.shape[1], -1)).unbind(2)
+        return torch.stack([merged_attention(x, k, v, *places, **options) for x in turns], 2).flatten(1, 2)
     stream = k
 
     # Keys of a sample: its text, then its stream.

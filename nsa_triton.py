@@ -107,7 +107,7 @@ def pooled_attention(q, k, v, *, first, query_heads=None, block_size=64, reverse
 
 def merged_attention(
     q, k, v, text_k, text_v, text_seen, cu_seqlens, cu_seqlens_text, *,
-    cu_seqlens_k=None, block_size=64, block_count=32, window_size=256, mass=1.0, spread=True,
+    cu_seqlens_k=None, block_size=64, block_count=32, window_size=256, mass=1.0, spread=True, per_head=False,
     remainder=False, scale=None,
 ):  # fmt: skip
     """See `nsa_torch.merged_attention`. The softmax is put together from one over the blocks, one over the text, and
@@ -115,6 +115,11 @@ def merged_attention(
     sizes = {"block_size": block_size, "block_count": block_count, "window_size": window_size, "mass": mass}
     _check(q, k, v, cu_seqlens, cu_seqlens_k, scale=scale, **sizes)
     check_text(q, k, text_k, text_v, text_seen, cu_seqlens, cu_seqlens_text, read_lengths=_reads_lengths(q))
+    if per_head and q.shape[1] > k.shape[1]:
+        places = (text_k, text_v, text_seen, cu_seqlens, cu_seqlens_text)
+        options = {**sizes, "cu_seqlens_k": cu_seqlens_k, "spread": spread, "remainder": remainder, "scale": scale}
+        turns = q.unflatten(1, (k.shape[1], -1)).unbind(2)
+        return torch.stack([merged_attention(x, k, v, *places, **options) for x in turns], 2).flatten(1, 2)
     lengths = {"cu_seqlens": cu_seqlens, "cu_seqlens_k": cu_seqlens_k}
     options = (block_size, 0, max(1, k.shape[0]), scale, False)
     lists = _head_lists(q, k, None)

@@ -29,6 +29,7 @@ from sparse_baselines import METHODS, Prefill
 from data import Drop, load_samples
 from evaluate import Prompts, answer, is_correct, list_questions, normalise
 from videonsa import nsa_torch
+from videonsa.configuration_videonsa import NSA_FIELDS
 from videonsa.modeling_videonsa import VideoNSAForConditionalGeneration
 from videonsa.processing_videonsa import VideoNSAProcessor
 
@@ -44,7 +45,7 @@ class Prefills:
         self.hooks = []
 
     def __enter__(self):
-        self.outputs, self.seconds, self.chosen = [], [], []
+        self.outputs, self.seconds, self.chosen, self.counts = [], [], [], []
         self.hooks = [
             self.decoder.register_forward_pre_hook(self.start, with_kwargs=True),
             self.decoder.register_forward_hook(self.stop, with_kwargs=True),
@@ -69,36 +70,34 @@ class Prefills:
     def keep(self, module, args, output):
         if output[0].shape[1] > 1:
             self.outputs.append(output[0][0])
+            self.chosen.append(statistics.fmean(self.counts) if self.counts else None)
+            self.counts = []
 
     def count(self, q, k, lse, cu_seqlens, *, block_size, **kwargs):
-        """`select_blocks`, noting how many keys the choices of a layer come to, averaged over KV heads; a mean of the
-        remainder is one, too."""
+        """`select_blocks`, noting how many keys the choices come to, averaged over KV heads; a mean of the remainder is
+        one, too."""
         blocks = self.select(q, k, lse, cu_seqlens, block_size=block_size, **kwargs)
         i = torch.arange(len(q), device=q.device)[None, :, None]
         keys = (i + 1 - blocks * block_size).clamp(0, block_size).masked_fill(blocks < 0, 0)
         if self.decoder.config.block_remainder:
             keys = torch.cat([keys, (i + 1) // block_size - (keys == block_size).sum(-1, keepdim=True)], -1)
-        self.chosen.append(float(keys.sum()) / len(blocks))
+        self.counts.append(float(keys.sum()) / len(blocks))
         return blocks
 
 
 def merged_shares(prefill: Prefills, vision: torch.Tensor) -> list[float]:
     """Share of the causal pairs of a prompt that each layer of "merged" computed; layers without a choice are dense."""
-    n, layers = len(vision), len(prefill.outputs)
+    n = len(vision)
     rows = torch.arange(1, n + 1)
     before = (~vision).cumsum(0)  # text keys of each query
     others = float(rows[~vision].sum() + before[vision].sum())
-    chosen = [n * (n + 1) / 2 - others] * (layers - len(prefill.chosen)) + prefill.chosen
-    return [(others + keys) / (n * (n + 1) / 2) for keys in chosen]
+    return [1.0 if keys is None else (others + keys) / (n * (n + 1) / 2) for keys in prefill.chosen]
 
 
 def run(model, processor, prompt, method, vision, max_new_tokens):
     """The answer to a prompt with a method (settings of merged, a baseline, or DENSE), and what was recorded of it."""
     config = model.config
-    before = {
-        name: getattr(config, name)
-        for name in ("nsa_variant", "block_count", "window_size", "block_mass", "block_spread", "block_remainder")
-    }
+    before = {name: getattr(config, name) for name in NSA_FIELDS}
     try:
         with Prefills(model) as prefill:
             if isinstance(method, dict):

@@ -107,7 +107,14 @@ def test_comparison_of_a_tiny_model(tmp_path, monkeypatch, capsys):
     model = assemble_tiny_model(tmp_path / "tiny")
     data = make_dataset(tmp_path / "data", {"test": 1}, Settings(seconds=(4.0,), size=84, turns=2), workers=1)
     few = '"block_count": 3, "window_size": 1'
-    settings = [f"{{{few}}}", '{"block_count": 1.0}', f'{{{few}, "block_mass": 0.5}}']
+    settings = [
+        f"{{{few}}}",
+        '{"block_count": 1.0}',
+        f'{{{few}, "block_mass": 0.5}}',
+        f'{{{few}, "block_remainder": true}}',
+        f'{{{few}, "block_per_head": true}}',
+        '{"block_count": [1.0, 3, 3, 3], "window_size": 1}',
+    ]
     options = ["--settings", *settings, "--baselines", "Tri-shape", "--clips", "1", "--tune", "1", "--lengths", "128"]
     files = [tmp_path / "out.json", "--figure", tmp_path / "out.png"]
     arguments = ["compare_sparse.py", model, data / "test.json", *files, *options]
@@ -119,7 +126,9 @@ def test_comparison_of_a_tiny_model(tmp_path, monkeypatch, capsys):
     assert rows["dense"]["agreement"] == 1.0 and rows["dense"]["error"] == [0.0] * 4
     assert rows[settings[1]]["share"] == rows[settings[1]]["agreement"] == 1.0
     assert max(rows[settings[1]]["error"]) <= 1e-4 < min(rows[settings[0]]["error"])
-    assert rows[settings[2]]["share"] <= rows[settings[0]]["share"] < 1
+    share = [rows[setting]["share"] for setting in settings]
+    assert share[2] <= share[0] == share[4] < share[3] < 1
+    assert share[5] == pytest.approx((1 + 3 * share[0]) / 4, abs=1e-3)
     assert abs(rows["Tri-shape"]["share"] - rows[settings[0]]["share"]) < 0.05
     assert (tmp_path / "out.png").stat().st_size > 10_000
     compare_sparse.main()  # again: rows are replaced, not repeated

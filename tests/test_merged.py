@@ -51,6 +51,8 @@ CASES = {
     "a share and a mass": (["t2 v150"], 7, 1, {"block_count": 0.7, "window_size": 17, "mass": 0.5, "scale": 0.4}),
     "the remainder": (["t2 v100 t1 v30", "v70"], 4, 2, {"block_count": 3, "window_size": 7, "remainder": True}),
     "importance by means": (["t3 v100 t1 v30", "v70"], 14, 2, {"block_count": 4, "window_size": 7, "spread": False}),
+    "each head for itself": (
+        ["t3 v100 t1 v30", "v70"], 14, 2, {"block_count": 4, "window_size": 7, "per_head": True, "remainder": True}),
     "strong logits, far and near": (["t3 v130"], 7, 1, {"block_count": 4, "window_size": 7, "scale": 1.5}),
     "dense": (["t2 v50 t1 v30", "t1 v5"], 7, 1, {"block_count": 1.0, "window_size": 5}),
 }  # fmt: skip
@@ -112,7 +114,8 @@ def choose(k, q, text, i, block_size, block_count, window_size, mass, spread, sc
 
 
 def materialised(
-    tensors, kinds, block_size=16, block_count=32, window_size=256, mass=1.0, spread=True, remainder=False, scale=None
+    tensors, kinds, block_size=16, block_count=32, window_size=256, mass=1.0, spread=True, per_head=False,
+    remainder=False, scale=None,
 ):  # fmt: skip
     """merged_attention with one mask per sample and head over its tokens in their order."""
     q, k, v, text_k, text_v = tensors
@@ -133,7 +136,8 @@ def materialised(
                 group = q[start - n + i, g * (heads // groups) : (g + 1) * (heads // groups)]
                 before = keys[:token][~vision[:token], g]
                 rule = (block_size, block_count, window_size, mass, spread, scale)
-                blocks = choose(k[stream, g], group, before, i, *rule)
+                choosing = group[h % len(group)][None] if per_head else group
+                blocks = choose(k[stream, g], choosing, before, i, *rule)
                 chosen = torch.tensor(sorted(blocks))
                 keep = ~vision | torch.isin(index // block_size, chosen)
                 keep &= torch.arange(len(row)) <= token
@@ -291,6 +295,8 @@ KERNEL_CASES = {  # name: case as above, dtype, queries of each sample if fewer 
         (["t2 v70 t1 v20", "v18"], 4, 2, {"block_count": 3, "window_size": 3, "remainder": True}), torch.float32, None),
     "the remainder over a cache, bf16": (
         (["t2 v60 t3 v50"], 7, 1, {"block_count": 3, "window_size": 3, "remainder": True}), torch.bfloat16, [20]),
+    "each head for itself": (
+        (["t2 v60 t3 v50"], 4, 2, {"block_count": 3, "window_size": 3, "per_head": True}), torch.float32, None),
     "importance by means": (
         (["t2 v60 t3 v50"], 4, 2, {"block_count": 4, "window_size": 3, "spread": False}), torch.float32, None),
 }  # fmt: skip
@@ -358,7 +364,7 @@ def test_kernels_choose_by_variances_that_fp16_cannot_hold(dtype):
 EXACT = {"nsa_variant": "merged", "block_size": 16, "block_count": 12, "window_size": 20}  # 192 tokens, as VIDEO has
 SPARSE = [
     {**EXACT, "block_count": 4},
-    {**EXACT, "block_count": [4, 0.5], "block_mass": 0.8},
+    {**EXACT, "block_count": [4, 0.5], "block_mass": 0.8, "block_per_head": True},
     {**EXACT, "block_count": [1.0, 4]},
 ]
 
@@ -586,6 +592,7 @@ def test_fields_that_do_not_fit_the_variant_are_refused(fields, message):
         {"block_count": True},
         {"block_mass": 0},
         {"block_spread": None},
+        {"block_per_head": 0},
         {"block_remainder": 1},
     ],
 )
