@@ -251,10 +251,10 @@ def draw(result: dict, path: Path) -> None:
     from matplotlib import pyplot
 
     lengths = sorted({row["vision_tokens"] for row in result["rows"]})
-    figure, axes = pyplot.subplots(2, len(lengths), figsize=(5 * len(lengths), 8), squeeze=False, layout="constrained")
+    figure, axes = pyplot.subplots(2, len(lengths), figsize=(5 * len(lengths), 9), squeeze=False, layout="constrained")
     families = sorted({family(row["method"]) for row in result["rows"]} - {DENSE}, key=lambda x: (x in METHODS, x))
     styles = {
-        name: {"color": f"C{i}" if i else "k", "marker": "x" if name in METHODS else "o", "label": name}
+        name: {"color": pyplot.cm.tab20(i), "marker": "x" if name in METHODS else "o", "label": name}
         for i, name in enumerate(families)
     }
     for (top, bottom), length in zip(axes.T, lengths, strict=True):
@@ -266,15 +266,16 @@ def draw(result: dict, path: Path) -> None:
             top.plot([x for x, _ in points], [y for _, y in points], ls=":" if name in METHODS else "-", **styles[name])
         first = next(row for row in rows if row["method"] == row["matched"])
         for row in rows:
-            if row["matched"] == first["matched"] and (row["method"] in METHODS or row["share"] == first["share"]):
+            near = row["method"] in METHODS or abs(row["share"] - first["share"]) < 0.05
+            if row["matched"] == first["matched"] and near:
                 name, layers = family(row["method"]), range(1, len(row["error"]) + 1)
                 bottom.plot(layers, row["error"], ls=":" if name in METHODS else "-", **styles[name])
         top.set(title=f"≤ {length:,} vision tokens", xlabel="pairs computed, %", ylabel="answers as dense, %")
         bottom.set(
             xlabel="layer", xticks=layers, ylim=(0, None),
-            ylabel=f"relative error of attention output, at {100 * first['share']:.0f} % of the pairs",
+            ylabel=f"error of attention, at {100 * first['share']:.0f} % of the pairs",
         )  # fmt: skip
-    axes[0, 0].legend(fontsize="small")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small")
     figure.savefig(path, dpi=90)
 
 
