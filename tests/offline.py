@@ -83,6 +83,8 @@ def compile_all(capability: int, names) -> list[dict]:
             else:
                 out = nsa_triton.nsa_attention(q, k, k.clone(), gates, cu_seqlens, **sizes)
             if out.requires_grad:
+                lse = torch.zeros(length, heads)
+                nsa_triton.select_blocks(q.detach(), k.detach(), lse, cu_seqlens, **sizes, spread=True)
                 out.backward(torch.zeros_like(out))
                 if name == "7B bf16":
                     compile_merged(nsa_triton, q, k, cu_seqlens, sizes)
