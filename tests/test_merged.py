@@ -6,7 +6,6 @@ tested here where `test_nsa_torch.py` does not: windows, shares and masses.
 """
 
 import math
-import statistics
 import sys
 from copy import deepcopy
 from itertools import accumulate
@@ -82,8 +81,7 @@ def make_tensors(where, heads, groups, dim=16, dtype=torch.float64, seed=0):
 def estimate(q, block, scale):
     """Log-sum-exp of the logits of a block's keys [S, D] for one query [D], if they were normally distributed."""
     mean, n = float(q @ block.mean(0)) * scale, len(block)
-    variances = [statistics.pvariance(channel.tolist()) for channel in block.T]
-    sigma = scale * math.sqrt(sum(float(a) ** 2 * x for a, x in zip(q, variances, strict=True)))
+    sigma = scale * math.sqrt(float((q.square() * block.var(0, correction=0)).sum()))
     most = math.sqrt(2 * math.log(n))
     return mean + (sigma**2 / 2 + math.log(n) if sigma < most else sigma * most)
 
