@@ -372,11 +372,10 @@ def merged_attention(
     check_arguments(q, k, v, cu_seqlens, cu_seqlens_k, scale=scale, **sizes)
     check_text(q, k, text_k, text_v, text_seen, cu_seqlens, cu_seqlens_text)
     lengths = {"cu_seqlens": cu_seqlens, "cu_seqlens_k": cu_seqlens_k}
-    if per_head and q.shape[1] > k.shape[1]:  # in turn one query head of each KV head
+    if per_head and q.shape[1] > k.shape[1]:
         places = (text_k, text_v, text_seen, cu_seqlens, cu_seqlens_text)
         options = {**sizes, "cu_seqlens_k": cu_seqlens_k, "spread": spread, "remainder": remainder, "scale": scale}
-        turns = q.unflatten(1, (k.shape[1], -1)).unbind(2)
-        return torch.stack([merged_attention(x, k, v, *places, **options) for x in turns], 2).flatten(1, 2)
+        return head_by_head(merged_attention, q, k, v, *places, **options)
     stream = k
 
     # Keys of a sample: its text, then its stream.
@@ -425,6 +424,12 @@ def merged_attention(
         return _softmax_attention(q, k, v, visible, scale, bias)
 
     return over_chunks(attend, blocks=blocks)[0]
+
+
+def head_by_head(attention, q: torch.Tensor, k: torch.Tensor, *args, **options) -> torch.Tensor:
+    """attention(q, k, ...) of one query head of each KV head at a time, [N, H, D]."""
+    turns = q.unflatten(1, (k.shape[1], -1)).unbind(2)
+    return torch.stack([attention(x, k, *args, **options) for x in turns], 2).flatten(1, 2)
 
 
 def check_arguments(

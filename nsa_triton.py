@@ -25,7 +25,7 @@ from itertools import pairwise
 
 import torch
 
-from .nsa_torch import blocks_per_query, check_arguments, check_text, most_blocks
+from .nsa_torch import blocks_per_query, check_arguments, check_text, head_by_head, most_blocks
 
 try:
     import triton
@@ -118,8 +118,7 @@ def merged_attention(
     if per_head and q.shape[1] > k.shape[1]:
         places = (text_k, text_v, text_seen, cu_seqlens, cu_seqlens_text)
         options = {**sizes, "cu_seqlens_k": cu_seqlens_k, "spread": spread, "remainder": remainder, "scale": scale}
-        turns = q.unflatten(1, (k.shape[1], -1)).unbind(2)
-        return torch.stack([merged_attention(x, k, v, *places, **options) for x in turns], 2).flatten(1, 2)
+        return head_by_head(merged_attention, q, k, v, *places, **options)
     lengths = {"cu_seqlens": cu_seqlens, "cu_seqlens_k": cu_seqlens_k}
     options = (block_size, 0, max(1, k.shape[0]), scale, False)
     lists = _head_lists(q, k, None)
@@ -278,7 +277,8 @@ def _attend(
         elif branch == "prefix":
             call.prefix(blocks.contiguous(), out, lse[0])
         elif branch == "remainder":
-            call.compressed(out, lse[0], skip=call.bits(blocks))
+            call.skip(blocks)
+            call.compressed(out, lse[0])
         else:
             blocks = chosen if save else chosen.new_empty(k.shape[1], q.shape[0], block_count)
             gates, keep = gates.contiguous(), branches if save else (None,) * 3
@@ -432,10 +432,8 @@ class _Call:
     # A branch writes o [N, E, D] to `out`; with gates [N, E, 3] it adds its share of the gated sum to what branches of
     # lower number have written there, and writes o to `keep`, if given.
 
-    def compressed(self, out, lse, gates=None, branch=0, keep=None, reverse=False, skip=None):
-        config = _config("compressed" if skip is None else "remainder", self.q)
-        if skip is not None:
-            self.common |= {"SKIP": skip, "WORDS": skip.shape[2]}
+    def compressed(self, out, lse, gates=None, branch=0, keep=None, reverse=False):
+        config = _config("compressed" if self.common["SKIP"] is None else "remainder", self.q)
         k_means, v_means = self.means
         grid = (self.tiles(config["BM"]), self.common["E"])
         config |= _share(out, gates, branch, keep)
@@ -469,10 +467,10 @@ class _Call:
         if not everything:
             means, variances = self.moments if spread else (self.means[0], None)
             keys = (self.q, means, variances, math.sqrt(2 * math.log(self.block_size)))
-        if spread and not everything:
-            lse, others = torch.empty_like(lse), lse
-            grid = (self.tiles(rows), self.common["E"])
-            self.launch(_estimate_kernel, grid, *keys, others, lse, **config)
+            if spread:
+                lse, others = torch.empty_like(lse), lse
+                grid = (self.tiles(rows), self.common["E"])
+                self.launch(_estimate_kernel, grid, *keys, others, lse, **config)
         for start in range(0, self.tiles(rows), step):
             tiles = min(step, self.tiles(rows) - start)
             if not everything:
@@ -485,13 +483,14 @@ class _Call:
             arguments = (importance, own_importance, blocks, start, stride, self.n, window_size, least, float(mass))
             self.launch(_top_kernel, grid, *arguments, **sizes, **top)
 
-    def bits(self, blocks):
-        """Chosen blocks [G, N, count] as int32 [N, G, words] with a bit for each block."""
+    def skip(self, blocks):
+        """Let the compression of queries go without their chosen blocks [G, N, count]: int32 [N, G, words] with a bit
+        for each block."""
         words = (self.n_keys - 1) // self.block_size // 32 + 1
         there, blocks = (blocks >= 0).int(), blocks.clamp(0, 32 * words - 1)
         bits = torch.zeros(self.groups, self.n, words, dtype=torch.int32, device=blocks.device)
         bits.scatter_add_(2, (blocks // 32).long(), there << (blocks % 32))  # a block is chosen once
-        return bits.transpose(0, 1).contiguous()
+        self.common |= {"SKIP": bits.transpose(0, 1).contiguous(), "WORDS": words}
 
     def union(self, blocks, tile):
         """What `_union_kernel` gives for tiles of that many queries, and the entries that each has room for."""
@@ -534,8 +533,7 @@ class _Backward(_Call):
         if branch == "prefix":
             self.common["SEEN"] = self.blocks
         if branch == "remainder":
-            bits = self.bits(self.blocks)
-            self.common |= {"SKIP": bits, "WORDS": bits.shape[2]}
+            self.skip(self.blocks)
 
     def run(self, dq, dk, dv, dots):
         """Write dq [N, H, D], dk and dv [M, G, D], unless they are empty, and dots [N, E, branches]: d_out · o."""
@@ -872,10 +870,7 @@ def _band_kernel(
         for start in range(low, free, BN):
             at = (_row(key0, start + j, n_k // S, REVERSE) * G + g) * D
             x = tl.dot(q, tl.trans(_load(K, at, row, D, D_P2, False)), input_precision=PRECISION)
-            key = (start + j)[None, :]
-            if SKIP is not None:
-                skipped = _is_skipped(SKIP, ((q0 + m).to(tl.int64) * G + g)[:, None], row[:, None], key, WORDS)
-                x = tl.where(skipped, float("-inf"), x)
+            x = _skip(x, SKIP, (q0 + m).to(tl.int64) * G + g, row, start + j, WORDS)
             v = _load(V, at, row, D, D_P2, False)
             acc, top, total = _softmax_step(acc, top, total, x, v, scale, row, PRECISION)
         for start in range(free, by_last, BN):
@@ -884,9 +879,7 @@ def _band_kernel(
             x = tl.dot(q, tl.trans(_load(K, at, there, D, D_P2, True)), input_precision=PRECISION)
             key = (start + j)[None, :]
             x = tl.where((key < seen[:, None]) & (key >= (seen - window)[:, None]), x, float("-inf"))
-            if SKIP is not None:
-                skipped = _is_skipped(SKIP, ((q0 + m).to(tl.int64) * G + g)[:, None], row[:, None], key, WORDS)
-                x = tl.where(skipped, float("-inf"), x)
+            x = _skip(x, SKIP, (q0 + m).to(tl.int64) * G + g, row, start + j, WORDS)
             v = _load(V, at, there, D, D_P2, True)
             acc, top, total = _softmax_step(acc, top, total, x, v, scale, row, PRECISION)
         o, lse = _finish(acc, top, total)
@@ -903,6 +896,14 @@ def _seen(SEEN, q0, m, n_q, n_k, S: tl.constexpr):
     else:
         seen = tl.load(SEEN + q0 + m, mask=m < n_q, other=0)
     return seen
+
+
+@_jit
+def _skip(x, SKIP, at, row, key, WORDS: tl.constexpr):
+    """Logits x [R, n] of rows `at` of [N, G], -inf for the keys [n] whose bit is set."""
+    if SKIP is not None:
+        x = tl.where(_is_skipped(SKIP, at[:, None], row[:, None], key[None, :], WORDS), float("-inf"), x)
+    return x
 
 
 @_jit
