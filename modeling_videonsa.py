@@ -13,15 +13,14 @@ from itertools import pairwise
 import torch
 from torch import nn
 from transformers import initialization as init
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.masking_utils import create_masks_for_generate
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     Qwen2_5_VisionTransformerPretrainedModel,
     Qwen2_5_VLAttention,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLModel,
     Qwen2_5_VLTextModel,
-    apply_rotary_pos_emb,
 )
 
 from .configuration_videonsa import VideoNSAConfig, VideoNSATextConfig
@@ -31,12 +30,19 @@ from .nsa_torch import nsa_attention as nsa_attention_torch
 from .nsa_triton import available as triton_available
 from .nsa_triton import merged_attention as merged_attention_triton
 from .nsa_triton import nsa_attention as nsa_attention_triton
+from .transformers_compat import (
+    CACHE,
+    Substitute,
+    cache_of,
+    check_attention,
+    check_cache_written,
+    check_contract,
+    named_arguments,
+    register_key_layouts,
+)
 
-# Checkpoints come in the key layouts of stock Qwen2.5-VL, but transformers looks the renaming up by class name.
-for _name in ("VideoNSAForConditionalGeneration", "VideoNSAModel"):
-    register_checkpoint_conversion_mapping(
-        _name, get_checkpoint_conversion_mapping("Qwen2_5_VLForConditionalGeneration"), overwrite=True
-    )
+check_contract()
+register_key_layouts("VideoNSAForConditionalGeneration", "VideoNSAModel")
 
 MAX_MASK = 2**26  # elements of the boolean mask of one chunk of text queries
 
@@ -181,58 +187,74 @@ class VideoNSAAttention(Qwen2_5_VLAttention):
         logits = self.g_proj_2(nn.functional.gelu(self.g_proj_1(hidden_states)))
         return (logits / self.config.gate_temperature).sigmoid().unflatten(-1, (-1, 3))
 
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values=None,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
-        vision_layout: VisionLayout | None = None,
-        **kwargs,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """As in Qwen2.5-VL, with the layout of a call that has vision queries (attention weights are then None)."""
+    @named_arguments(Qwen2_5_VLAttention.forward)
+    def forward(self, hidden_states: torch.Tensor, vision_layout: VisionLayout | None = None, **kwargs):
+        """As in Qwen2.5-VL, with the layout of a call that has vision queries.
+
+        Projections, rotary and cache are those of the stock forward, which calls an attention function by its name in
+        the configuration. A call with vision queries puts the name of `_attend_sparsely` there.
+
+        Returns:
+            the output [batch, length, hidden] and the attention weights [batch, heads, length, total] or None. With
+            vision queries, the weights have only the rows of text queries, and only if `output_attentions` asks for
+            them; the rows of vision queries are 0.
+        """
         if vision_layout is None:
-            output, weights = super().forward(
-                hidden_states,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                past_key_values=past_key_values,
-                position_embeddings=position_embeddings,
-                **kwargs,
-            )
+            output, weights = super().forward(hidden_states, **kwargs)
             if self.has_gates and self.training and torch.is_grad_enabled():
                 # Data parallelism needs every parameter in the graph of every rank, also for a text-only batch.
                 output = output + 0.0 * self.gates(hidden_states[:, :1]).sum()
             return output, weights
 
-        batch, length, _ = hidden_states.shape
-        q, k, v = (
-            proj(hidden_states).view(batch, length, -1, self.head_dim).transpose(1, 2)  # [batch, heads, length, dim]
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
+        gates = None
+        if self.config.nsa_variant != "merged":
+            gates = self.gates(hidden_states.flatten(0, 1)[vision_layout.queries])  # [N, heads, 3]
+        attend = SparseCall(self, gates, vision_layout)
+        config = Substitute(self.config, _attn_implementation=SPARSE_ATTENTION)
+        outputs = Qwen2_5_VLAttention.forward(Substitute(self, config=config), hidden_states, attend=attend, **kwargs)
+        if not attend.done:
+            raise RuntimeError(
+                "Qwen2_5_VLAttention.forward did not call the attention function that its configuration names: this "
+                "version of transformers and VideoNSA do not fit together"
+            )
+        return outputs
+
+    def attend(self, q, k, v, gates, layout: VisionLayout, weights: torch.Tensor | None = None) -> torch.Tensor:
+        """Attention of one call: sparse for its vision queries, dense for its text queries.
+
+        Args:
+            q: [batch, heads, length, head_dim] of the new tokens, after the rotary, like the keys.
+            k, v: [batch, KV heads, total or more, head_dim] of the cached and new tokens.
+            gates: [N, heads, 3] of the N vision queries; None for the variant "merged".
+            weights: [batch, heads, length, total] of zeros, whose rows of text queries are filled; or None.
+
+        Returns:
+            [batch, length, heads, head_dim]; 0 for padding.
+        """
+        batch, _, length, _ = q.shape
         k = k.to(v.dtype)  # under autocast the rotary factors are fp32
-        if past_key_values is not None:
-            k, v = past_key_values.update(k, v, self.layer_idx)
         q = q.to(v.dtype).transpose(1, 2).flatten(0, 1)  # [batch * length, heads, dim]
         output = q.new_zeros(q.shape)  # padding stays 0
 
-        queries, rows, positions = vision_layout.queries, vision_layout.key_rows, vision_layout.key_positions
-        if self.config.nsa_variant == "merged":
-            output[queries] = self._merged(q[queries], k, v, vision_layout)
+        queries, rows, positions = layout.queries, layout.key_rows, layout.key_positions
+        if gates is None:
+            output[queries] = self._merged(q[queries], k, v, layout)
         else:
-            gates = self.gates(hidden_states.flatten(0, 1)[queries])  # [N, heads, 3]
-            if vision_layout.observe is not None:
-                gates = vision_layout.observe(self, q, k, v, gates, vision_layout)
+            if layout.observe is not None:
+                gates = layout.observe(self, q, k, v, gates, layout)
             if self.config.nsa_variant == "released":
-                self._released(output, q, k, v, gates, vision_layout)
+                self._released(output, q, k, v, gates, layout)
             else:
                 keys = (k[rows, :, positions], v[rows, :, positions])
-                output[queries] = self._sparse(q[queries], *keys, gates, vision_layout)
-        for chunk in vision_layout.text_chunks(self.num_key_value_groups):
-            output[chunk.queries] += self._dense(q[chunk.queries], k, v, chunk).to(output.dtype)
-        return self.o_proj(output.view(batch, length, -1)), None
+                output[queries] = self._sparse(q[queries], *keys, gates, layout)
+
+        for chunk in layout.text_chunks(self.num_key_value_groups):
+            if weights is None:
+                dense = self._dense(q[chunk.queries], k, v, chunk)
+            else:
+                dense = self._dense_with_weights(q[chunk.queries], k, v, chunk, weights)
+            output[chunk.queries] += dense.to(output.dtype)
+        return output.unflatten(0, (batch, length))
 
     def _sparse(self, q, k, v, gates, layout: VisionLayout) -> torch.Tensor:
         """Sparse attention of vision queries q [N, heads, dim] over vision keys and values k, v [M, groups, dim]."""
@@ -314,6 +336,56 @@ class VideoNSAAttention(Qwen2_5_VLAttention):
         )
         return out[0].unflatten(1, folded.shape[1:3]).transpose(0, 1).flatten(1, 2)
 
+    def _dense_with_weights(self, q, k, v, chunk: TextChunk, weights: torch.Tensor) -> torch.Tensor:
+        """As `_dense`, and write the attention probabilities to `weights` [batch, heads, length, total]."""
+        groups = k.shape[1]
+        folded = q.unflatten(1, (groups, -1))  # [T, groups, r, dim]
+        scores = torch.einsum("tgrd,gkd->grtk", folded, k[chunk.row, :, chunk.keys]) * self.scaling
+        scores = scores.masked_fill(~chunk.mask, float("-inf")).flatten(0, 1)
+        local = chunk.queries - chunk.row * weights.shape[2]
+        weights[chunk.row, :, local, chunk.keys] = scores.softmax(-1, dtype=torch.float32).to(weights.dtype)
+
+        rows = weights[chunk.row, :, local, chunk.keys].unflatten(0, (groups, -1))  # in the graph of the output
+        rows = nn.functional.dropout(rows, self.attention_dropout, self.training)
+        return torch.einsum("grtk,gkd->tgrd", rows.to(v.dtype), v[chunk.row, :, chunk.keys]).flatten(1, 2)
+
+
+SPARSE_ATTENTION = "videonsa"
+
+
+@dataclass
+class SparseCall:
+    """What `_attend_sparsely` needs of one call of one layer, beyond what every attention function gets."""
+
+    attention: VideoNSAAttention
+    gates: torch.Tensor | None  # [N, heads, 3], of the vision queries
+    layout: VisionLayout
+    done: bool = False
+
+
+def _attend_sparsely(
+    module, q, k, v, attention_mask, *, attend: SparseCall, output_attentions: bool | None = None, **kwargs
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """An attention function of transformers, for the calls with vision queries.
+
+    Raises:
+        ValueError: `output_attentions` asks for weights that the implementation of the model does not compute.
+    """
+    attend.done = True
+    config, layout = attend.attention.config, attend.layout
+    weights = None
+    if config.output_attentions if output_attentions is None else output_attentions:
+        if config._attn_implementation != "eager":
+            raise ValueError(
+                "output_attentions=True needs attn_implementation='eager' for a prompt with images or video, got "
+                f"{config._attn_implementation!r}"
+            )
+        weights = q.new_zeros(*q.shape[:3], layout.total)
+    return attend.attention.attend(q, k, v, attend.gates, layout, weights), weights
+
+
+ALL_ATTENTION_FUNCTIONS.register(SPARSE_ATTENTION, _attend_sparsely)
+
 
 class VideoNSATextModel(Qwen2_5_VLTextModel):
     """The text decoder of Qwen2.5-VL with `VideoNSAAttention` in every layer."""
@@ -322,6 +394,7 @@ class VideoNSATextModel(Qwen2_5_VLTextModel):
     _keys_to_ignore_on_load_unexpected = [r"\.g_proj_[12]\."]  # of a checkpoint with gates, which "merged" has not
 
     def __init__(self, config: VideoNSATextConfig):
+        check_contract()
         config.validate_nsa()
         config.validate_variant()
         super().__init__(config)
@@ -336,41 +409,38 @@ class VideoNSATextModel(Qwen2_5_VLTextModel):
         else:
             super()._init_weights(module)
 
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values=None,
-        inputs_embeds: torch.Tensor | None = None,
-        use_cache: bool | None = None,
-        vision_mask: torch.Tensor | None = None,
-        observe: Callable | None = None,
-        **kwargs,
-    ):
+    @named_arguments(Qwen2_5_VLTextModel.forward)
+    def forward(self, vision_mask: torch.Tensor | None = None, observe: Callable | None = None, **kwargs):
         """As in Qwen2.5-VL, with vision_mask bool [batch, length]: which new tokens are vision; None for none."""
+        compiling = torch.compiler.is_compiling()
+        if self.config.nsa_variant != "dense":
+            check_attention(self.config._attn_implementation, self.config.nsa_variant)
+        cache, position_ids = kwargs.get(CACHE), kwargs.get("position_ids")
+        new = kwargs.get("inputs_embeds") if kwargs.get("input_ids") is None else kwargs["input_ids"]
+        prefills = new is not None and new.shape[1] > 1 and not compiling
+        past = 0
+        if cache is not None and (prefills or vision_mask is not None):
+            past = int(cache.get_seq_length())
+
         if vision_mask is not None and self.config.nsa_variant == "released":
             vision_mask = self._vision_by_position(position_ids)
         if vision_mask is not None:
-            past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
-            vision_mask = torch.cat([self._cached_vision_mask(past_key_values, past, vision_mask), vision_mask], 1)
-            kwargs["vision_layout"] = self._layout(vision_mask, past, attention_mask, position_ids, observe)
-            attention_mask = dict.fromkeys(("full_attention", "sliding_attention"))  # "prepared": no [S, S] mask
-        elif getattr(past_key_values, "vision_mask", None) is not None and not torch.compiler.is_compiling():
+            vision_mask = torch.cat([self._cached_vision_mask(cache, past, vision_mask), vision_mask], 1)
+            kwargs["vision_layout"] = self._layout(
+                vision_mask, past, kwargs.get("attention_mask"), position_ids, observe
+            )
+            # "Prepared" masks, so that no [length, length] mask is made.
+            kwargs["attention_mask"] = dict.fromkeys(("full_attention", "sliding_attention"))
+        elif getattr(cache, "vision_mask", None) is not None and not compiling:
             # What comes after the cached tokens is text now, also where a longer cache was cut back or reset.
-            mask = past_key_values.vision_mask
-            kept = torch.arange(mask.shape[1], device=mask.device) < past_key_values.get_seq_length()
-            past_key_values.vision_mask = mask & kept
-        outputs = super().forward(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
-        )
-        cache = getattr(outputs, "past_key_values", None)
+            mask = cache.vision_mask
+            kept = torch.arange(mask.shape[1], device=mask.device) < cache.get_seq_length()
+            cache.vision_mask = mask & kept
+
+        outputs = super().forward(**kwargs)
+        cache = cache_of(outputs) if cache is None else cache
+        if prefills:
+            check_cache_written(cache, past + new.shape[1])
         if vision_mask is not None and cache is not None:
             cache.vision_mask = vision_mask  # what is needed to continue the stream in a later call
         return outputs
@@ -427,18 +497,8 @@ class VideoNSAModel(Qwen2_5_VLModel):
         self.rope_deltas = None
         self.post_init()
 
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values=None,
-        inputs_embeds: torch.Tensor | None = None,
-        mm_token_type_ids: torch.IntTensor | None = None,
-        output_gates: bool = False,
-        observe: Callable | None = None,
-        **kwargs,
-    ):
+    @named_arguments(Qwen2_5_VLModel.forward)
+    def forward(self, output_gates: bool = False, observe: Callable | None = None, **kwargs):
         """As in Qwen2.5-VL.
 
         Vision tokens are told by `input_ids`; where only `inputs_embeds` are given, by `mm_token_type_ids`, which are
@@ -455,24 +515,16 @@ class VideoNSAModel(Qwen2_5_VLModel):
         gates = []
         if output_gates:
             observe = functools.partial(_keep_gates, gates, observe)
-        if mm_token_type_ids is None and input_ids is not None:
-            mm_token_type_ids = self.token_types(input_ids)  # without it, stock falls back to 1-D positions
-        if input_ids is not None and past_key_values is not None:
-            self._drop_cached_features(input_ids, past_key_values, kwargs)
-        outputs = super().forward(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            mm_token_type_ids=mm_token_type_ids,
-            vision_mask=self._vision_mask(input_ids, inputs_embeds, mm_token_type_ids),
-            observe=observe,
-            **kwargs,
-        )
-        cache = getattr(outputs, "past_key_values", None)
+        input_ids, cache = kwargs.get("input_ids"), kwargs.get(CACHE)
+        if input_ids is not None and kwargs.get("mm_token_type_ids") is None:
+            kwargs["mm_token_type_ids"] = self.token_types(input_ids)  # without it, stock falls back to 1-D positions
+        if input_ids is not None and cache is not None:
+            self._drop_cached_features(input_ids, cache, kwargs)
+        vision_mask = self._vision_mask(input_ids, kwargs.get("inputs_embeds"), kwargs.get("mm_token_type_ids"), cache)
+        outputs = super().forward(vision_mask=vision_mask, observe=observe, **kwargs)
+        cache = cache_of(outputs)
         if cache is not None and not torch.compiler.is_compiling():
-            self._keep_rope_deltas(cache, position_ids, attention_mask)
+            self._keep_rope_deltas(cache, kwargs.get("position_ids"), kwargs.get("attention_mask"))
         return _with_gates(outputs, gates) if output_gates else outputs
 
     def _keep_rope_deltas(self, cache, position_ids, attention_mask) -> None:
@@ -484,27 +536,28 @@ class VideoNSAModel(Qwen2_5_VLModel):
             largest = position_ids.view(-1, *position_ids.shape[-2:])[-3:].amax((0, 2))  # [batch]
             cache.rope_deltas = (largest + 1 - tokens)[:, None]
 
-    def compute_3d_position_ids(self, *, past_key_values=None, inputs_embeds, mm_token_type_ids=None, **kwargs):
+    @named_arguments(Qwen2_5_VLModel.compute_3d_position_ids)
+    def compute_3d_position_ids(self, **kwargs):
         """As in Qwen2.5-VL, but later tokens are offset by what their own cache, not the last call, came to."""
-        if past_key_values is None or past_key_values.get_seq_length() == 0:
+        cache, types = kwargs.get(CACHE), kwargs.get("mm_token_type_ids")
+        if cache is None or cache.get_seq_length() == 0:
             self.rope_deltas = None
-        elif mm_token_type_ids is not None and mm_token_type_ids[:, -inputs_embeds.shape[1] :].any():
+        elif types is not None and types[:, -kwargs["inputs_embeds"].shape[1] :].any():
             raise ValueError("images and videos over a cache need position_ids: get_rope_index of the whole sequence")
         else:
-            self.rope_deltas = getattr(past_key_values, "rope_deltas", self.rope_deltas)
-        return super().compute_3d_position_ids(
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            mm_token_type_ids=mm_token_type_ids,
-            **kwargs,
-        )
+            self.rope_deltas = getattr(cache, "rope_deltas", self.rope_deltas)
+        return super().compute_3d_position_ids(**kwargs)
 
     def token_types(self, input_ids: torch.LongTensor) -> torch.Tensor:
         """Modality of each token: 0 text, 1 image, 2 video."""
         return (input_ids == self.config.image_token_id).int() + 2 * (input_ids == self.config.video_token_id).int()
 
-    def _vision_mask(self, input_ids, inputs_embeds, mm_token_type_ids) -> torch.Tensor | None:
-        """bool [batch, length], or None when the call has no vision query or the variant is dense."""
+    def _vision_mask(self, input_ids, inputs_embeds, mm_token_type_ids, cache) -> torch.Tensor | None:
+        """bool [batch, length], or None when the call has no vision query or the variant is dense.
+
+        Raises:
+            ValueError: nothing tells whether some of the embeddings are of images or video.
+        """
         self.config.text_config.validate_variant()
         new = input_ids if input_ids is not None else inputs_embeds
         if self.config.nsa_variant == "dense" or (new.shape[1] == 1 and torch.compiler.is_compiling()):
@@ -516,6 +569,15 @@ class VideoNSAModel(Qwen2_5_VLModel):
         else:
             ids = torch.tensor([self.config.image_token_id, self.config.video_token_id], device=new.device)
             mask = (new[:, :, None] == self.get_input_embeddings()(ids)).all(-1).any(-1)
+            decodes = new.shape[1] == 1 and cache is not None and cache.get_seq_length() > 0
+            if not decodes and not mask.any():
+                # Features may stand in them already, which look like no embedding.
+                raise ValueError(
+                    "inputs_embeds alone do not tell which tokens are vision, which nsa_variant="
+                    f"{self.config.nsa_variant!r} has to know: pass input_ids too, or mm_token_type_ids [batch, "
+                    "length] (0 text, 1 image, 2 video; all 0 for text alone), or load the model with "
+                    'nsa_variant="dense"'
+                )
         return mask if mask.any() else None
 
     def _drop_cached_features(self, input_ids, past_key_values, kwargs) -> None:
@@ -647,14 +709,21 @@ class VideoNSAForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
         """As in transformers, but weights are read from safetensors only: pickles can run code."""
         return super().from_pretrained(*args, **{**kwargs, "use_safetensors": True})
 
-    # `wraps` keeps the stock signature, which generate() and Trainer inspect.
-    @functools.wraps(Qwen2_5_VLForConditionalGeneration.forward)
-    def forward(self, *args, output_gates: bool = False, **kwargs):
-        if not output_gates:
-            return super().forward(*args, **kwargs)
+    @named_arguments(Qwen2_5_VLForConditionalGeneration.forward)
+    def forward(self, output_gates: bool = False, observe: Callable | None = None, **kwargs):
+        """As in Qwen2.5-VL, and with `output_gates` and `observe` as in [`VideoNSAModel.forward`]."""
         gates = []
-        observe = functools.partial(_keep_gates, gates, kwargs.pop("observe", None))
-        return _with_gates(super().forward(*args, observe=observe, **kwargs), gates)
+        if output_gates:
+            observe = functools.partial(_keep_gates, gates, observe)
+        if observe is not None:
+            kwargs["observe"] = observe
+        outputs = super().forward(**kwargs)
+        return _with_gates(outputs, gates) if output_gates else outputs
+
+    @named_arguments(Qwen2_5_VLForConditionalGeneration.generate)
+    def generate(self, **kwargs):
+        """As in transformers, with a cache by either of its names."""
+        return super().generate(**kwargs)
 
     def create_masks_for_generate(self, *, inputs_embeds, attention_mask, **kwargs):
         """Leave the mask of a prefill 2-D also for static caches: no [length, length] mask is needed."""
@@ -670,7 +739,7 @@ class VideoNSAForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
         if any(model_kwargs.get(name) is not None for name in ("image_grid_thw", "video_grid_thw")):
             self.model.rope_deltas = None  # those of an earlier call, which 5.17 would use for a new video
         else:
-            cache = model_kwargs.get("past_key_values")
+            cache = model_kwargs.get(CACHE)
             self.model.rope_deltas = getattr(cache, "rope_deltas", self.model.rope_deltas)
         return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
 

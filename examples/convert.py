@@ -39,6 +39,7 @@ CODE_FILES = (
     "nsa_torch.py",
     "nsa_triton.py",
     "processing_videonsa.py",
+    "transformers_compat.py",
     "video_planner.py",
     "video_reader.py",
 )

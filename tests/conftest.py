@@ -6,6 +6,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,46 @@ def stock_checkpoint(tmp_path_factory):
     shape = {"hidden_size": 112, "num_attention_heads": 7, "num_key_value_heads": 1}
     folder = tmp_path_factory.mktemp("stock")
     return make_stock_checkpoint(folder, num_hidden_layers=2, vision_hidden_size=32, **shape)
+
+
+@pytest.fixture(scope="session")
+def checkpoints(stock_checkpoint, tmp_path_factory):
+    """Stock checkpoint folder of each of SHAPES."""
+    import tiny
+    from prompts import SHAPES
+
+    folder = tmp_path_factory.mktemp("stock")
+    tiny.make_stock_checkpoint(folder, num_hidden_layers=2, vision_hidden_size=32, **SHAPES["2 KV heads"])
+    return {"1 KV head": stock_checkpoint, "2 KV heads": folder}
+
+
+@pytest.fixture(scope="session")
+def models(checkpoints):
+    """Our model of each shape."""
+    from prompts import load
+
+    return {shape: load(folder) for shape, folder in checkpoints.items()}
+
+
+@pytest.fixture(params=["1 KV head", "2 KV heads"])
+def both(request, models, checkpoints):
+    """A model of each shape, and the stock model with the same weights."""
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    stock = Qwen2_5_VLForConditionalGeneration.from_pretrained(checkpoints[request.param]).eval()
+    return deepcopy(models[request.param]), stock
+
+
+@pytest.fixture(params=["1 KV head", "2 KV heads"])
+def model(request, models):
+    """A fresh model of each shape."""
+    return deepcopy(models[request.param])
+
+
+@pytest.fixture
+def small(models):
+    """The model with 1 KV head, where the number of KV heads does not matter."""
+    return deepcopy(models["1 KV head"])
 
 
 @pytest.fixture(scope="session")

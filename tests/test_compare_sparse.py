@@ -8,10 +8,10 @@ import pytest
 import sparse_baselines
 import torch
 from sparse_baselines import METHODS, Prefill
-from test_modeling_videonsa import MIXED, assert_close, generate, logits, make_inputs
 
 from demo import assemble_tiny_model
 from make_needle_videos import Settings, make_dataset
+from prompts import MIXED, assert_close, generate, logits, make_inputs
 from videonsa.modeling_videonsa import VideoNSAForConditionalGeneration
 
 SIZE = 8

@@ -13,7 +13,10 @@ from itertools import accumulate
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_modeling_videonsa import (
+from transformers import DynamicCache, Qwen2_5_VLForConditionalGeneration
+
+import convert
+from prompts import (
     IMAGE,
     MIXED,
     TEXT,
@@ -27,9 +30,6 @@ from test_modeling_videonsa import (
     text_model,
     unpad,
 )
-from transformers import DynamicCache, Qwen2_5_VLForConditionalGeneration
-
-import convert
 from videonsa import nsa_torch
 from videonsa.configuration_videonsa import VideoNSAConfig, VideoNSATextConfig
 from videonsa.modeling_videonsa import VideoNSAForConditionalGeneration

@@ -1,0 +1,174 @@
+"""The seam between VideoNSA and transformers: the only file that knows what a version calls things.
+
+transformers 5.24 renamed the argument `past_key_values` of every forward to `cache`. It translates the old name for
+callers, but not for a remote class whose own forward still says `past_key_values`: the cache is then never written,
+and decoding sees no video. So our overrides read their arguments by name through `named_arguments`, which knows both
+names, and `check_contract` refuses a transformers whose methods are not those that we build on.
+"""
+
+import functools
+import inspect
+
+from transformers import Cache
+from transformers import __version__ as VERSION
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
+from transformers.masking_utils import create_masks_for_generate
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
+    Qwen2_5_VLAttention,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLModel,
+    Qwen2_5_VLTextModel,
+)
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+# The first and the last minor version of transformers that the test suite runs on.
+TESTED = ("5.17", "5.24")
+
+CACHE_NAMES = ("cache", "past_key_values")
+
+# What transformers computes text rows and decoding with. Another name belongs to a serving engine, whose own attention
+# would stand in for the sparse one.
+ATTENTION_IMPLEMENTATIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+# transformers takes these from the Hub where the package flash-attn is not installed.
+HUB_ATTENTION = ("kernels-community/flash-attn", "kernels-community/vllm-flash-attn")
+
+
+def _parameters(function) -> tuple[str, ...]:
+    return tuple(inspect.signature(function).parameters)
+
+
+# What this transformers calls the cache. A name that is neither is found by `check_contract`.
+CACHE = next((name for name in CACHE_NAMES if name in _parameters(Qwen2_5_VLTextModel.forward)), CACHE_NAMES[0])
+
+
+def check_contract() -> None:
+    """Check that transformers' methods have the parameters that VideoNSA passes, reads or overrides.
+
+    Warns once about a version newer than the tested ones that keeps the contract.
+
+    Raises:
+        ImportError: a method or a parameter is missing; names the version, what is missing and the tested range.
+    """
+    text = ("attention_mask", "position_ids", CACHE, "inputs_embeds", "use_cache")
+    grids = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts", "mm_token_type_ids")
+    pixels = ("pixel_values", "pixel_values_videos")
+    needed = {
+        (Qwen2_5_VLAttention, "forward"): ("hidden_states", CACHE, "position_embeddings", "kwargs"),
+        (Qwen2_5_VLTextModel, "forward"): (*text, "kwargs"),
+        (Qwen2_5_VLModel, "forward"): ("input_ids", *text, *pixels, *grids, "kwargs"),
+        (Qwen2_5_VLModel, "compute_3d_position_ids"): ("inputs_embeds", CACHE, "mm_token_type_ids"),
+        (Qwen2_5_VLModel, "get_rope_index"): ("input_ids", "attention_mask", *grids),
+        (Qwen2_5_VLForConditionalGeneration, "forward"): ("input_ids", *text, *pixels, *grids, "kwargs"),
+        (Qwen2_5_VLForConditionalGeneration, "_prepare_position_ids_for_generation"): ("inputs_tensor", "model_kwargs"),
+        (Qwen2_5_VLForConditionalGeneration, "generate"): ("inputs", "kwargs"),
+    }
+    missing = [
+        f"{owner.__name__}.{name}({parameter})"
+        for (owner, name), parameters in needed.items()
+        for parameter in parameters
+        if parameter not in _parameters(getattr(owner, name, lambda: None))
+    ]
+    missing += [
+        f"create_masks_for_generate({parameter})"
+        for parameter in ("inputs_embeds", "attention_mask")
+        if parameter not in _parameters(create_masks_for_generate)
+    ]
+
+    oldest, newest = TESTED
+    too_old = _minor(VERSION) < _minor(oldest)
+    if missing or too_old:
+        what = "is too old" if too_old else f"lacks what VideoNSA builds on: {', '.join(missing)}"
+        raise ImportError(
+            f"transformers {VERSION} {what}. VideoNSA is tested with transformers {oldest} to {newest}: install one of "
+            "these, or look for newer code files of the checkpoint"
+        )
+    if _minor(VERSION) > _minor(newest):
+        logger.warning_once(
+            f"transformers {VERSION} is newer than the versions that VideoNSA is tested with ({oldest} to {newest}). "
+            "Its interface looks the same; compare some answers before you rely on it"
+        )
+
+
+def _minor(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".")[:2])
+
+
+def named_arguments(stock):
+    """Decorate an override of the method `stock`: its arguments reach it by name.
+
+    Positional arguments get the names of `stock`, and the cache gets the name of this version, `CACHE`, by whichever
+    name the caller passed it. The override keeps the signature of `stock` for those who inspect it, such as
+    `generate` and `Trainer`.
+
+    Raises:
+        ValueError: the call names the cache twice.
+    """
+    names = _parameters(stock)[1:]
+    other = next(name for name in CACHE_NAMES if name != CACHE)
+
+    def decorate(override):
+        @functools.wraps(override)
+        def method(self, *args, **kwargs):
+            kwargs.update(zip(names, args, strict=False))
+            if other in kwargs:
+                cache = kwargs.pop(other)
+                if cache is not None and kwargs.get(CACHE) is not None:
+                    raise ValueError("cache and past_key_values are two names of one argument; pass one of them")
+                if kwargs.get(CACHE) is None:
+                    kwargs[CACHE] = cache
+            return override(self, **kwargs)
+
+        method.__signature__ = inspect.signature(stock)
+        return method
+
+    return decorate
+
+
+def register_key_layouts(full: str, base: str) -> None:
+    """Let the classes of these names, with and without a head, load the key layouts of stock Qwen2.5-VL, and save the
+    one of transformers 4 as stock does. transformers looks the renaming up by the name of a class."""
+    renaming = get_checkpoint_conversion_mapping("Qwen2_5_VLForConditionalGeneration")
+    register_checkpoint_conversion_mapping(full, renaming, overwrite=True)
+    # The stock base class would leave the vision tower of newer files uninitialised.
+    renaming = [WeightRenaming(r"^model(?!\.(language_model|visual))", "language_model")]
+    register_checkpoint_conversion_mapping(base, renaming, overwrite=True)
+
+
+def cache_of(outputs) -> Cache | None:
+    """The cache in a model's outputs, an object or the tuple that stands for one."""
+    if isinstance(outputs, tuple):
+        return next((x for x in outputs if isinstance(x, Cache)), None)
+    return getattr(outputs, CACHE, None)
+
+
+def check_cache_written(cache: Cache | None, length: int) -> None:
+    """Raise a RuntimeError if `cache` does not hold `length` tokens after a forward call that had to write it."""
+    if cache is not None and int(cache.get_seq_length()) != length:
+        raise RuntimeError(
+            f"the cache holds {int(cache.get_seq_length())} tokens after a forward call, where {length} are due: "
+            f"transformers {VERSION} and VideoNSA do not fit together (tested: {' to '.join(TESTED)})"
+        )
+
+
+def check_attention(implementation: str | None, variant: str) -> None:
+    """Raise a ValueError if a sparse variant meets an attention function that it was not written for."""
+    known = implementation is None or implementation in ATTENTION_IMPLEMENTATIONS
+    if not known and not implementation.startswith(HUB_ATTENTION):
+        raise ValueError(
+            f"attn_implementation={implementation!r} cannot compute nsa_variant={variant!r}: it would attend densely. "
+            f'Use one of {", ".join(ATTENTION_IMPLEMENTATIONS)}, or load the model with nsa_variant="dense"'
+        )
+
+
+class Substitute:
+    """`target` with some attributes replaced, for the length of a call: the stock method that gets it as its `self`
+    reads the replaced attributes, and every other caller the true ones."""
+
+    def __init__(self, target, **attributes):
+        self.__dict__.update(attributes, _target=target)
+
+    def __getattr__(self, name):
+        return getattr(self._target, name)
