@@ -1,14 +1,13 @@
 """VideoNSA: Qwen2.5-VL whose vision tokens attend through Native Sparse Attention (arXiv 2510.02295).
 
-Only what differs from transformers' Qwen2.5-VL stands here: where the vision tokens of a call are (`VisionLayout`), the
-attention module, rotary positions by the rule of the Qwen2-VL paper, and loading. The attention itself is in
-`nsa_torch.py` (the specification) and `nsa_triton.py`, the fields in `configuration_videonsa.py`.
+Only what differs from transformers' Qwen2.5-VL stands here: the attention module, which tokens of a call are vision,
+what a cache remembers of them, and loading. The attention itself is in `nsa_torch.py` (the specification) and
+`nsa_triton.py`, the fields in `configuration_videonsa.py`.
 """
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
-from itertools import pairwise
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -30,6 +29,7 @@ from .nsa_torch import nsa_attention as nsa_attention_torch
 from .nsa_triton import available as triton_available
 from .nsa_triton import merged_attention as merged_attention_triton
 from .nsa_triton import nsa_attention as nsa_attention_triton
+from .rope_positions import Media, sample_positions
 from .transformers_compat import (
     CACHE,
     Substitute,
@@ -40,127 +40,10 @@ from .transformers_compat import (
     named_arguments,
     register_key_layouts,
 )
+from .vision_layout import TextChunk, VisionLayout
 
 check_contract()
 register_key_layouts("VideoNSAForConditionalGeneration", "VideoNSAModel")
-
-MAX_MASK = 2**26  # elements of the boolean mask of one chunk of text queries
-
-
-@dataclass
-class TextChunk:
-    """Text queries of one sample, few enough for a dense mask against the keys they can see."""
-
-    queries: torch.Tensor  # int64 [T], among the batch * length tokens of the call
-    row: int  # of the batch
-    keys: slice  # of the row's cached and new tokens
-    mask: torch.Tensor  # bool [T, keys], made anew by each use: see VisionLayout.text_chunks
-
-
-@dataclass
-class VisionLayout:
-    """Where the vision and text tokens of one forward call stand; made once, read by every layer.
-
-    A sample is a row of the batch, or one of the sequences packed into a row. Vision tokens are listed sample by
-    sample, in the order of the stream.
-    """
-
-    queries: torch.Tensor  # int64 [N], vision queries among the batch * length tokens of the call
-    key_rows: torch.Tensor  # int64 [M], batch row of each vision key
-    key_positions: torch.Tensor  # int64 [M], and its position among the cached and new tokens of that row
-    cu_seqlens: torch.Tensor  # int32 [samples + 1], of queries
-    cu_seqlens_k: torch.Tensor  # int32 [samples + 1], of keys
-    text: list[tuple[torch.Tensor, int, int, int]]  # (text queries as above, row, first and last + 1 key) of a sample
-    text_rows: torch.Tensor  # int64 [T], batch row of each text key
-    text_positions: torch.Tensor  # int64 [T], and its position among the cached and new tokens of that row
-    text_seen: torch.Tensor  # int32 [N], how many text keys of its sample come before a vision query
-    cu_seqlens_text: torch.Tensor  # int32 [samples + 1], of text keys
-    valid: torch.Tensor | None  # bool [batch, total], False for padding
-    length: int  # new tokens per row
-    total: int  # cached and new tokens per row
-    observe: Callable | None = None  # called by each layer: see `VideoNSAModel.forward`
-    # Of each sample with a vision query, for the released variant: its stream, queries as above, row, and key positions
-    streams: list[tuple[Stream, torch.Tensor, int, torch.Tensor]] = ()
-
-    @classmethod
-    def make(cls, vision, length, valid=None, starts=None, observe=None, make_stream=None) -> "VisionLayout":
-        """From vision bool [batch, total], of which the last `length` tokens of each row are new; valid bool [batch,
-        total] is False for padding, starts bool [batch, total] True where a packed sample begins. make_stream makes a
-        `Stream` of its first two arguments, if the variant needs one."""
-        batch, total = vision.shape
-        starts = torch.zeros_like(vision) if starts is None else starts.clone()
-        starts[:, 0] = True
-        sample = starts.flatten().cumsum(0) - 1  # [batch * total]
-        vision = vision if valid is None else vision & valid
-        new = torch.arange(batch * total, device=vision.device).view(batch, total)[:, total - length :].flatten()
-
-        edges = [*starts.flatten().nonzero().squeeze(1).tolist(), batch * total]
-        samples = [(start // total, start % total, (stop - 1) % total + 1) for start, stop in pairwise(edges)]
-
-        def cu_seqlens(index):
-            counts = sample[index].bincount(minlength=len(samples))
-            return nn.functional.pad(counts.cumsum(0), (1, 0)).int()
-
-        keys = vision.flatten().nonzero().squeeze(1)
-        queries = vision.flatten()[new].nonzero().squeeze(1)
-        is_text = ~vision if valid is None else ~vision & valid
-        text = is_text.flatten()[new].nonzero().squeeze(1)
-        text_keys = is_text.flatten().nonzero().squeeze(1)
-        cu_seqlens_text = cu_seqlens(text_keys)
-        text_before = is_text.flatten().cumsum(0).int()[new[queries]]  # of all samples
-        counts = sample[new[text]].bincount(minlength=len(samples)).tolist()
-        parts = [(part, *place) for part, place in zip(text.split(counts), samples, strict=True) if len(part)]
-        streams = []
-        for row, start, stop in samples if make_stream else []:
-            positions = torch.arange(start, stop, device=vision.device)
-            positions = positions if valid is None else positions[valid[row, start:stop]]
-            query_positions = positions[positions >= total - length]
-            if vision[row, query_positions].any():
-                stream = make_stream(vision[row, positions], len(query_positions))
-                streams.append((stream, query_positions + row * length - (total - length), row, positions))
-        return cls(
-            queries=queries,
-            key_rows=keys // total,
-            key_positions=keys % total,
-            cu_seqlens=cu_seqlens(new[queries]),
-            cu_seqlens_k=cu_seqlens(keys),
-            text=parts,
-            text_rows=text_keys // total,
-            text_positions=text_keys % total,
-            text_seen=text_before - cu_seqlens_text[sample[new[queries]]],
-            cu_seqlens_text=cu_seqlens_text,
-            valid=valid,
-            length=length,
-            total=total,
-            observe=observe,
-            streams=streams,
-        )
-
-    def to(self, device: torch.device, non_blocking: bool = False) -> "VisionLayout":
-        """This layout on another device; accelerate calls it where layers are spread over several."""
-        if self.queries.device == torch.device(device):
-            return self
-        moved = {
-            f.name: x.to(device, non_blocking=non_blocking)
-            for f in fields(self)
-            if isinstance(x := getattr(self, f.name), torch.Tensor)
-        }
-        text = [(queries.to(device, non_blocking=non_blocking), *rest) for queries, *rest in self.text]
-        streams = [
-            tuple(x if isinstance(x, int) else x.to(device, non_blocking=non_blocking) for x in part)
-            for part in self.streams
-        ]
-        return replace(self, **moved, text=text, streams=streams)
-
-    def text_chunks(self, heads_per_group: int):
-        """Yield the text queries as `TextChunk`s whose masks, repeated per head of a group, fit into `MAX_MASK`."""
-        for queries, row, start, stop in self.text:
-            for part in queries.split(max(1, MAX_MASK // (heads_per_group * (stop - start)))):
-                position = part - row * self.length + self.total - self.length  # [T], of cached and new tokens
-                mask = torch.arange(start, stop, device=part.device) <= position[:, None]
-                if self.valid is not None:
-                    mask = mask & self.valid[row, start:stop]
-                yield TextChunk(part, row, slice(start, stop), mask)
 
 
 class GateLinear(nn.Linear):
@@ -234,19 +117,11 @@ class VideoNSAAttention(Qwen2_5_VLAttention):
         batch, _, length, _ = q.shape
         k = k.to(v.dtype)  # under autocast the rotary factors are fp32
         q = q.to(v.dtype).transpose(1, 2).flatten(0, 1)  # [batch * length, heads, dim]
-        output = q.new_zeros(q.shape)  # padding stays 0
+        if gates is not None and layout.observe is not None:
+            gates = layout.observe(self, q, k, v, gates, layout)
 
-        queries, rows, positions = layout.queries, layout.key_rows, layout.key_positions
-        if gates is None:
-            output[queries] = self._merged(q[queries], k, v, layout)
-        else:
-            if layout.observe is not None:
-                gates = layout.observe(self, q, k, v, gates, layout)
-            if self.config.nsa_variant == "released":
-                self._released(output, q, k, v, gates, layout)
-            else:
-                keys = (k[rows, :, positions], v[rows, :, positions])
-                output[queries] = self._sparse(q[queries], *keys, gates, layout)
+        output = q.new_zeros(q.shape)  # padding stays 0
+        VISION_ATTENTION[self.config.nsa_variant](self, output, q, k, v, gates, layout)
 
         for chunk in layout.text_chunks(self.num_key_value_groups):
             if weights is None:
@@ -255,64 +130,6 @@ class VideoNSAAttention(Qwen2_5_VLAttention):
                 dense = self._dense_with_weights(q[chunk.queries], k, v, chunk, weights)
             output[chunk.queries] += dense.to(output.dtype)
         return output.unflatten(0, (batch, length))
-
-    def _sparse(self, q, k, v, gates, layout: VisionLayout) -> torch.Tensor:
-        """Sparse attention of vision queries q [N, heads, dim] over vision keys and values k, v [M, groups, dim]."""
-        return (nsa_attention_triton if self.uses_triton(q) else nsa_attention_torch)(
-            q,
-            k,
-            v,
-            gates,
-            layout.cu_seqlens,
-            cu_seqlens_k=layout.cu_seqlens_k,
-            block_size=self.config.block_size,
-            block_count=self.config.block_count,
-            window_size=self.config.window_size,
-            scale=self.scaling,
-        )
-
-    def _merged(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: VisionLayout) -> torch.Tensor:
-        """One softmax of vision queries q [N, heads, dim] over text and chosen blocks, k and v [batch, groups, total,
-        dim]."""
-        rows, positions = layout.key_rows, layout.key_positions
-        text_rows, text_positions = layout.text_rows, layout.text_positions
-        return (merged_attention_triton if self.uses_triton(q) else merged_attention_torch)(
-            q,
-            k[rows, :, positions],
-            v[rows, :, positions],
-            k[text_rows, :, text_positions],
-            v[text_rows, :, text_positions],
-            layout.text_seen,
-            layout.cu_seqlens,
-            layout.cu_seqlens_text,
-            cu_seqlens_k=layout.cu_seqlens_k,
-            block_size=self.config.block_size,
-            block_count=self.config.layer_block_count(self.layer_idx),
-            window_size=self.config.window_size,
-            mass=self.config.block_mass,
-            spread=self.config.block_spread,
-            per_head=self.config.block_per_head,
-            remainder=self.config.block_remainder,
-            scale=self.scaling,
-        )
-
-    def _released(self, output, q, k, v, gates, layout: VisionLayout) -> None:
-        """Add to `output` what `released_attention` gives to the samples with vision queries."""
-        counts = [len(stream.vision_rows) for stream, *_ in layout.streams]
-        for (stream, queries, row, keys), own_gates in zip(layout.streams, gates.split(counts), strict=True):
-            output[queries] = released_attention(
-                q[queries],
-                k[row, :, keys].transpose(0, 1),
-                v[row, :, keys].transpose(0, 1),
-                own_gates,
-                stream,
-                triton=self.uses_triton(q),
-                block_size=self.config.block_size,
-                block_count=self.config.block_count,
-                window_size=self.config.window_size,
-                block_causal=self.config.block_causal,
-                scale=self.scaling,
-            )
 
     def uses_triton(self, q: torch.Tensor) -> bool:
         """Whether such queries go to the kernels."""
@@ -349,6 +166,73 @@ class VideoNSAAttention(Qwen2_5_VLAttention):
         rows = nn.functional.dropout(rows, self.attention_dropout, self.training)
         return torch.einsum("grtk,gkd->tgrd", rows.to(v.dtype), v[chunk.row, :, chunk.keys]).flatten(1, 2)
 
+
+# Vision attention of each variant: writes the rows of vision queries of output [batch * length, heads, dim], from q of
+# the same shape, k and v [batch, KV heads, total or more, dim], gates [N, heads, 3], and the layout of the call.
+
+
+def _paper(attention: VideoNSAAttention, output, q, k, v, gates, layout: VisionLayout) -> None:
+    config = attention.config
+    attend = nsa_attention_triton if attention.uses_triton(q) else nsa_attention_torch
+    output[layout.queries] = attend(
+        q[layout.queries],
+        layout.keys.take(k),
+        layout.keys.take(v),
+        gates,
+        layout.cu_seqlens,
+        cu_seqlens_k=layout.keys.cu_seqlens,
+        block_size=config.block_size,
+        block_count=config.block_count,
+        window_size=config.window_size,
+        scale=attention.scaling,
+    )
+
+
+def _merged(attention: VideoNSAAttention, output, q, k, v, gates, layout: VisionLayout) -> None:
+    config = attention.config
+    attend = merged_attention_triton if attention.uses_triton(q) else merged_attention_torch
+    output[layout.queries] = attend(
+        q[layout.queries],
+        layout.keys.take(k),
+        layout.keys.take(v),
+        layout.text_keys.take(k),
+        layout.text_keys.take(v),
+        layout.text_seen,
+        layout.cu_seqlens,
+        layout.text_keys.cu_seqlens,
+        cu_seqlens_k=layout.keys.cu_seqlens,
+        block_size=config.block_size,
+        block_count=config.layer_block_count(attention.layer_idx),
+        window_size=config.window_size,
+        mass=config.block_mass,
+        spread=config.block_spread,
+        per_head=config.block_per_head,
+        remainder=config.block_remainder,
+        scale=attention.scaling,
+    )
+
+
+def _released(attention: VideoNSAAttention, output, q, k, v, gates, layout: VisionLayout) -> None:
+    """All rows of the samples with vision queries, text rows without their dense term."""
+    config = attention.config
+    counts = [len(sample.stream.vision_rows) for sample in layout.streams]
+    for sample, own_gates in zip(layout.streams, gates.split(counts), strict=True):
+        output[sample.queries] = released_attention(
+            q[sample.queries],
+            k[sample.row, :, sample.positions].transpose(0, 1),
+            v[sample.row, :, sample.positions].transpose(0, 1),
+            own_gates,
+            sample.stream,
+            triton=attention.uses_triton(q),
+            block_size=config.block_size,
+            block_count=config.block_count,
+            window_size=config.window_size,
+            block_causal=config.block_causal,
+            scale=attention.scaling,
+        )
+
+
+VISION_ATTENTION = {"paper": _paper, "merged": _merged, "released": _released}
 
 SPARSE_ATTENTION = "videonsa"
 
@@ -620,12 +504,7 @@ class VideoNSAModel(Qwen2_5_VLModel):
         attention_mask: torch.Tensor | None = None,
         **kwargs,
     ) -> tuple[torch.LongTensor, torch.LongTensor]:
-        """Rotary positions by the rule of Qwen2-VL (arXiv 2409.12191 §2.1) and Qwen2.5-VL (arXiv 2502.13923 §2.1.2).
-
-        Text counts up in all three components. The patches of an image or video count their frame, row and column,
-        frames in units of 1 / tokens_per_second; each modality starts at the largest position before it plus one.
-        (transformers 5.x lets text after a video start too early, and up to 5.17 cuts seconds to integers, as is done
-        here with `truncate_seconds`.)
+        """Rotary positions of a batch: see `rope_positions.py`.
 
         Args:
             input_ids: [batch, length]; the grids are int [images or videos, 3] in patches, second_per_grid_ts are the
@@ -638,51 +517,22 @@ class VideoNSAModel(Qwen2_5_VLModel):
         Raises:
             ValueError: placeholder tokens and grids do not fit together.
         """
-        vision, truncate = self.config.vision_config, self.config.text_config.cuts_seconds()
-        merge, tokens_per_second = vision.spatial_merge_size, vision.tokens_per_second
+        media = Media.of(
+            image_grid_thw,
+            video_grid_thw,
+            second_per_grid_ts,
+            merge=self.config.vision_config.spatial_merge_size,
+            tokens_per_second=self.config.vision_config.tokens_per_second,
+            truncate=self.config.text_config.cuts_seconds(),
+        )
         types = self.token_types(input_ids) if mm_token_type_ids is None else mm_token_type_ids
-        grids = {
-            kind: iter([] if grid is None else grid.tolist())
-            for kind, grid in ((1, image_grid_thw), (2, video_grid_thw))
-        }
-        seconds = iter([] if second_per_grid_ts is None else torch.as_tensor(second_per_grid_ts).tolist())
         positions = torch.zeros(3, *input_ids.shape, dtype=torch.long, device=input_ids.device)
         deltas = []
         for row in range(len(input_ids)):
             keep = slice(None) if attention_mask is None else attention_mask[row].bool().to(input_ids.device)
-            kinds, lengths = torch.unique_consecutive(types[row][keep], return_counts=True)
-            parts, start = [torch.empty(3, 0, dtype=torch.long)], 0
-            for kind, left in zip(kinds.tolist(), lengths.tolist(), strict=True):
-                while left > 0:
-                    if kind == 0:
-                        part = torch.arange(left).expand(3, -1)
-                    else:
-                        grid = next(grids[kind], None)
-                        name = ("image", "video")[kind - 1]
-                        if grid is None or grid[0] * grid[1] * grid[2] // merge**2 > left:
-                            raise ValueError(
-                                f"{name}_grid_thw does not fit the {name} placeholders of sample {row}: {left} tokens "
-                                f"are left for {'no further grid' if grid is None else grid}"
-                            )
-                        t, h, w = (torch.arange(n) for n in (grid[0], grid[1] // merge, grid[2] // merge))
-                        if kind == 2:  # whole units; the margin undoes float32 seconds just below their value
-                            span = next(seconds, 1.0)
-                            if not isinstance(span, list):
-                                t = t.double() * span
-                            elif len(span) < len(t):
-                                raise ValueError(f"second_per_grid_ts has {len(span)} times for {len(t)} patches")
-                            else:
-                                t = torch.tensor(span[: len(t)], dtype=torch.float64)
-                            if truncate:  # spans, or times if they are not evenly spaced
-                                t = torch.arange(len(t)) * int(span) if not isinstance(span, list) else t.floor()
-                            t = (t * (tokens_per_second * (1 + 1e-7))).floor().long()
-                        part = torch.cartesian_prod(t, h, w).T
-                    parts.append(part + start)
-                    left -= part.shape[1]
-                    start = int(parts[-1].max()) + 1
-            part = torch.cat(parts, 1)
-            positions[:, row, keep] = part.to(positions.device)
-            deltas.append([start - part.shape[1]])
+            own, following = sample_positions(types[row][keep], media, row)
+            positions[:, row, keep] = own.to(positions.device)
+            deltas.append([following - own.shape[1]])
         return positions, torch.tensor(deltas, device=positions.device)
 
 

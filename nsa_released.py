@@ -6,7 +6,7 @@ A *stream* is here all tokens of a sample, text and vision; queries, keys and va
 """
 
 import functools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch.nn.functional import embedding_bag, pad
@@ -61,10 +61,6 @@ class Stream:
             runs=[(start, end + 1) for start, end in zip(edges, ends, strict=True)],
             all_vision=bool(vision.all()),
         )
-
-    def to(self, device: torch.device, **options) -> "Stream":
-        names = ("vision", "vision_rows", "text_rows", "ties")
-        return replace(self, **{name: getattr(self, name).to(device, **options) for name in names})
 
 
 def released_attention(

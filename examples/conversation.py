@@ -201,8 +201,8 @@ class VideoChat:
     def _observe(self, choices: list, attention, q, k, v, gates, layout) -> torch.Tensor:
         """Count what the vision tokens of a layer choose; see `VideoNSAModel.forward`."""
         if attention.layer_idx in self.watched and self.model.config.nsa_variant == "paper":
-            config, rows, positions = attention.config, layout.key_rows, layout.key_positions
-            q, k, v = q[layout.queries], k[rows, :, positions], v[rows, :, positions]
+            config = attention.config
+            q, k, v = q[layout.queries], layout.keys.take(k), layout.keys.take(v)
             nsa = branch_functions(self.model, q)
             sizes = {"block_size": config.block_size, "scale": attention.scaling}
             _, lse = nsa.compressed_attention(q, k, v, layout.cu_seqlens, **sizes)

@@ -39,9 +39,11 @@ CODE_FILES = (
     "nsa_torch.py",
     "nsa_triton.py",
     "processing_videonsa.py",
+    "rope_positions.py",
     "transformers_compat.py",
     "video_planner.py",
     "video_reader.py",
+    "vision_layout.py",
 )
 SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "README.md", "LICENSE*"]
 PICKLES = re.compile(r"\.(bin|pt|pth|ckpt)(\.index\.json)?$")

@@ -132,7 +132,7 @@ def watch(model, inputs: dict, see: Callable[[Seen], None]) -> None:
         if len(k) != 1 or len(layout.cu_seqlens) != 2:
             raise ValueError("only one prompt at a time can be observed")
         k, v = (x[0].transpose(0, 1) for x in (k, v))  # [L, G, D]
-        vision = layout.key_positions
+        vision = layout.keys.positions
         sizes = {name: getattr(attention.config, name) for name in SIZES}
         streams = (q[layout.queries], k[vision], v[vision])
         nsa = branch_functions(model, q)

@@ -5,6 +5,7 @@ in test_processing_videonsa.py, the sparse attention itself in test_nsa_torch.py
 in blocks of 16, of which a query reads 4, leave most blocks out.
 """
 
+import dataclasses
 import inspect
 import json
 import math
@@ -44,14 +45,14 @@ from prompts import (
     video,
     without_media,
 )
-from videonsa import modeling_videonsa
+from videonsa import vision_layout
 from videonsa.configuration_videonsa import VideoNSAConfig, is_public
 from videonsa.modeling_videonsa import (
     VideoNSAForConditionalGeneration,
     VideoNSAModel,
-    VisionLayout,
 )
 from videonsa.nsa_torch import nsa_attention
+from videonsa.vision_layout import VisionLayout
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The attention module against loops
@@ -176,7 +177,7 @@ def test_logits_of_gates_are_divided_by_the_temperature(model):
 def test_text_queries_in_chunks_give_what_they_give_at_once(model, monkeypatch):
     inputs = make_inputs(MIXED, VIDEO, TEXT)
     expected = logits(model, inputs)
-    monkeypatch.setattr(modeling_videonsa, "MAX_MASK", 2000)
+    monkeypatch.setattr(vision_layout, "MAX_MASK", 2000)
     for a, b in zip(unpad(logits(model, inputs), inputs), unpad(expected, inputs), strict=True):
         assert_close(a, b)
 
@@ -472,7 +473,9 @@ def test_saved_model_loads_with_equal_logits_and_brings_its_code(model, tmp_path
         "nsa_released.py",
         "nsa_torch.py",
         "nsa_triton.py",
+        "rope_positions.py",
         "transformers_compat.py",
+        "vision_layout.py",
     }
     assert {path.name for path in tmp_path.glob("*.py")} == names
     config = json.loads((tmp_path / "config.json").read_text())
@@ -1223,7 +1226,7 @@ def test_an_observer_sees_what_each_layer_attends_with_and_may_change_the_gates(
     seen, vision = [], is_vision(inputs)
 
     def observe(attention, q, k, v, gates, layout):
-        rows, positions = layout.key_rows, layout.key_positions
+        rows, positions = layout.keys.rows, layout.keys.positions
         seen.append(attention.layer_idx)
         packed = q[layout.queries], k[rows, :, positions], v[rows, :, positions]
         whole = nsa_attention(*packed, gates, layout.cu_seqlens, **NSA)
@@ -1496,21 +1499,23 @@ def test_layout_moves_every_tensor_to_another_device():
     assert layout.to("cpu") is layout
     moved = layout.to(torch.device("meta"), non_blocking=True)
     assert moved.observe is observe
-    tensors = 0
-    for name, value in vars(layout).items():
-        other = getattr(moved, name)
-        if isinstance(value, torch.Tensor):
-            pairs = [(value, other)]
-        elif name == "text":
-            pairs = [(a[0], b[0]) for a, b in zip(value, other, strict=True)]
-            assert [part[1:] for part in map(tuple, other)] == [part[1:] for part in value]
-        else:
-            pairs = []
-            assert value is other or value == other
-        for old, new in pairs:
+    count = 0
+
+    def compare(old, new):
+        nonlocal count
+        if isinstance(old, torch.Tensor):
             assert (new.device.type, new.shape, new.dtype) == ("meta", old.shape, old.dtype)
-            tensors += 1
-    assert tensors == 10 + len(layout.text) > 11  # ten fields, and the text of several samples
+            count += 1
+        elif isinstance(old, list):
+            for a, b in zip(old, new, strict=True):
+                compare(a, b)
+        elif dataclasses.is_dataclass(old):
+            compare(list(vars(old).values()), list(vars(new).values()))
+        else:
+            assert new == old
+
+    compare(layout, moved)
+    assert count == 10 + len(layout.text_queries) > 11  # ten of the layout, and the text of several samples
 
 
 def test_offloaded_model_computes_the_same(small, tmp_path):

@@ -19,8 +19,9 @@ from released import (
 )
 from test_nsa_triton import DEVICE, larger_tiles, needs_gpu, relative_rms  # noqa: F401 (a fixture)
 
-from videonsa.modeling_videonsa import VideoNSAForConditionalGeneration, VisionLayout
+from videonsa.modeling_videonsa import VideoNSAForConditionalGeneration
 from videonsa.nsa_released import Stream, _text_means, padded_heads, released_attention, tied_choice
+from videonsa.vision_layout import VisionLayout
 
 SIZES = {"block_size": 16, "block_count": 4, "window_size": 20}
 CLEAR = 1e-4  # relative distance of the last block chosen from the first one left, above which fp32 cannot err
@@ -372,8 +373,8 @@ def test_the_layout_moves_between_devices_as_a_whole():
     layout = VisionLayout.make(
         vision, 20, make_stream=lambda vision, n: Stream.make(vision, n, block_size=16, block_count=3)
     )
-    ((stream, *rest),) = layout.to("meta").streams
-    tensors = [x for x in (*vars(stream).values(), *rest) if isinstance(x, torch.Tensor)]
+    (sample,) = layout.to("meta").streams
+    tensors = [x for x in (*vars(sample.stream).values(), *vars(sample).values()) if isinstance(x, torch.Tensor)]
     assert len(tensors) == 6 and all(x.device.type == "meta" for x in tensors)
 
 

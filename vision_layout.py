@@ -1,0 +1,178 @@
+"""Where the vision and text tokens of one forward call stand.
+
+A *sample* is a row of the batch, or one of the sequences packed into a row. Vision tokens are listed sample by sample,
+in the order of the stream. *Queries* are new tokens, counted among the batch * length of the call; *keys* are the
+cached and the new tokens, `total` in each row.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from itertools import pairwise
+
+import torch
+from torch.nn.functional import pad
+
+from .nsa_released import Stream
+
+MAX_MASK = 2**26  # elements of the boolean mask of one chunk of text queries
+
+
+@dataclass
+class Keys:
+    """Keys of one kind, vision or text."""
+
+    rows: torch.Tensor  # int64 [M], batch row of each
+    positions: torch.Tensor  # int64 [M], and its place among the keys of that row
+    cu_seqlens: torch.Tensor  # int32 [samples + 1]
+
+    def take(self, x: torch.Tensor) -> torch.Tensor:
+        """Those of x [batch, KV heads, total or more, dim] -> [M, KV heads, dim]."""
+        return x[self.rows, :, self.positions]
+
+
+@dataclass
+class TextQueries:
+    """The text queries of one sample."""
+
+    queries: torch.Tensor  # int64 [T]
+    row: int
+    start: int  # first key of the sample
+    stop: int  # and the one after its last
+
+
+@dataclass
+class TextChunk:
+    """Text queries of one sample, few enough for a dense mask against the keys they can see."""
+
+    queries: torch.Tensor  # int64 [T]
+    row: int
+    keys: slice  # of the row
+    mask: torch.Tensor  # bool [T, keys], made anew by each use: see VisionLayout.text_chunks
+
+
+@dataclass
+class SampleStream:
+    """A sample with a vision query, as `released_attention` takes it."""
+
+    stream: Stream
+    queries: torch.Tensor  # int64 [n], text and vision
+    row: int
+    positions: torch.Tensor  # int64 [L], of its keys in the row
+
+
+@dataclass
+class VisionLayout:
+    """Made once per forward call, read by every layer."""
+
+    queries: torch.Tensor  # int64 [N], of vision
+    cu_seqlens: torch.Tensor  # int32 [samples + 1], of `queries`
+    keys: Keys  # of vision
+    text_queries: list[TextQueries]
+    text_keys: Keys
+    text_seen: torch.Tensor  # int32 [N], how many text keys of its sample come before a vision query
+    valid: torch.Tensor | None  # bool [batch, total], False for padding
+    length: int  # new tokens per row
+    total: int  # cached and new tokens per row
+    observe: Callable | None = None  # called by each layer: see `VideoNSAModel.forward`
+    streams: list[SampleStream] = field(default_factory=list)  # only for the variant "released"
+
+    @classmethod
+    def make(
+        cls,
+        vision: torch.Tensor,
+        length: int,
+        valid: torch.Tensor | None = None,
+        starts: torch.Tensor | None = None,
+        observe: Callable | None = None,
+        make_stream: Callable | None = None,
+    ) -> "VisionLayout":
+        """The layout of a call.
+
+        Args:
+            vision: bool [batch, total]; the last `length` tokens of each row are new.
+            valid: bool [batch, total], False for padding.
+            starts: bool [batch, total], True where a packed sample begins.
+            observe: see `VideoNSAModel.forward`.
+            make_stream: makes a `Stream` of its first two arguments, if the variant needs one.
+        """
+        batch, total = vision.shape
+        valid_or_all = torch.ones_like(vision) if valid is None else valid
+        is_vision = (vision & valid_or_all).flatten()
+        is_text = (~vision & valid_or_all).flatten()
+        new = torch.arange(batch * total, device=vision.device).view(batch, total)[:, total - length :].flatten()
+
+        # Samples, and the number of each token's sample.
+        starts = torch.zeros_like(vision) if starts is None else starts.clone()
+        starts[:, 0] = True
+        sample = starts.flatten().cumsum(0) - 1  # [batch * total]
+        edges = [*starts.flatten().nonzero().squeeze(1).tolist(), batch * total]
+        samples = [(start // total, start % total, (stop - 1) % total + 1) for start, stop in pairwise(edges)]
+
+        def cu_seqlens(tokens):
+            counts = sample[tokens].bincount(minlength=len(samples))
+            return pad(counts.cumsum(0), (1, 0)).int()
+
+        def keys(chosen):
+            tokens = chosen.nonzero().squeeze(1)
+            return Keys(tokens // total, tokens % total, cu_seqlens(tokens))
+
+        queries = is_vision[new].nonzero().squeeze(1)
+        text_keys = keys(is_text)
+        text_before = is_text.cumsum(0).int()[new[queries]]  # of all samples
+        text_seen = text_before - text_keys.cu_seqlens[sample[new[queries]]]
+
+        text = is_text[new].nonzero().squeeze(1)
+        counts = sample[new[text]].bincount(minlength=len(samples)).tolist()
+        parts = zip(text.split(counts), samples, strict=True)
+
+        streams = []
+        for row, start, stop in samples if make_stream else []:
+            positions = torch.arange(start, stop, device=vision.device)
+            positions = positions[valid_or_all[row, start:stop]]
+            new_positions = positions[positions >= total - length]
+            if is_vision.view(batch, total)[row, new_positions].any():
+                stream = make_stream(is_vision.view(batch, total)[row, positions], len(new_positions))
+                tokens = new_positions + row * length - (total - length)
+                streams.append(SampleStream(stream, tokens, row, positions))
+
+        return cls(
+            queries=queries,
+            cu_seqlens=cu_seqlens(new[queries]),
+            keys=keys(is_vision),
+            text_queries=[TextQueries(part, *place) for part, place in parts if len(part)],
+            text_keys=text_keys,
+            text_seen=text_seen,
+            valid=valid,
+            length=length,
+            total=total,
+            observe=observe,
+            streams=streams,
+        )
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> "VisionLayout":
+        """This layout on another device; accelerate calls it where layers are spread over several."""
+        if self.queries.device == torch.device(device):
+            return self
+        return _moved(self, device=device, non_blocking=non_blocking)
+
+    def text_chunks(self, heads_per_group: int) -> Iterator[TextChunk]:
+        """Yield the text queries as `TextChunk`s whose masks, repeated per head of a group, fit into `MAX_MASK`."""
+        for text in self.text_queries:
+            keys = slice(text.start, text.stop)
+            for part in text.queries.split(max(1, MAX_MASK // (heads_per_group * (text.stop - text.start)))):
+                position = part - text.row * self.length + self.total - self.length  # [T], in the row
+                mask = torch.arange(text.start, text.stop, device=part.device) <= position[:, None]
+                if self.valid is not None:
+                    mask = mask & self.valid[text.row, keys]
+                yield TextChunk(part, text.row, keys, mask)
+
+
+def _moved(x, **options):
+    """A tensor, list or record of these, with every tensor moved by `Tensor.to(**options)`."""
+    if isinstance(x, torch.Tensor):
+        return x.to(**options)
+    if isinstance(x, list):
+        return [_moved(part, **options) for part in x]
+    if is_dataclass(x):
+        return replace(x, **{f.name: _moved(getattr(x, f.name), **options) for f in fields(x)})
+    return x
