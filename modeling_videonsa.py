@@ -78,9 +78,9 @@ class VideoNSAAttention(Qwen2_5_VLAttention):
         the configuration. A call with vision queries puts the name of `_attend_sparsely` there.
 
         Returns:
-            the output [batch, length, hidden] and the attention weights [batch, heads, length, total] or None. With
-            vision queries, the weights have only the rows of text queries, and only if `output_attentions` asks for
-            them; the rows of vision queries are 0.
+            the output [batch, length, hidden] and the attention weights [batch, heads, length, total] or None. As in
+            stock, only attn_implementation="eager" has weights. With vision queries, they are computed only if
+            `output_attentions` asks for them, and only for text queries; the rows of vision queries are 0.
         """
         if vision_layout is None:
             output, weights = super().forward(hidden_states, **kwargs)
@@ -250,20 +250,12 @@ class SparseCall:
 def _attend_sparsely(
     module, q, k, v, attention_mask, *, attend: SparseCall, output_attentions: bool | None = None, **kwargs
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """An attention function of transformers, for the calls with vision queries.
-
-    Raises:
-        ValueError: `output_attentions` asks for weights that the implementation of the model does not compute.
-    """
+    """An attention function of transformers, for the calls with vision queries."""
     attend.done = True
     config, layout = attend.attention.config, attend.layout
+    wanted = config.output_attentions if output_attentions is None else output_attentions
     weights = None
-    if config.output_attentions if output_attentions is None else output_attentions:
-        if config._attn_implementation != "eager":
-            raise ValueError(
-                "output_attentions=True needs attn_implementation='eager' for a prompt with images or video, got "
-                f"{config._attn_implementation!r}"
-            )
+    if wanted and config._attn_implementation == "eager":
         weights = q.new_zeros(*q.shape[:3], layout.total)
     return attend.attention.attend(q, k, v, attend.gates, layout, weights), weights
 

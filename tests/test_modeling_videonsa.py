@@ -1276,11 +1276,15 @@ def test_attention_weights_have_gradients(small):
     assert all(x.grad.abs().sum() > 0 for x in kept)
 
 
-def test_attention_weights_need_eager_attention(small):
-    with pytest.raises(ValueError, match="output_attentions=True needs attn_implementation='eager'.*got 'sdpa'"):
-        small(**make_inputs(VIDEO), output_attentions=True)
-    outputs = generate(small, make_inputs(TEXT), max_new_tokens=2, output_attentions=True)
-    assert len(outputs.attentions) == 2
+@torch.no_grad()
+def test_attention_weights_need_eager_attention_as_in_stock(both):
+    ours, theirs = (each(**make_inputs(VIDEO), output_attentions=True) for each in both)
+    assert ours.attentions == theirs.attentions == ()
+    both[0].set_attn_implementation("eager")
+    inputs = make_inputs(VIDEO)
+    outputs = generate(both[0], inputs, max_new_tokens=2, output_attentions=True)
+    length = inputs["input_ids"].shape[1]
+    assert [x[0].shape[2:] for x in outputs.attentions] == [(length, length), (1, length + 1)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
