@@ -28,6 +28,8 @@ from common import (
 )
 from transformers.utils import logging
 
+from videonsa.transformers_compat import CACHE, cache_of
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -62,7 +64,7 @@ def first_token(model, prompt: dict):
     """The cache after the prompt; returns when the first token is on the host."""
     outputs = model(**prompt, use_cache=True, logits_to_keep=1)
     outputs.logits[0, -1].argmax().item()
-    return outputs.past_key_values
+    return cache_of(outputs)
 
 
 @torch.no_grad()
@@ -75,7 +77,7 @@ def decoding_speed(model, prompt: dict, new_tokens: int) -> float:
     for step in range(new_tokens + 2):  # two to warm up
         start = time.perf_counter()
         positions = (position + step).expand(3, 1, 1)
-        outputs = model(input_ids=token, position_ids=positions, past_key_values=cache, use_cache=True)
+        outputs = model(input_ids=token, position_ids=positions, **{CACHE: cache}, use_cache=True)
         outputs.logits[0, -1].argmax().item()
         times.append(time.perf_counter() - start)
     return round(1 / statistics.median(times[2:]), 2)

@@ -14,7 +14,7 @@ from functools import partial
 
 import numpy as np
 import torch
-from transformers import TextIteratorStreamer
+from transformers import DynamicCache, TextIteratorStreamer
 
 import demo
 from observe import branch_functions, observing
@@ -135,7 +135,8 @@ class VideoChat:
         if conversation.stop.is_set():
             raise Stopped
         model, cache, watch, choices = self.model, conversation.cache, nullcontext(), []
-        if cache is None:
+        first = cache is None
+        if first:
             if conversation.messages:
                 raise ValueError("the cache of this conversation was lost; start a new one")
             content = [{"type": "video", "video": conversation.video}, {"type": "text", "text": question}]
@@ -146,9 +147,10 @@ class VideoChat:
         else:
             content = [{"type": "text", "text": question}]
             ids = torch.cat([conversation.ids, self._later_turn(conversation.messages, content)])[None]
-            inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "past_key_values": cache}
+            inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         asked, length = time.perf_counter(), inputs["input_ids"].shape[1]
-        cached = 0 if cache is None else int(cache.get_seq_length())
+        cache = DynamicCache(config=model.config) if first else cache
+        cached = int(cache.get_seq_length())
         arrivals = []
 
         def stopping(ids, scores, **kwargs):
@@ -160,6 +162,7 @@ class VideoChat:
             with watch:
                 output = model.generate(
                     **inputs,
+                    past_key_values=cache,
                     max_new_tokens=max_new_tokens,
                     do_sample=False,
                     return_dict_in_generate=True,
@@ -171,7 +174,7 @@ class VideoChat:
             raise
         ids, ends = output.sequences[0], model.generation_config.eos_token_id
         ended = int(ids[-1]) in (ends if isinstance(ends, list) else [ends])
-        conversation.ids, conversation.cache = ids[: len(ids) - ended], output.past_key_values
+        conversation.ids, conversation.cache = ids[: len(ids) - ended], cache
         text = self.processor.decode(conversation.ids[length:], skip_special_tokens=True)
         conversation.messages += [
             {"role": "user", "content": content},
@@ -185,7 +188,7 @@ class VideoChat:
             "tokens": len(arrivals),
             "speed": (len(arrivals) - 1) / max(arrivals[-1] - arrivals[0], 1e-9),
         }
-        if cache is None:
+        if first:
             self._keep_moments(conversation, choices, pixels, inputs["video_grid_thw"][0].tolist(), times)
 
     def _later_turn(self, messages: list[dict], content: list[dict]) -> torch.Tensor:
