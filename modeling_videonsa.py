@@ -22,6 +22,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     Qwen2_5_VLTextModel,
 )
 
+from .cache_record import CacheRecord, cached_vision, following_positions, position_after
 from .configuration_videonsa import VideoNSAConfig, VideoNSATextConfig
 from .nsa_released import Stream, released_attention
 from .nsa_torch import merged_attention as merged_attention_torch
@@ -288,37 +289,37 @@ class VideoNSATextModel(Qwen2_5_VLTextModel):
     @named_arguments(Qwen2_5_VLTextModel.forward)
     def forward(self, vision_mask: torch.Tensor | None = None, observe: Callable | None = None, **kwargs):
         """As in Qwen2.5-VL, with vision_mask bool [batch, length]: which new tokens are vision; None for none."""
-        compiling = torch.compiler.is_compiling()
         if self.config.nsa_variant != "dense":
             check_attention(self.config._attn_implementation, self.config.nsa_variant)
-        cache, position_ids = kwargs.get(CACHE), kwargs.get("position_ids")
-        new = kwargs.get("inputs_embeds") if kwargs.get("input_ids") is None else kwargs["input_ids"]
-        prefills = new is not None and new.shape[1] > 1 and not compiling
-        past = 0
-        if cache is not None and (prefills or vision_mask is not None):
-            past = int(cache.get_seq_length())
-
         if vision_mask is not None and self.config.nsa_variant == "released":
-            vision_mask = self._vision_by_position(position_ids)
+            vision_mask = self._vision_by_position(kwargs.get("position_ids"))
+        if torch.compiler.is_compiling() and vision_mask is None:
+            return super().forward(**kwargs)
+
+        new = kwargs["inputs_embeds"] if kwargs.get("input_ids") is None else kwargs["input_ids"]
+        batch, length = new.shape[:2]
+        cache = kwargs.get(CACHE)
+        past = 0 if cache is None else int(cache.get_seq_length())
+        position_ids, attention_mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
         if vision_mask is not None:
-            vision_mask = torch.cat([self._cached_vision_mask(cache, past, vision_mask), vision_mask], 1)
-            kwargs["vision_layout"] = self._layout(
-                vision_mask, past, kwargs.get("attention_mask"), position_ids, observe
-            )
+            vision = torch.cat([cached_vision(cache, past, vision_mask), vision_mask], 1)
+            kwargs["vision_layout"] = self._layout(vision, past, attention_mask, position_ids, observe)
             # "Prepared" masks, so that no [length, length] mask is made.
             kwargs["attention_mask"] = dict.fromkeys(("full_attention", "sliding_attention"))
-        elif getattr(cache, "vision_mask", None) is not None and not compiling:
-            # What comes after the cached tokens is text now, also where a longer cache was cut back or reset.
-            mask = cache.vision_mask
-            kept = torch.arange(mask.shape[1], device=mask.device) < cache.get_seq_length()
-            cache.vision_mask = mask & kept
 
         outputs = super().forward(**kwargs)
+
         cache = cache_of(outputs) if cache is None else cache
-        if prefills:
-            check_cache_written(cache, past + new.shape[1])
-        if vision_mask is not None and cache is not None:
-            cache.vision_mask = vision_mask  # what is needed to continue the stream in a later call
+        if cache is not None:
+            check_cache_written(cache, past + length)
+            if position_ids is not None:
+                valid = None
+                if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
+                    valid = attention_mask[:, -length:].bool()
+                following = following_positions(position_ids.expand(*position_ids.shape[:-2], batch, length), valid)
+                if vision_mask is None:
+                    vision_mask = torch.zeros_like(following, dtype=torch.bool)
+                CacheRecord.of(cache).append(past, vision_mask.to(following.device), following)
         return outputs
 
     @staticmethod
@@ -331,15 +332,6 @@ class VideoNSATextModel(Qwen2_5_VLTextModel):
         time, row, column = position_ids[-3:]
         mask = (time != row) | (time != column)
         return mask if mask.any() else None
-
-    @staticmethod
-    def _cached_vision_mask(cache, past: int, like: torch.Tensor) -> torch.Tensor:
-        """bool [batch, past]. Tokens cached since the mask was stored came in calls without vision: they are text."""
-        mask = getattr(cache, "vision_mask", None) if past else None
-        if mask is None:
-            return like.new_zeros(like.shape[0], past)
-        mask = mask[:, :past].repeat_interleave(like.shape[0] // mask.shape[0], 0)
-        return nn.functional.pad(mask, (0, past - mask.shape[1]))
 
     def _layout(self, vision_mask, past, attention_mask, position_ids, observe) -> VisionLayout:
         batch, total = vision_mask.shape
@@ -370,7 +362,7 @@ class VideoNSAModel(Qwen2_5_VLModel):
         super(Qwen2_5_VLModel, self).__init__(config)
         self.visual = Qwen2_5_VisionTransformerPretrainedModel._from_config(config.vision_config)
         self.language_model = VideoNSATextModel._from_config(config.text_config)
-        self.rope_deltas = None
+        self.rope_deltas = None  # of the stock class; each cache knows its own
         self.post_init()
 
     @named_arguments(Qwen2_5_VLModel.forward)
@@ -392,69 +384,123 @@ class VideoNSAModel(Qwen2_5_VLModel):
         if output_gates:
             observe = functools.partial(_keep_gates, gates, observe)
         input_ids, cache = kwargs.get("input_ids"), kwargs.get(CACHE)
-        if input_ids is not None and kwargs.get("mm_token_type_ids") is None:
-            kwargs["mm_token_type_ids"] = self.token_types(input_ids)  # without it, stock falls back to 1-D positions
         if input_ids is not None and cache is not None:
             self._drop_cached_features(input_ids, cache, kwargs)
-        vision_mask = self._vision_mask(input_ids, kwargs.get("inputs_embeds"), kwargs.get("mm_token_type_ids"), cache)
+        vision_mask = self._vision_mask(kwargs)
+        if kwargs.get("mm_token_type_ids") is None and input_ids is not None and self._has_features(kwargs):
+            kwargs["mm_token_type_ids"] = self.token_types(input_ids)  # without it, positions would be those of text
         outputs = super().forward(vision_mask=vision_mask, observe=observe, **kwargs)
-        cache = cache_of(outputs)
-        if cache is not None and not torch.compiler.is_compiling():
-            self._keep_rope_deltas(cache, kwargs.get("position_ids"), kwargs.get("attention_mask"))
         return _with_gates(outputs, gates) if output_gates else outputs
 
-    def _keep_rope_deltas(self, cache, position_ids, attention_mask) -> None:
-        """Leave with the cache what to add to a later token's index for its position (see `get_rope_index`)."""
-        if position_ids is None:
-            cache.rope_deltas = self.rope_deltas
-        elif attention_mask is None or (isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2):
-            tokens = cache.get_seq_length() if attention_mask is None else attention_mask.sum(1)
-            largest = position_ids.view(-1, *position_ids.shape[-2:])[-3:].amax((0, 2))  # [batch]
-            cache.rope_deltas = (largest + 1 - tokens)[:, None]
-
     @named_arguments(Qwen2_5_VLModel.compute_3d_position_ids)
-    def compute_3d_position_ids(self, **kwargs):
-        """As in Qwen2.5-VL, but later tokens are offset by what their own cache, not the last call, came to."""
-        cache, types = kwargs.get(CACHE), kwargs.get("mm_token_type_ids")
-        if cache is None or cache.get_seq_length() == 0:
-            self.rope_deltas = None
-        elif types is not None and types[:, -kwargs["inputs_embeds"].shape[1] :].any():
-            raise ValueError("images and videos over a cache need position_ids: get_rope_index of the whole sequence")
-        else:
-            self.rope_deltas = getattr(cache, "rope_deltas", self.rope_deltas)
-        return super().compute_3d_position_ids(**kwargs)
+    def compute_3d_position_ids(
+        self,
+        inputs_embeds: torch.Tensor,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        mm_token_type_ids: torch.IntTensor | None = None,
+        **kwargs,
+    ) -> torch.LongTensor | None:
+        """Rotary positions of the new tokens of a call that does not give them, int64 [3, batch, length]; None for
+        those of text alone.
+
+        Raises:
+            ValueError: images or videos come without their grids, or over a cache.
+        """
+        batch, length = inputs_embeds.shape[:2]
+        cache = kwargs.pop(CACHE, None)
+        past = 0 if cache is None else cache.get_seq_length()
+        new_types = None if mm_token_type_ids is None else mm_token_type_ids[:, -length:]
+        if past > 0:
+            if new_types is not None and new_types.any():
+                raise ValueError(
+                    "images and videos over a cache need position_ids: get_rope_index of the whole sequence"
+                )
+            position = position_after(cache, int(past))
+            if position is None:
+                return None
+            position = position.to(inputs_embeds.device)[:, None]
+            if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
+                valid = attention_mask[:, -length:].long()
+                position = position + (valid.cumsum(1) - valid) * valid
+            else:
+                position = position + torch.arange(length, device=position.device)
+            return position.expand(3, batch, length)
+
+        if all(kwargs.get(grids) is None for grids in ("image_grid_thw", "video_grid_thw")):
+            if new_types is not None and new_types.any():
+                raise ValueError(
+                    "images and videos need position_ids, or image_grid_thw and video_grid_thw to compute them from"
+                )
+            return None
+        if mm_token_type_ids is None:
+            raise ValueError(
+                "inputs_embeds with image_grid_thw or video_grid_thw need mm_token_type_ids or position_ids"
+            )
+        ids = mm_token_type_ids if input_ids is None else input_ids
+        positions, _ = self.get_rope_index(
+            ids, mm_token_type_ids=mm_token_type_ids, attention_mask=attention_mask, **kwargs
+        )
+        return positions
 
     def token_types(self, input_ids: torch.LongTensor) -> torch.Tensor:
         """Modality of each token: 0 text, 1 image, 2 video."""
         return (input_ids == self.config.image_token_id).int() + 2 * (input_ids == self.config.video_token_id).int()
 
-    def _vision_mask(self, input_ids, inputs_embeds, mm_token_type_ids, cache) -> torch.Tensor | None:
-        """bool [batch, length], or None when the call has no vision query or the variant is dense.
+    def _vision_mask(self, kwargs: dict) -> torch.Tensor | None:
+        """bool [batch, length], which new tokens of a call are vision; None if none is, or the variant is dense.
+
+        A token is vision because a feature stands there. A placeholder that the model generated itself is text.
 
         Raises:
-            ValueError: nothing tells whether some of the embeddings are of images or video.
+            ValueError: the features of placeholders are missing, the types do not fit the embeddings, or nothing tells
+                whether embeddings are of images or video.
         """
-        self.config.text_config.validate_variant()
-        new = input_ids if input_ids is not None else inputs_embeds
-        if self.config.nsa_variant == "dense" or (new.shape[1] == 1 and torch.compiler.is_compiling()):
+        config = self.config
+        config.text_config.validate_variant()
+        input_ids, embeds, types = (kwargs.get(x) for x in ("input_ids", "inputs_embeds", "mm_token_type_ids"))
+        length = (embeds if input_ids is None else input_ids).shape[1]
+        if length == 1 and torch.compiler.is_compiling():
             return None  # compiled decoding steps must not wait for the device
+        cache = kwargs.get(CACHE)
+        past = 0 if cache is None else int(cache.get_seq_length())
+
         if input_ids is not None:
             mask = self.token_types(input_ids) > 0
-        elif mm_token_type_ids is not None:
-            mask = mm_token_type_ids[:, -new.shape[1] :] > 0
+            if not self._has_features(kwargs):
+                expected = types[:, -length:].to(mask.device) > 0 if types is not None else mask & (past == 0)
+                if expected.any():
+                    raise ValueError(
+                        f"input_ids have {int(expected.sum())} placeholders of images or video, but the call has "
+                        "neither pixel_values nor pixel_values_videos: pass what the processor returned with the ids"
+                    )
+                return None
+        elif types is not None:
+            if types.shape[1] not in (length, past + length):
+                raise ValueError(
+                    f"mm_token_type_ids must have a type for each of the {length} embeddings, got {list(types.shape)}"
+                )
+            mask = types[:, -length:] > 0
+        elif config.nsa_variant == "dense" or (length == 1 and past > 0):
+            return None
         else:
-            ids = torch.tensor([self.config.image_token_id, self.config.video_token_id], device=new.device)
-            mask = (new[:, :, None] == self.get_input_embeddings()(ids)).all(-1).any(-1)
-            decodes = new.shape[1] == 1 and cache is not None and cache.get_seq_length() > 0
-            if not decodes and not mask.any():
+            ids = torch.tensor([config.image_token_id, config.video_token_id], device=embeds.device)
+            mask = (embeds[:, :, None] == self.get_input_embeddings()(ids)).all(-1).any(-1)
+            if not mask.any():
                 # Features may stand in them already, which look like no embedding.
                 raise ValueError(
                     "inputs_embeds alone do not tell which tokens are vision, which nsa_variant="
-                    f"{self.config.nsa_variant!r} has to know: pass input_ids too, or mm_token_type_ids [batch, "
-                    "length] (0 text, 1 image, 2 video; all 0 for text alone), or load the model with "
-                    'nsa_variant="dense"'
+                    f"{config.nsa_variant!r} has to know: pass input_ids too, or mm_token_type_ids [batch, length] "
+                    '(0 text, 1 image, 2 video; all 0 for text alone), or load the model with nsa_variant="dense"'
                 )
-        return mask if mask.any() else None
+        return mask if config.nsa_variant != "dense" and mask.any() else None
+
+    @staticmethod
+    def _has_features(kwargs: dict) -> bool:
+        """Whether a call brings features for placeholders, or embeddings that have them."""
+        encoded = (kwargs.get("mm_encoder_outputs") or {}).values()
+        names = ("inputs_embeds", "pixel_values", "pixel_values_videos")
+        return any(x is not None for x in (*encoded, *(kwargs.get(name) for name in names)))
 
     def _drop_cached_features(self, input_ids, past_key_values, kwargs) -> None:
         """Drop the leading images and videos that are in the cache already, so that a later turn of one conversation
@@ -574,16 +620,31 @@ class VideoNSAForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
         return create_masks_for_generate(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs)
 
     def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
+        """Positions of a whole sequence: those in the text and, below them, the rotary ones, as in Qwen2.5-VL."""
+        text = super(Qwen2_5_VLForConditionalGeneration, self)._prepare_position_ids_for_generation(
+            inputs_tensor, model_kwargs
+        )  # [batch or 1, cached and new tokens]
         ids = model_kwargs.get("input_ids", inputs_tensor)
         ids = ids if ids.shape[1] > 0 else inputs_tensor
-        if model_kwargs.get("mm_token_type_ids") is None and not ids.is_floating_point():
-            model_kwargs = {**model_kwargs, "mm_token_type_ids": self.model.token_types(ids)}
-        if any(model_kwargs.get(name) is not None for name in ("image_grid_thw", "video_grid_thw")):
-            self.model.rope_deltas = None  # those of an earlier call, which 5.17 would use for a new video
-        else:
-            cache = model_kwargs.get(CACHE)
-            self.model.rope_deltas = getattr(cache, "rope_deltas", self.model.rope_deltas)
-        return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
+        types, cache = model_kwargs.get("mm_token_type_ids"), model_kwargs.get(CACHE)
+        if types is None and not ids.is_floating_point():
+            types = self.model.token_types(ids)
+        past = 0 if cache is None else int(cache.get_seq_length())
+
+        grids = any(model_kwargs.get(name) is not None for name in ("image_grid_thw", "video_grid_thw"))
+        position = position_after(cache, past)
+        # Without a grid, a placeholder among the new tokens is one that the model generated.
+        if position is not None and (types is None or not grids or not types[:, past:].any()):
+            mask = model_kwargs.get("attention_mask")
+            seen = past if mask is None else mask[:, :past].sum(1)
+            return text[None] + (position.to(text.device) - seen)[None, :, None]
+
+        if types is None or not grids:
+            return text.expand(4, *text.shape)
+        options = {name: x for name, x in model_kwargs.items() if name not in ("input_ids", "mm_token_type_ids")}
+        ids = types if ids.is_floating_point() else ids
+        rotary, _ = self.model.get_rope_index(ids, mm_token_type_ids=types, **options)
+        return torch.cat([text.expand(1, *rotary.shape[1:]), rotary])
 
 
 def _keep_gates(kept: list, observe: Callable | None, attention, q, k, v, gates, layout: VisionLayout):

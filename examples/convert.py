@@ -33,6 +33,7 @@ from videonsa.configuration_videonsa import VideoNSAConfig
 from videonsa.processing_videonsa import VideoNSAProcessor, VideoNSAVideoProcessor
 
 CODE_FILES = (
+    "cache_record.py",
     "configuration_videonsa.py",
     "modeling_videonsa.py",
     "nsa_released.py",
