@@ -3,6 +3,7 @@ gives tests a miniature stock checkpoint and fresh processes."""
 
 import importlib.machinery
 import importlib.util
+import logging
 import os
 import subprocess
 import sys
@@ -28,6 +29,19 @@ def pytest_configure(config):
         import interpreter
 
         interpreter.install()
+
+
+@pytest.fixture(autouse=True)
+def no_deprecated_calls():
+    """Fails a test if transformers logs that a call is deprecated; where it warns instead, setup.cfg makes an error."""
+    messages = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logger = logging.getLogger("transformers")
+    logger.addHandler(handler)
+    yield
+    logger.removeHandler(handler)
+    assert not [message for message in messages if "deprecat" in message]
 
 
 @pytest.fixture(scope="session")
