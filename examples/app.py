@@ -611,8 +611,8 @@ def write_space(folder: str | Path) -> Path:
     """
     folder = check_new(folder)
     with new_folder(folder) as partial_folder:
-        for module in ("app", "card", "conversation", "convert", "demo", "folders", "make_needle_videos", "observe"):
-            shutil.copyfile(HERE / f"{module}.py", partial_folder / f"{module}.py")
+        for path in with_imports(HERE / "app.py"):
+            shutil.copyfile(path, partial_folder / path.name)
         shutil.copytree(HERE / "tiny", partial_folder / "tiny")
         (partial_folder / "videonsa").mkdir()
         convert.copy_code(partial_folder / "videonsa")
@@ -622,6 +622,18 @@ def write_space(folder: str | Path) -> Path:
         lines = sorted(need for need in requirements("app") if not need.startswith("gradio"))
         (partial_folder / "requirements.txt").write_text("\n".join(lines) + "\n")
     return folder
+
+
+def with_imports(script: Path) -> set[Path]:
+    """A script and the files beside it that it imports, directly or not."""
+    found, waiting = set(), [script]
+    while waiting:
+        path = waiting.pop()
+        if path not in found:
+            found.add(path)
+            names = re.findall(r"^ *(?:import|from) (\w+)", path.read_text(), re.MULTILINE)
+            waiting += [other for name in names if (other := script.with_name(f"{name}.py")).is_file()]
+    return found
 
 
 def main() -> None:

@@ -1,7 +1,6 @@
 """Makes the flat files at the repository root importable as the package `videonsa`, ahead of any installed copy, and
 gives tests a miniature stock checkpoint and fresh processes."""
 
-import importlib.machinery
 import importlib.util
 import logging
 import os
@@ -14,9 +13,9 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 
-spec = importlib.machinery.ModuleSpec("videonsa", None, is_package=True)
-spec.submodule_search_locations = [str(ROOT)]
+spec = importlib.util.spec_from_file_location("videonsa", ROOT / "__init__.py")
 sys.modules["videonsa"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(sys.modules["videonsa"])
 sys.path.insert(0, str(ROOT / "examples"))
 
 

@@ -41,7 +41,6 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks/README.md"]
 SETUP = configparser.ConfigParser()
 SETUP.read(ROOT / "setup.cfg")
-PACKAGE_ONLY = ("qwen_vl_utils_reader.py",)  # for scripts: no checkpoint needs it
 
 
 def snippets(path: Path, language: str) -> list[str]:
@@ -454,10 +453,9 @@ def test_the_wheel_holds_the_code_files_and_agrees_with_the_remote_code(
     with zipfile.ZipFile(wheel) as archive:
         packed = {name: archive.read(name) for name in archive.namelist() if name.startswith("videonsa/")}
         archive.extractall(tmp_path / "site")
-    modules = (*convert.CODE_FILES, *PACKAGE_ONLY)
-    assert packed == {f"videonsa/{name}": (ROOT / name).read_bytes() for name in modules}
-    for name in convert.CODE_FILES:
-        assert (trained / name).read_bytes() == (ROOT / name).read_bytes()
+    assert packed == {f"videonsa/{path.name}": path.read_bytes() for path in ROOT.glob("*.py")}
+    remote = {path.name: path.read_bytes() for path in trained.glob("*.py")}
+    assert remote == {path.name: path.read_bytes() for path in convert.code_files()}
     messages = json.dumps(conversation(sample))
     (register,) = (s for s in snippets(ROOT / "docs/trust.md", "python") if ".register(" in s)
     first = f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r})\n"
@@ -489,9 +487,8 @@ def test_the_wheel_asks_for_the_versions_that_setup_cfg_allows(wheel):
 
 def test_code_files_listed_as_trusted_are_those_of_a_repository():
     page = (ROOT / "docs/trust.md").read_text()
-    for name in convert.CODE_FILES:
-        assert f"`{name}`" in page
-    assert sorted(path.name for path in ROOT.glob("*.py")) == sorted((*convert.CODE_FILES, *PACKAGE_ONLY))
+    listed = re.findall(r"^\| `(\w+\.py)` \|", page, re.MULTILINE)
+    assert sorted(listed) == [path.name for path in convert.code_files()]
 
 
 def test_every_dependency_has_its_licence_on_the_page():
