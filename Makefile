@@ -1,28 +1,33 @@
-# `make demo` and `make test` are all a new clone needs: each makes its own environment from PyPI.
+# `make demo` and `make test` are all a new clone needs: each makes its own environment from PyPI, of the versions in
+# constraints/. Only `make test-newest` takes what is newest today.
 PYTHON ?= python3
 VENV := .venv
 OLDEST := .venv-oldest
-OLDEST_VERSIONS := torch==2.11.0 torchvision==0.26.0 transformers==5.17.0 av==15.0.0
+NEWEST := .venv-newest
+# What `make test-newest` tests with, such as "transformers @ https://github.com/huggingface/transformers/archive/main.tar.gz"
+TRANSFORMERS ?= transformers
 
 # Where `make tiny` keeps its data, checkpoints and results; it goes on where it was interrupted.
 TINY := build/tiny
 
 # A process per core, each with one thread, takes whole files of tests.
 PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile
-test test-oldest: export OMP_NUM_THREADS := 1
+test test-oldest test-newest: export OMP_NUM_THREADS := 1
 
-.PHONY: help demo tiny test test-oldest lint clean
+.PHONY: help demo tiny test test-oldest test-newest lint constraints clean
 
 help:
 	@echo "make demo         the tiny trained model answers questions about an unseen clip"
 	@echo "make tiny         train the tiny VideoNSA and its dense twin on 2 cores, and measure both"
-	@echo "make test         all tests, on the newest versions"
-	@echo "make test-oldest  all tests, on the oldest: $(OLDEST_VERSIONS)"
+	@echo "make test         all tests, on the newest tested versions (constraints/tested.txt)"
+	@echo "make test-oldest  all tests, on the oldest supported ones (constraints/oldest.txt)"
+	@echo "make test-newest  all tests, on the newest versions that there are, tested or not"
 	@echo "make lint         ruff"
+	@echo "make constraints  write constraints/ anew, from the ranges in setup.cfg (Python 3.11)"
 	@echo "make clean        remove the environments"
 
 demo: $(VENV)/demo.stamp
-	$(VENV)/bin/python examples/demo.py
+	@$(VENV)/bin/python examples/demo.py
 
 tiny: $(TINY)/paper-4.json $(TINY)/dense-4.json
 
@@ -32,33 +37,52 @@ test: $(VENV)/test.stamp
 test-oldest: $(OLDEST)/test.stamp
 	$(OLDEST)/bin/python -m pytest $(PARALLEL)
 
+test-newest: newest-environment
+	$(NEWEST)/bin/python -m pytest $(PARALLEL)
+
 lint: $(VENV)/test.stamp
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
-clean:
-	rm -rf $(VENV) $(OLDEST)
+constraints:
+	$(PYTHON) constraints/resolve.py
 
-# install(environment, extra, further requirements)
-define install
+clean:
+	rm -rf $(VENV) $(OLDEST) $(NEWEST)
+
+# pip says what goes wrong, and nothing else: neither that there is a newer pip, nor what it found where.
+PIP_INSTALL := bin/python -m pip install --disable-pip-version-check --quiet --quiet
+
+# environment(folder, its versions)
+define environment
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
-	@echo "Installing into $(1) (PyTorch is several GB; a few minutes on a fast line)"
-	$(PYTHON) -m venv $(1)
-	$(1)/bin/python -m pip install --quiet --editable ".[$(2)]" $(3)
+	@echo "Installing $(2) into $(1)."
+	@echo "PyTorch is several GB: this takes a few minutes on a fast line."
+	@$(PYTHON) -m venv $(1)
+endef
+
+# install(environment, extra, constraints): setuptools comes first, so that no other one builds the package.
+define install
+	$(call environment,$(1),the versions of $(3))
+	@$(1)/$(PIP_INSTALL) --constraint $(3) setuptools
+	@$(1)/$(PIP_INSTALL) --constraint $(3) --no-build-isolation --editable ".[$(2)]"
 	@touch $@
 endef
 
-$(VENV)/demo.stamp: setup.cfg pyproject.toml
-	$(call install,$(VENV),demo)
+$(VENV)/%.stamp: setup.cfg pyproject.toml constraints/tested.txt
+	$(call install,$(VENV),$*,constraints/tested.txt)
 
-$(VENV)/train.stamp: setup.cfg pyproject.toml
-	$(call install,$(VENV),train)
+$(OLDEST)/%.stamp: setup.cfg pyproject.toml constraints/oldest.txt
+	$(call install,$(OLDEST),$*,constraints/oldest.txt)
 
-$(VENV)/test.stamp: setup.cfg pyproject.toml
-	$(call install,$(VENV),test)
-
-$(OLDEST)/test.stamp: setup.cfg pyproject.toml Makefile
-	$(call install,$(OLDEST),test,$(OLDEST_VERSIONS))
+# No stamp: what is newest may be newer next time. The package itself is installed without asking what it allows.
+.PHONY: newest-environment
+newest-environment:
+	$(call environment,$(NEWEST),the newest versions of all packages)
+	@$(NEWEST)/$(PIP_INSTALL) --upgrade --upgrade-strategy eager \
+	    $$($(PYTHON) constraints/resolve.py --newest) "$(TRANSFORMERS)"
+	@$(NEWEST)/$(PIP_INSTALL) --no-deps --no-build-isolation --editable .
+	@$(NEWEST)/bin/python -m pip list --disable-pip-version-check
 
 .SECONDARY:  # keep what later steps are made from
 

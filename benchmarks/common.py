@@ -5,7 +5,6 @@ A row is one measured figure with everything needed to judge it: shape, kernel, 
 read them.
 """
 
-import importlib.machinery
 import importlib.metadata
 import importlib.util
 import json
@@ -27,9 +26,9 @@ FRAME_PAIR = (1, 16, 16)  # grid of patches of two frames of 224 x 224, which be
 TEXT_BEFORE = 16  # tokens before a video: the system prompt
 
 # `videonsa` is the checkout that this file lies in, installed or not: import common before anything of it.
-_spec = importlib.machinery.ModuleSpec("videonsa", None, is_package=True)
-_spec.submodule_search_locations = [str(ROOT)]
+_spec = importlib.util.spec_from_file_location("videonsa", ROOT / "__init__.py")
 sys.modules["videonsa"] = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(sys.modules["videonsa"])
 
 
 def parse_length(text: str) -> int:

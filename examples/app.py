@@ -12,7 +12,6 @@ folder, which goes when the app ends, and go with them; no other file is served.
 
 import argparse
 import base64
-import configparser
 import http.client
 import importlib.metadata
 import io
@@ -40,6 +39,7 @@ from PIL import Image
 
 import convert
 import demo
+from card import requirements
 from conversation import Conversation, VideoChat
 from folders import check_new, new_folder
 from make_needle_videos import make_sample
@@ -610,21 +610,30 @@ def write_space(folder: str | Path) -> Path:
         FileExistsError: `folder` exists and is not an empty folder.
     """
     folder = check_new(folder)
-    setup = configparser.ConfigParser()
-    setup.read(HERE.parent / "setup.cfg")
-    needs = setup["options"]["install_requires"].split("\n") + setup["options.extras_require"]["app"].split("\n")
     with new_folder(folder) as partial_folder:
-        for module in ("app", "card", "conversation", "convert", "demo", "folders", "make_needle_videos", "observe"):
-            shutil.copyfile(HERE / f"{module}.py", partial_folder / f"{module}.py")
+        for path in with_imports(HERE / "app.py"):
+            shutil.copyfile(path, partial_folder / path.name)
         shutil.copytree(HERE / "tiny", partial_folder / "tiny")
         (partial_folder / "videonsa").mkdir()
         convert.copy_code(partial_folder / "videonsa")
         shutil.copyfile(HERE.parent / "LICENSE", partial_folder / "LICENSE")
         (partial_folder / "README.md").write_text(SPACE.format(gradio=importlib.metadata.version("gradio")))
         # The Space installs Gradio itself, by `sdk_version`.
-        lines = sorted({need for need in needs if need and not need.startswith("gradio")})
+        lines = sorted(need for need in requirements("app") if not need.startswith("gradio"))
         (partial_folder / "requirements.txt").write_text("\n".join(lines) + "\n")
     return folder
+
+
+def with_imports(script: Path) -> set[Path]:
+    """A script and the files beside it that it imports, directly or not."""
+    found, waiting = set(), [script]
+    while waiting:
+        path = waiting.pop()
+        if path not in found:
+            found.add(path)
+            names = re.findall(r"^ *(?:import|from) (\w+)", path.read_text(), re.MULTILINE)
+            waiting += [other for name in names if (other := script.with_name(f"{name}.py")).is_file()]
+    return found
 
 
 def main() -> None:

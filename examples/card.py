@@ -1,5 +1,6 @@
 """The model card that `convert.py` and `finetune.py` write into a repository."""
 
+import configparser
 import copy
 import json
 from pathlib import Path
@@ -30,6 +31,8 @@ through Native Sparse Attention: to the means of blocks of
 MERGED = """\
 to the text before them and to chosen blocks of {block_size}
 tokens: the first, those that a window of {window_size} tokens overlaps, and the most important, {block_count} in all"""
+# What a checkpoint needs that does not come with one of these.
+INSTALLED = ("transformers", "torch", "av", "accelerate")
 LENGTHS = (8192, 32768, 131072)  # tokens
 
 CARD = """
@@ -44,7 +47,7 @@ Text tokens, and with them all that is generated, keep the dense attention of Qw
 ## Use
 
 ```sh
-pip install "transformers>=5.17,<6" torch torchvision av accelerate
+pip install {requirements}
 ```
 
 ```python
@@ -172,6 +175,7 @@ def write_card(source: str | Path, folder: Path, config, *, base: str, name: str
     runs = [key for key in VARIANTS if _runs(text, key) and (not merged or key in ("merged", "dense"))]  # no gates
     card = CARD.format(
         name=name,
+        requirements=" ".join(f'"{line}"' for line in requirements("demo") if line.startswith(INSTALLED)),
         base=Path(base).resolve().name if local else f"[{base}](https://huggingface.co/{base})",
         note=note,
         video=VIDEO,
@@ -195,6 +199,14 @@ def write_card(source: str | Path, folder: Path, config, *, base: str, name: str
         budget=" | ".join(f"{config.attention_budget(n, pooled_keys=True):.1%}" for n in LENGTHS),
     )
     (folder / "README.md").write_text(f"---\n{data.to_yaml()}\n---\n{card}")
+
+
+def requirements(*extras: str) -> list[str]:
+    """What the package needs, with its extras, as setup.cfg says it."""
+    setup = configparser.ConfigParser()
+    setup.read(Path(__file__).resolve().parents[1] / "setup.cfg")
+    lists = [setup["options"]["install_requires"], *(setup["options.extras_require"][extra] for extra in extras)]
+    return list(dict.fromkeys(line for text in lists for line in text.splitlines() if line))
 
 
 def _metadata(source: str | Path) -> dict:

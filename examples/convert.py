@@ -32,20 +32,6 @@ from videonsa import modeling_videonsa
 from videonsa.configuration_videonsa import VideoNSAConfig
 from videonsa.processing_videonsa import VideoNSAProcessor, VideoNSAVideoProcessor
 
-CODE_FILES = (
-    "cache_record.py",
-    "configuration_videonsa.py",
-    "modeling_videonsa.py",
-    "nsa_released.py",
-    "nsa_torch.py",
-    "nsa_triton.py",
-    "processing_videonsa.py",
-    "rope_positions.py",
-    "transformers_compat.py",
-    "video_planner.py",
-    "video_reader.py",
-    "vision_layout.py",
-)
 SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "README.md", "LICENSE*"]
 PICKLES = re.compile(r"\.(bin|pt|pth|ckpt)(\.index\.json)?$")
 QUERY_WEIGHT = ".self_attn.q_proj.weight"
@@ -112,10 +98,16 @@ def convert(
     return output
 
 
+def code_files() -> list[Path]:
+    """What loads a repository: every file of the package but `__init__.py`, which serves `import videonsa`."""
+    folder = Path(modeling_videonsa.__file__).parent
+    return sorted(path for path in folder.glob("*.py") if path.name != "__init__.py")
+
+
 def copy_code(folder: Path) -> None:
     """Write the code files that load a repository to its folder."""
-    for file in CODE_FILES:
-        shutil.copyfile(Path(modeling_videonsa.__file__).with_name(file), folder / file)
+    for path in code_files():
+        shutil.copyfile(path, folder / path.name)
 
 
 def fetch_source(source: str | Path, revision: str | None) -> Path:

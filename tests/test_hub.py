@@ -25,6 +25,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from packaging.requirements import Requirement
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor, BitsAndBytesConfig, TorchAoConfig
 
@@ -40,7 +41,6 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks/README.md"]
 SETUP = configparser.ConfigParser()
 SETUP.read(ROOT / "setup.cfg")
-PACKAGE_ONLY = ("qwen_vl_utils_reader.py",)  # for scripts: no checkpoint needs it
 
 
 def snippets(path: Path, language: str) -> list[str]:
@@ -453,10 +453,9 @@ def test_the_wheel_holds_the_code_files_and_agrees_with_the_remote_code(
     with zipfile.ZipFile(wheel) as archive:
         packed = {name: archive.read(name) for name in archive.namelist() if name.startswith("videonsa/")}
         archive.extractall(tmp_path / "site")
-    modules = (*convert.CODE_FILES, *PACKAGE_ONLY)
-    assert packed == {f"videonsa/{name}": (ROOT / name).read_bytes() for name in modules}
-    for name in convert.CODE_FILES:
-        assert (trained / name).read_bytes() == (ROOT / name).read_bytes()
+    assert packed == {f"videonsa/{path.name}": path.read_bytes() for path in ROOT.glob("*.py")}
+    remote = {path.name: path.read_bytes() for path in trained.glob("*.py")}
+    assert remote == {path.name: path.read_bytes() for path in convert.code_files()}
     messages = json.dumps(conversation(sample))
     (register,) = (s for s in snippets(ROOT / "docs/trust.md", "python") if ".register(" in s)
     first = f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r})\n"
@@ -478,11 +477,18 @@ def test_the_version_stands_in_one_place_and_has_an_entry_in_the_changelog(wheel
     assert version not in (ROOT / "pyproject.toml").read_text()
 
 
+def test_the_wheel_asks_for_the_versions_that_setup_cfg_allows(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        (metadata,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        lines = archive.read(metadata).decode().splitlines()
+    asked = {Requirement(line.removeprefix("Requires-Dist: ")) for line in lines if line.startswith("Requires-Dist: ")}
+    assert {need for need in asked if need.marker is None} == {Requirement(line) for line in card.requirements()}
+
+
 def test_code_files_listed_as_trusted_are_those_of_a_repository():
     page = (ROOT / "docs/trust.md").read_text()
-    for name in convert.CODE_FILES:
-        assert f"`{name}`" in page
-    assert sorted(path.name for path in ROOT.glob("*.py")) == sorted((*convert.CODE_FILES, *PACKAGE_ONLY))
+    listed = re.findall(r"^\| `(\w+\.py)` \|", page, re.MULTILINE)
+    assert sorted(listed) == [path.name for path in convert.code_files()]
 
 
 def test_every_dependency_has_its_licence_on_the_page():
@@ -491,15 +497,3 @@ def test_every_dependency_has_its_licence_on_the_page():
     names = {re.match(r"[\w.-]+", line)[0] for text in lists for line in text.split("\n") if re.match(r"\w", line)}
     for name in sorted(names):
         assert re.search(rf"^\| `{re.escape(name)}` \|", page, re.MULTILINE), name
-
-
-def test_workflows_run_what_the_makefile_offers():
-    import yaml
-
-    makefile = (ROOT / "Makefile").read_text()
-    files = list((ROOT / ".github/workflows").glob("*.yml"))
-    assert files
-    for file in files:
-        steps = [s for job in yaml.safe_load(file.read_text())["jobs"].values() for s in job["steps"]]
-        for target in re.findall(r"make ([\w-]+)", " ".join(step.get("run", "") for step in steps)):
-            assert re.search(rf"^{target}\b.*:", makefile, re.MULTILINE), target

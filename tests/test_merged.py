@@ -33,6 +33,7 @@ from prompts import (
 from videonsa import nsa_torch
 from videonsa.configuration_videonsa import VideoNSAConfig, VideoNSATextConfig
 from videonsa.modeling_videonsa import VideoNSAForConditionalGeneration
+from videonsa.transformers_compat import CACHE
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The attention against masks written out
@@ -454,7 +455,7 @@ def test_prefill_in_chunks_and_a_later_turn_give_what_they_give_at_once(sparse):
             position_ids=positions[..., start:stop],
             mm_token_type_ids=inputs["mm_token_type_ids"][:, start:stop],
             attention_mask=inputs["attention_mask"][:, :stop],
-            past_key_values=cache,
+            **{CACHE: cache},
         )
         parts.append(model_out.logits)
     for actual, expected in zip(unpad(torch.cat(parts, 1), inputs), unpad(whole.logits, inputs), strict=True):

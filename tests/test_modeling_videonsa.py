@@ -52,6 +52,7 @@ from videonsa.modeling_videonsa import (
     VideoNSAModel,
 )
 from videonsa.nsa_torch import nsa_attention
+from videonsa.transformers_compat import CACHE, cache_of
 from videonsa.vision_layout import VisionLayout
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -133,7 +134,7 @@ def attend(layer, name, pieces=None):
         out, weights = layer(
             hidden[:, start:stop],
             position_embeddings=(cos[:, start:stop], sin[:, start:stop]),
-            past_key_values=cache,
+            **{CACHE: cache},
             vision_layout=VisionLayout.make(vision[:, :stop], piece, valid[:, :stop], starts),
         )
         assert weights is None
@@ -228,7 +229,7 @@ def test_decoding_over_an_equal_cache_is_stock_bit_for_bit(both, samples):
     inputs = make_inputs(*samples)
     ours, theirs = both
     with torch.no_grad():
-        cache = ours(**inputs, use_cache=True).past_key_values
+        cache = cache_of(ours(**inputs, use_cache=True))
     mask = inputs["attention_mask"]
     for token in (7, 8, 9):
         mask = F.pad(mask, (0, 1), value=1)
@@ -238,7 +239,7 @@ def test_decoding_over_an_equal_cache_is_stock_bit_for_bit(both, samples):
             "position_ids": (mask.sum(1) + 100 + token).expand(3, 1, -1).transpose(1, 2),
         }
         other = deepcopy(cache)
-        assert torch.equal(logits(ours, step, past_key_values=cache), logits(theirs, step, past_key_values=other))
+        assert torch.equal(logits(ours, step, **{CACHE: cache}), logits(theirs, step, **{CACHE: other}))
         for a, b in zip(cache.layers[:2], other.layers[:2], strict=True):
             assert torch.equal(a.keys, b.keys)
 
@@ -685,12 +686,12 @@ def test_prefill_in_chunks_gives_what_it_gives_at_once(model, samples, chunk):
             position_ids=positions[..., start:stop],
             mm_token_type_ids=inputs["mm_token_type_ids"][:, start:stop],
             attention_mask=mask[:, :stop],
-            past_key_values=cache,
+            **{CACHE: cache},
         )
         parts.append(out.logits)
     for actual, expected in zip(unpad(torch.cat(parts, 1), inputs), unpad(whole.logits, inputs), strict=True):
         assert_close(actual, expected)
-    for ours, layer in zip(cache.layers, whole.past_key_values.layers, strict=True):
+    for ours, layer in zip(cache.layers, cache_of(whole).layers, strict=True):
         for name in ("keys", "values"):
             actual, expected = (unpad(getattr(x, name).transpose(1, 2), inputs) for x in (ours, layer))
             for a, b in zip(actual, expected, strict=True):
@@ -840,7 +841,7 @@ def converse(model, first, turn, between=None):
     if between is not None:
         generate(model, make_inputs(between))
     inputs = make_inputs([*first, out.new_tokens[0].tolist(), *turn])
-    return out, generate(model, inputs, past_key_values=out.past_key_values), inputs
+    return out, generate(model, inputs, **{CACHE: cache_of(out)}), inputs
 
 
 @pytest.mark.parametrize("between", [None, MIXED, TEXT], ids=["", "another with video between", "another between"])
@@ -864,7 +865,7 @@ def test_second_text_turn_over_the_cache_needs_no_pixels(model, between, types):
     inputs_over_cache = without_media(inputs)
     if types == "without types":
         del inputs_over_cache["mm_token_type_ids"]
-    over_cache = generate(model, inputs_over_cache, past_key_values=out.past_key_values)
+    over_cache = generate(model, inputs_over_cache, **{CACHE: cache_of(out)})
     expected = generate(fresh, inputs)
     assert torch.equal(over_cache.sequences, expected.sequences)
     assert_close(over_cache.logits, expected.logits)
@@ -877,7 +878,7 @@ def test_second_text_turn_of_a_padded_batch_over_the_cache_gives_what_it_gives_w
     longer = {"input_ids": F.pad(out.sequences, (0, 3), value=70)}
     for key, value in (("attention_mask", 1), ("mm_token_type_ids", 0)):
         longer[key] = F.pad(inputs[key], (0, longer["input_ids"].shape[1] - inputs[key].shape[1]), value=value)
-    actual = generate(model, longer, past_key_values=out.past_key_values)
+    actual = generate(model, longer, **{CACHE: cache_of(out)})
     expected = generate(model, {**inputs, **longer})
     assert torch.equal(actual.sequences, expected.sequences)
     assert_close(actual.logits, expected.logits)
@@ -894,9 +895,9 @@ def test_decoding_loop_finds_its_positions_in_the_cache(model, cached):
         for step in range(4):
             if interrupted:
                 model(**make_inputs(TEXT if step % 2 else MIXED))
-            out = model(input_ids=ids, past_key_values=cache, use_cache=True, **(inputs if step == 0 else {}))
+            out = model(input_ids=ids, **{CACHE: cache}, use_cache=True, **(inputs if step == 0 else {}))
             logits.append(out.logits[:, -1])
-            ids, cache = out.logits[:, -1:].argmax(-1), out.past_key_values
+            ids, cache = out.logits[:, -1:].argmax(-1), cache_of(out)
         return torch.stack(logits)
 
     for sample in (VIDEO, TEXT):
@@ -909,11 +910,11 @@ def test_a_conversation_of_many_turns_gives_what_it_gives_without_cache(small):
     for turn in (VIDEO, *TURNS.values(), [2]):
         parts += turn
         inputs = make_inputs(parts)
-        out = generate(small, inputs, past_key_values=cache)
+        out = generate(small, inputs, **{CACHE: cache})
         fresh = generate(deepcopy(small), inputs)
         assert torch.equal(out.sequences, fresh.sequences)
         assert_close(out.logits, fresh.logits)
-        parts, cache = [*parts, out.new_tokens[0].tolist()], out.past_key_values
+        parts, cache = [*parts, out.new_tokens[0].tolist()], cache_of(out)
 
 
 def test_text_turn_without_pixels_after_a_turn_with_a_new_video(small):
@@ -921,7 +922,7 @@ def test_text_turn_without_pixels_after_a_turn_with_a_new_video(small):
     before, out, _ = converse(small, VIDEO, turn)
     generate(small, make_inputs(MIXED))
     inputs = make_inputs([*VIDEO, before.new_tokens[0].tolist(), *turn, out.new_tokens[0].tolist(), 3])
-    actual = generate(small, without_media(inputs), past_key_values=out.past_key_values)
+    actual = generate(small, without_media(inputs), **{CACHE: cache_of(out)})
     expected = generate(small, inputs)
     assert torch.equal(actual.sequences, expected.sequences)
     assert_close(actual.logits, expected.logits)
@@ -934,14 +935,14 @@ def test_positions_in_a_reset_cache_do_not_remember_what_was_before(small, way):
 
     def run(cache):
         if way == "generate":
-            first = generate(small, inputs, past_key_values=cache)
-            return generate(small, make_inputs([*TEXT, first.new_tokens[0].tolist(), 3]), past_key_values=cache).logits
-        cache = small(**inputs, past_key_values=cache).past_key_values
+            first = generate(small, inputs, **{CACHE: cache})
+            return generate(small, make_inputs([*TEXT, first.new_tokens[0].tolist(), 3]), **{CACHE: cache}).logits
+        cache = cache_of(small(**inputs, **{CACHE: cache}))
         generate(small, make_inputs(VIDEO))
-        return small(input_ids=torch.tensor([[7]]), past_key_values=cache).logits
+        return small(input_ids=torch.tensor([[7]]), **{CACHE: cache}).logits
 
     expected = run(DynamicCache())
-    generate(small, make_inputs(VIDEO), past_key_values=cache)
+    generate(small, make_inputs(VIDEO), **{CACHE: cache})
     cache.reset()
     assert_close(run(cache), expected)
 
@@ -954,10 +955,10 @@ def test_stream_goes_on_in_a_cache_copied_for_several_continuations(small):
         positions, _ = small.model.get_rope_index(**inputs)
         cut = 60  # within the first of two videos
         first = {"inputs_embeds": embeds[:1, :cut], "mm_token_type_ids": inputs["mm_token_type_ids"][:1, :cut]}
-        cache = small(**first, position_ids=positions[:, :1, :cut], use_cache=True).past_key_values
+        cache = cache_of(small(**first, position_ids=positions[:, :1, :cut], use_cache=True))
         cache.batch_repeat_interleave(2)
         rest = {"inputs_embeds": embeds[:, cut:], "mm_token_type_ids": inputs["mm_token_type_ids"][:, cut:]}
-        actual = logits(small, rest, position_ids=positions[..., cut:], past_key_values=cache)
+        actual = logits(small, rest, position_ids=positions[..., cut:], **{CACHE: cache})
     assert_close(actual, expected[:, cut:])
 
 
@@ -965,7 +966,7 @@ def test_stream_after_a_shortened_cache_does_not_remember_what_was_cut(model):
     """A cache cut back to before its video, continued by text, then by another video."""
     first, later = make_inputs([9]), make_inputs([9, 40, video(8, 4, 8, seed=5), 4])
     with torch.no_grad():
-        cache = model(**make_inputs([9, video(12, 4, 16)]), use_cache=True).past_key_values
+        cache = cache_of(model(**make_inputs([9, video(12, 4, 16)]), use_cache=True))
         cache.crop(first["input_ids"].shape[1] - cache.get_seq_length())
         positions, _ = model.model.get_rope_index(**later)
         text = slice(9, 49)
@@ -973,17 +974,17 @@ def test_stream_after_a_shortened_cache_does_not_remember_what_was_cut(model):
             input_ids=later["input_ids"][:, text],
             position_ids=positions[..., text],
             attention_mask=later["attention_mask"][:, :49],
-            past_key_values=cache,
+            **{CACHE: cache},
         )
         rest = {**later, "input_ids": later["input_ids"][:, 49:]}
         del rest["mm_token_type_ids"]
-        actual = logits(model, rest, position_ids=positions[..., 49:], past_key_values=cache)
+        actual = logits(model, rest, position_ids=positions[..., 49:], **{CACHE: cache})
     assert_close(actual, logits(model, later)[:, 49:])
 
 
 def test_stream_in_a_reset_cache_does_not_remember_what_was_before(model):
     cache = transformers.StaticCache(config=model.config.text_config, max_cache_len=256)
-    logits(model, make_inputs(VIDEO), past_key_values=cache, use_cache=True)
+    logits(model, make_inputs(VIDEO), **{CACHE: cache}, use_cache=True)
     cache.reset()
     later = make_inputs([40, video(8, 4, 8, seed=5), 4])
     positions, _ = model.model.get_rope_index(**later)
@@ -994,7 +995,7 @@ def test_stream_in_a_reset_cache_does_not_remember_what_was_before(model):
         if part.stop is None:
             kwargs |= {key: later[key] for key in MEDIA_KEYS if key in later}
         mask = later["attention_mask"][:, : part.stop]
-        parts.append(logits(model, kwargs, attention_mask=mask, past_key_values=cache))
+        parts.append(logits(model, kwargs, attention_mask=mask, **{CACHE: cache}))
     assert_close(torch.cat(parts, 1), expected)
 
 
@@ -1077,9 +1078,9 @@ def test_autocast_works_over_a_cache_that_began_with_text(small):
     media = {key: inputs[key] for key in MEDIA_KEYS if key in inputs}
     with torch.autocast("cpu", torch.bfloat16):
         expected = small(**inputs).logits
-        cache = small(input_ids=inputs["input_ids"][:, first], position_ids=positions[..., first]).past_key_values
+        cache = cache_of(small(input_ids=inputs["input_ids"][:, first], position_ids=positions[..., first]))
         step = {"input_ids": inputs["input_ids"][:, rest], "position_ids": positions[..., rest], **media}
-        actual = small(**step, past_key_values=cache).logits
+        actual = small(**step, **{CACHE: cache}).logits
     assert ((actual - expected[:, rest]).float().pow(2).mean() / expected.float().pow(2).mean()).sqrt() < 0.1
 
 
@@ -1215,8 +1216,8 @@ def test_output_gates_are_empty_where_nothing_is_sparse(small):
 
 @torch.no_grad()
 def test_output_gates_of_a_step_over_a_cache_are_those_of_its_tokens(small):
-    cache = small(**make_inputs(VIDEO), use_cache=True).past_key_values
-    step = {"input_ids": torch.tensor([[5]]), "past_key_values": cache}
+    cache = cache_of(small(**make_inputs(VIDEO), use_cache=True))
+    step = {"input_ids": torch.tensor([[5]]), CACHE: cache}
     assert small(**step, output_gates=True).gates == ()
 
 
@@ -1341,7 +1342,7 @@ def test_decoder_layers_compile_in_one_graph_each(training):
         model.zero_grad()
         with torch.set_grad_enabled(training):
             cache = None if training else transformers.DynamicCache()
-            outputs = model(inputs_embeds=hidden, vision_mask=vision, past_key_values=cache, use_cache=not training)
+            outputs = model(inputs_embeds=hidden, vision_mask=vision, **{CACHE: cache}, use_cache=not training)
         if training:
             outputs.last_hidden_state.square().sum().backward()
         return [outputs.last_hidden_state.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
@@ -1404,10 +1405,10 @@ def test_a_cache_of_a_prompt_with_explicit_positions_keeps_its_own_offsets(small
     positions = torch.arange(text.shape[1]).expand(3, 1, -1)
     answers = []
     for video_between in (False, True):
-        cache = small(input_ids=text, position_ids=positions, use_cache=True).past_key_values
+        cache = cache_of(small(input_ids=text, position_ids=positions, use_cache=True))
         if video_between:
             logits(small, make_inputs(VIDEO))
-        answers.append(small(input_ids=text[:, :3], past_key_values=cache).logits)
+        answers.append(small(input_ids=text[:, :3], **{CACHE: cache}).logits)
     assert torch.equal(*answers)
 
 
@@ -1463,14 +1464,14 @@ def test_pixels_of_another_number_of_tokens_over_a_cache_are_refused(small, wron
     grids = {"another size": [(9, 4, 8)], "two": [(4, 4, 8), (5, 4, 8)]}[wrong]
     positions, _ = small.model.get_rope_index(**inputs)
     with torch.no_grad():
-        cache = small(**make_inputs(VIDEO)).past_key_values
+        cache = cache_of(small(**make_inputs(VIDEO)))
     with pytest.raises(ValueError, match="(?i)video features and video tokens do not match"):
         small(
             input_ids=inputs["input_ids"][:, past:],
             position_ids=positions[..., past:],
             pixel_values_videos=torch.cat([video(*grid).pixels() for grid in grids]),
             video_grid_thw=torch.tensor(grids),
-            past_key_values=cache,
+            **{CACHE: cache},
         )
 
 
@@ -1479,16 +1480,16 @@ def test_batch_over_a_cache_does_not_guess_which_pixels_are_new(small):
     first, second = ([*VIDEO, tokens.tolist()] for tokens in out.new_tokens)
     inputs = make_inputs([*first, video(12, 4, 16, seed=5), 4], [*second, 198])
     with pytest.raises(ValueError, match="(?i)video features and video tokens do not match"):
-        generate(small, inputs, past_key_values=out.past_key_values)
+        generate(small, inputs, **{CACHE: cache_of(out)})
 
 
 def test_new_video_over_a_cache_needs_positions(small):
     inputs = make_inputs(VIDEO)
     with torch.no_grad():
-        cache = small(**inputs).past_key_values
+        cache = cache_of(small(**inputs))
     del inputs["attention_mask"]
     with pytest.raises(ValueError, match="images and videos over a cache need position_ids"):
-        small(**inputs, past_key_values=cache)
+        small(**inputs, **{CACHE: cache})
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1538,7 +1539,7 @@ def test_offloaded_model_computes_the_same(small, tmp_path):
 def test_decoding_step_compiles_in_one_graph(small):
     inputs = make_inputs(VIDEO)
     cache = transformers.StaticCache(config=small.config.text_config, max_cache_len=256)
-    logits(small, inputs, past_key_values=cache)
+    logits(small, inputs, **{CACHE: cache})
     length = inputs["input_ids"].shape[1]
     step = {
         "input_ids": torch.tensor([[7]]),
@@ -1546,9 +1547,9 @@ def test_decoding_step_compiles_in_one_graph(small):
         "attention_mask": torch.arange(256)[None, None, None] <= length,
     }
     other = deepcopy(cache)
-    expected = logits(small, step, past_key_values=cache)
+    expected = logits(small, step, **{CACHE: cache})
     compiled = torch.compile(small, backend="eager", fullgraph=True)
-    assert_close(logits(compiled, step, past_key_values=other), expected)
+    assert_close(logits(compiled, step, **{CACHE: other}), expected)
 
 
 def test_signatures_that_generate_and_trainer_inspect_are_stock():

@@ -21,6 +21,7 @@ from test_nsa_triton import DEVICE, larger_tiles, needs_gpu, relative_rms  # noq
 
 from videonsa.modeling_videonsa import VideoNSAForConditionalGeneration
 from videonsa.nsa_released import Stream, _text_means, padded_heads, released_attention, tied_choice
+from videonsa.transformers_compat import CACHE, cache_of
 from videonsa.vision_layout import VisionLayout
 
 SIZES = {"block_size": 16, "block_count": 4, "window_size": 20}
@@ -421,7 +422,7 @@ def test_chunks_over_a_cache_are_those_of_the_reference(model, reference):
     outputs = model(input_ids=prompt["input_ids"][:, :at], position_ids=position_ids[:, None, :at], **in_fp32(first))
     later = model(
         input_ids=prompt["input_ids"][:, at:], position_ids=position_ids[:, None, at:],
-        past_key_values=outputs.past_key_values, **in_fp32(second),
+        **{CACHE: cache_of(outputs)}, **in_fp32(second),
     ).logits[0]  # fmt: skip
     from released import decode, embed
 

@@ -1,0 +1,28 @@
+"""The package: `from videonsa import VideoNSAForConditionalGeneration`. Repositories on the Hub do without this file.
+
+A class is imported when it is first asked for, so that `import videonsa.video_reader` does not load the model.
+"""
+
+import importlib
+
+MODULES = {
+    "VideoNSAConfig": "configuration_videonsa",
+    "VideoNSAForConditionalGeneration": "modeling_videonsa",
+    "VideoNSAModel": "modeling_videonsa",
+    "VideoNSAProcessor": "processing_videonsa",
+    "VideoNSATextConfig": "configuration_videonsa",
+    "VideoNSATextModel": "modeling_videonsa",
+    "VideoNSAVideoProcessor": "processing_videonsa",
+}
+
+__all__ = list(MODULES)
+
+
+def __getattr__(name: str):
+    if name not in MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{MODULES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *MODULES})
