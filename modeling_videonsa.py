@@ -6,6 +6,7 @@ what a cache remembers of them, and loading. The attention itself is in `nsa_tor
 """
 
 import functools
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -34,6 +35,7 @@ from .rope_positions import Media, sample_positions
 from .transformers_compat import (
     CACHE,
     Substitute,
+    WholeCheckpoint,
     cache_of,
     check_attention,
     check_cache_written,
@@ -264,7 +266,7 @@ def _attend_sparsely(
 ALL_ATTENTION_FUNCTIONS.register(SPARSE_ATTENTION, _attend_sparsely)
 
 
-class VideoNSATextModel(Qwen2_5_VLTextModel):
+class VideoNSATextModel(WholeCheckpoint, Qwen2_5_VLTextModel):
     """The text decoder of Qwen2.5-VL with `VideoNSAAttention` in every layer."""
 
     config: VideoNSATextConfig
@@ -353,7 +355,7 @@ class VideoNSATextModel(Qwen2_5_VLTextModel):
         return VisionLayout.make(vision_mask, total - past, valid, starts, observe, make_stream)
 
 
-class VideoNSAModel(Qwen2_5_VLModel):
+class VideoNSAModel(WholeCheckpoint, Qwen2_5_VLModel):
     """Vision tower and text decoder. Finds the vision tokens of a call and numbers positions as Qwen2-VL does."""
 
     config: VideoNSAConfig
@@ -574,7 +576,7 @@ class VideoNSAModel(Qwen2_5_VLModel):
         return positions, torch.tensor(deltas, device=positions.device)
 
 
-class VideoNSAForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
+class VideoNSAForConditionalGeneration(WholeCheckpoint, Qwen2_5_VLForConditionalGeneration):
     """VideoNSA with a language-model head; loads its own, stock Qwen2.5-VL and public VideoNSA checkpoints.
 
     Called and generates as Qwen2.5-VL does. In addition, `forward(..., output_gates=True)` returns the gates of each
@@ -591,11 +593,6 @@ class VideoNSAForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.register_load_state_dict_pre_hook(_rename_saved_keys)
         self.post_init()
-
-    @classmethod
-    def from_pretrained(cls, *args, **kwargs):
-        """As in transformers, but weights are read from safetensors only: pickles can run code."""
-        return super().from_pretrained(*args, **{**kwargs, "use_safetensors": True})
 
     @named_arguments(Qwen2_5_VLForConditionalGeneration.forward)
     def forward(self, output_gates: bool = False, observe: Callable | None = None, **kwargs):
@@ -666,7 +663,7 @@ def _with_gates(outputs, gates: list):
 def _rename_saved_keys(module, state_dict, prefix, *args):
     """Accept the 4.x key layout of `save_pretrained`: Trainer resumes by a plain, non-strict load_state_dict."""
     for key in [key for key in state_dict if key.startswith(prefix)]:
-        name = key[len(prefix) :]
+        name = re.sub(r"^model(\.model)+\.", "model.", key[len(prefix) :])
         if name.startswith("visual."):
             name = f"model.{name}"
         elif name.startswith("model.") and not name.startswith(("model.language_model.", "model.visual.")):

@@ -9,7 +9,7 @@ names, and `check_contract` refuses a transformers whose methods are not those t
 import functools
 import inspect
 
-from transformers import Cache
+from transformers import Cache, GenerationConfig
 from transformers import __version__ as VERSION
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
@@ -130,11 +130,82 @@ def named_arguments(stock):
 def register_key_layouts(full: str, base: str) -> None:
     """Let the classes of these names, with and without a head, load the key layouts of stock Qwen2.5-VL, and save the
     one of transformers 4 as stock does. transformers looks the renaming up by the name of a class."""
+    # What ZeRO-3, and models that were not loaded, saved with earlier code.
+    repeated = WeightRenaming(r"^model(\.model)+", "model")
     renaming = get_checkpoint_conversion_mapping("Qwen2_5_VLForConditionalGeneration")
-    register_checkpoint_conversion_mapping(full, renaming, overwrite=True)
+    register_checkpoint_conversion_mapping(full, [repeated, *renaming], overwrite=True)
     # The stock base class would leave the vision tower of newer files uninitialised.
-    renaming = [WeightRenaming(r"^model(?!\.(language_model|visual))", "language_model")]
-    register_checkpoint_conversion_mapping(base, renaming, overwrite=True)
+    renaming = WeightRenaming(r"^model(?!\.(language_model|visual))", "language_model")
+    register_checkpoint_conversion_mapping(base, [repeated, renaming], overwrite=True)
+
+
+class WholeCheckpoint:
+    """Loads a model from a checkpoint with the same weights only, where transformers logs the others and goes on, and
+    saves it in one key layout.
+
+    Comes before the class of transformers among the bases of a model.
+    """
+
+    @classmethod
+    def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
+        """As in transformers, with two refusals.
+
+        Weights are read from safetensors only: pickles can run code. And they must be those of the model; only all
+        gates together may be missing, which stock checkpoints do not have. With `output_loading_info`, which names what
+        is missing and what is not expected, the caller decides. Quantizers rename weights and decide for themselves.
+
+        Raises:
+            ValueError: the checkpoint lacks weights of the model, or has others.
+        """
+        kwargs = {**kwargs, "use_safetensors": True}
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        _keep_generation_settings(model)
+        if output_loading_info:
+            return model, info
+        if getattr(model, "hf_quantizer", None) is None:
+            _check_weights(model, info["missing_keys"], info["unexpected_keys"])
+        return model
+
+    def save_pretrained(self, *args, **kwargs):
+        """As in transformers, in the same key layout however the model was made.
+
+        transformers reverts the renamings of loading. It finds those that were used, but takes all of them, also those
+        of submodules and of old layouts, for a model that was made from a configuration or loaded under ZeRO-3.
+        """
+        if getattr(self, "hf_quantizer", None) is None:
+            registered = get_checkpoint_conversion_mapping(type(self).__name__) or []
+            self._weight_conversions = registered[1:]  # without `repeated`
+        return super().save_pretrained(*args, **kwargs)
+
+
+def _check_weights(model, missing, unexpected) -> None:
+    names = {name for name, _ in model.named_parameters()}
+    gates = {name for name in names if ".g_proj_" in name}
+    missing = set(missing) - gates if gates <= set(missing) else set(missing)
+    # The text model and the model without a head load from checkpoints of the whole, too.
+    others = [part for part in ("visual.", "lm_head.") if not any(part in name for name in names)]
+    unexpected = {name for name in unexpected if not any(part in name for part in others)}
+    differences = [
+        f"{verb} {len(names)} {noun}, such as {min(names)}"
+        for verb, noun, names in (
+            ("lacks", "of its weights", missing),
+            ("has", "weights that are not of this class", unexpected),
+        )
+        if names
+    ]
+    if differences:
+        raise ValueError(
+            f"the checkpoint is not of a {type(model).__name__} with this configuration: it "
+            f"{' and '.join(differences)}. With output_loading_info=True it loads, and the names of all are returned"
+        )
+
+
+def _keep_generation_settings(model) -> None:
+    """Take fields of the configuration out of the generation settings, which get all arguments of `from_pretrained`."""
+    settings = vars(getattr(model, "generation_config", None) or GenerationConfig())
+    known = vars(GenerationConfig())
+    for name in [name for name in settings if name not in known and hasattr(model.config, name)]:
+        del settings[name]
 
 
 def cache_of(outputs) -> Cache | None:

@@ -27,6 +27,7 @@ import statistics
 import sys
 import tempfile
 import time
+import zipfile
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +37,7 @@ import torch
 import yaml
 from accelerate.utils import broadcast_object_list
 from huggingface_hub import HfApi
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import (
@@ -50,10 +52,10 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 from card import write_card
 from data import IGNORED, Collator, ConversationDataset, Drop, Sample, load_samples, packed_positions
+from videonsa.configuration_videonsa import NSA_FIELDS
 
 PARTS = ("language", "merger", "vision", "gates")
 BRANCHES = ("compression", "selection", "window")
@@ -503,43 +505,162 @@ def report_data(loaded, output: Path | None) -> None:
 
 
 def find_resume(args: FinetuneArguments) -> str | None:
-    """The checkpoint to resume; refuses to train over checkpoints of another run."""
-    last = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+    """The checkpoint to resume: the named one, or the last complete one.
+
+    Raises:
+        ValueError: there is none, it lacks something, or the folder holds checkpoints of another run.
+    """
+    output = Path(args.output_dir)
+    found = sorted(output.glob("checkpoint-*[0-9]"), key=lambda path: int(path.name.split("-")[-1]), reverse=True)
     asked = args.resume_from_checkpoint
     if asked is None or str(asked).lower() == "false":
-        if last is not None:
+        if found:
             raise ValueError(
-                f"--output_dir {args.output_dir} holds {Path(last).name}: resume it with "
+                f"--output_dir {output} holds {found[0].name}: resume it with "
                 "--resume_from_checkpoint last, or name another folder"
             )
         return None
-    if str(asked).lower() in ("last", "true"):
-        if last is None:
-            raise ValueError(f"--resume_from_checkpoint {asked}: there is no checkpoint in {args.output_dir}")
-        return last
-    if not Path(asked).is_dir():
-        raise ValueError(f"--resume_from_checkpoint must be a folder or last, got {asked}")
-    return asked
+
+    last = str(asked).lower() in ("last", "true")
+    if not last:
+        if not Path(asked).is_dir():
+            raise ValueError(f"--resume_from_checkpoint must be a folder or last, got {asked}")
+        found = [Path(asked)]
+    refused = []
+    for folder in found:
+        reason = why_not_resumed(folder, args)
+        if reason is None:
+            if refused:
+                print(f"resumed from {folder.name}; " + "; ".join(refused))
+            return str(folder)
+        refused.append(f"{folder.name} {reason}")
+    if refused:
+        older = f"; nor are {len(refused) - 1} older ones" if len(refused) > 1 else ""
+        raise ValueError(f"--resume_from_checkpoint {asked}: {refused[0]}{older}")
+    raise ValueError(f"--resume_from_checkpoint {asked}: there is no checkpoint in {output}")
 
 
-def check_fingerprint(samples: list[Sample], model: ModelArguments, settings: DataArguments, args, resume) -> None:
-    """Refuse to resume with other trained parts, or on other data, which would be in another order; keep what tells
-    them in data.json."""
+def why_not_resumed(folder: Path, args: FinetuneArguments) -> str | None:
+    """What keeps a run from going on at a checkpoint, or None. Trainer would go on without what is missing."""
+    # DeepSpeed writes a file for each process. FSDP writes optimizer.bin or a folder.
+    shards = list(folder.glob("global_step*/*_optim_states.pt"))
+    deepspeed = args.deepspeed_plugin is not None
+    if shards and not deepspeed:
+        return "is of DeepSpeed: resume it with the same accelerate configuration"
+    if shards and len(shards) != args.world_size:
+        return f"is of {len(shards)} processes under DeepSpeed, and must be resumed by as many, not {args.world_size}"
+
+    weights = ["model.safetensors"]
+    if shards or list(folder.glob("pytorch_model_fsdp*")):
+        weights = []
+    elif (folder / "adapter_config.json").exists():
+        weights = ["adapter_model.safetensors"]
+    elif (index := folder / "model.safetensors.index.json").exists():
+        weights = sorted(set(json.loads(index.read_text())["weight_map"].values())) if is_whole(index) else [index.name]
+    missing = [name for name in (*weights, "scheduler.pt", "trainer_state.json") if not is_whole(folder / name)]
+    if deepspeed and not shards:
+        missing.append("global_step*/*_optim_states.pt")
+    elif not deepspeed and not any(is_whole(folder / f"optimizer{end}") for end in (".pt", ".bin", "_0")):
+        missing.append("optimizer.pt")
+    if not missing:
+        return None
+    hint = "" if "trainer_state.json" in missing else " (--save_only_model saves neither optimizer nor scheduler)"
+    return f"is not complete: {', '.join(missing)} missing or damaged{hint if 'scheduler.pt' in missing else ''}"
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a file of a checkpoint is there to its end; a folder, whether it holds anything."""
+    try:
+        if path.suffix == ".json":
+            json.loads(path.read_text())
+        elif path.suffix == ".safetensors":
+            with safe_open(path, framework="pt"):
+                pass
+        elif path.is_dir():
+            return any(path.iterdir())
+        else:
+            return zipfile.is_zipfile(path)  # what torch.save writes; its directory stands at the end
+    except (OSError, ValueError, SafetensorError):
+        return False
+    return True
+
+
+def run_options(model: ModelArguments, config, args: FinetuneArguments) -> dict:
+    """The options that make another run, or that Trainer would take from the checkpoint without a word."""
+    names = ("method", "dtype", *(("lora_rank", "lora_alpha", "lora_dropout") if model.method == "lora" else ()))
+    rates = [f"{part}learning_rate" for part in ("", "gate_", "merger_", "vision_")]
+    return {
+        **{name: getattr(model, name) for name in names},
+        "parts": sorted(trained_parts(model)),
+        **{name: getattr(config, name) for name in NSA_FIELDS if name != "nsa_backend"},
+        **{name: getattr(args, name) for name in (*rates, "weight_decay", "optim")},
+    }
+
+
+def describe_data(samples: list[Sample], settings: DataArguments, **options) -> dict:
+    """What the order of the data depends on."""
     digest = hashlib.sha256(repr([(sample.id, sample.tokens) for sample in samples]).encode()).hexdigest()[:16]
-    data = {"samples": len(samples), "packing": settings.packing, "max_length": settings.max_length, "digest": digest}
-    now = {"method": model.method, "parts": sorted(trained_parts(model)), **data}
-    path = Path(resume).resolve().parent / "data.json" if resume else None
-    if resume and path.is_file():
+    described = {"samples": len(samples), "packing": settings.packing, "max_length": settings.max_length}
+    return {**described, "digest": digest, **options}
+
+
+def check_options(options: dict, data: dict, args: FinetuneArguments, resume: str | None) -> None:
+    """Refuse to resume with other options, or on other data, which would be in another order; keep what tells them in
+    data.json."""
+    now = json.loads(json.dumps({**options, **data}))  # lists for tuples, as in the file
+    if resume:
+        path = Path(resume).resolve().parent / "data.json"
+        if not path.is_file():
+            raise ValueError(
+                f"{path} is missing, which says how {Path(resume).name} was trained and on what: copy it from the "
+                "folder of that run"
+            )
         before = {**now, **json.loads(path.read_text())}
-        for name in ("method", "parts"):
-            if before[name] != now[name]:
-                raise ValueError(f"the checkpoint was trained with {name} {before[name]}, not {now[name]}")
-        if before != now and not args.ignore_data_skip:
+        changed = [name for name in now if before[name] != now[name]]
+        others = "; ".join(f"{name} {before[name]}, not {now[name]}" for name in changed if name in options)
+        if others:
+            raise ValueError(f"the checkpoint was trained with {others}")
+        if changed and not args.ignore_data_skip:
+            others = [name for name in changed if name not in ("samples", "digest")]
+            others = "".join(f"; {name} {before[name]} then, {now[name]} now" for name in others)
             raise ValueError(
                 f"the data is not what the checkpoint was trained on ({before['samples']:,} samples then, "
-                f"{now['samples']:,} now), so that the rest of it is not known; --ignore_data_skip starts it over"
+                f"{now['samples']:,} now{others}), so that the rest of it is not known; --ignore_data_skip "
+                "starts it over"
             )
     (Path(args.output_dir) / "data.json").write_text(json.dumps(now, indent=2) + "\n")
+
+
+def check_weights(model, folder: Path) -> None:
+    """Refuse a checkpoint whose weights are not those of the model, which Trainer would log and go on with.
+
+    Raises:
+        ValueError: names or shapes differ.
+    """
+    shapes = {}
+    for file in folder.glob("*model*.safetensors"):
+        with safe_open(file, framework="pt") as weights:
+            shapes |= {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118
+    wrong = f"{folder.name} does not hold the weights of this model"
+    if hasattr(model, "peft_config"):
+        from peft import get_peft_model_state_dict
+
+        expected = get_peft_model_state_dict(model).keys()
+        missing, unexpected = expected - shapes.keys(), shapes.keys() - expected
+    else:
+        # A model without memory takes the names as the true one will.
+        with torch.device("meta"):
+            skeleton = type(model)(model.config)
+            tensors = {name: torch.empty(shape) for name, shape in shapes.items()}
+        try:
+            result = skeleton.load_state_dict(tensors, strict=False)
+        except RuntimeError as error:
+            raise ValueError(f"{wrong}: {str(error).splitlines()[-1].strip()}") from error
+        missing = {name for name, _ in model.named_parameters()} & set(result.missing_keys)  # but tied ones
+        unexpected = result.unexpected_keys
+    for names, kind in ((missing, "not in it"), (unexpected, "not of the model")):
+        if names:
+            raise ValueError(f"{wrong}: {len(names)} are {kind}, such as {min(names)}")
 
 
 def publish(trainer: VideoTrainer, arguments: ModelArguments, saved: torch.dtype, note: str) -> None:
@@ -633,7 +754,7 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: Finetun
     output = Path(args.output_dir)
     if output.is_dir() and output.resolve() == Path(model_args.model).resolve():
         raise ValueError(f"--output_dir must not be --model, which it would overwrite, got {output}")
-    resume = None if args.dry_run else find_resume(args)
+    resume = None if args.dry_run else on_main_process(args, find_resume, args)
     config = load_config(model_args)
     processor = load_processor(model_args.model, data_args)
     seed = args.seed if args.data_seed is None else args.data_seed
@@ -665,12 +786,13 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: Finetun
         for name, parameter in model.named_parameters():
             counts[part_of(name)] += (parameter.numel() or getattr(parameter, "ds_numel", 0)) * parameter.requires_grad
         print("trained: " + ", ".join(f"{part} {count / 1e6:,.2f} M" for part, count in counts.items() if count))
-        if not args.dry_run:
-            check_fingerprint(samples, model_args, data_args, args, resume)
-            if not resume:
-                options["skipped"].unlink(missing_ok=True)
+        if not args.dry_run and not resume:
+            options["skipped"].unlink(missing_ok=True)
     per_step = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
-    if args.dry_run:
+    if not args.dry_run:
+        described = describe_data(samples, data_args, seed=seed, batch=per_step)
+        on_main_process(args, check_options, run_options(model_args, config, args), described, args, resume)
+    else:
         args.max_steps, args.logging_steps, args.report_to, args.push_to_hub = DRY_RUN_STEPS, 1, [], False
         args.save_strategy = args.eval_strategy = "no"
         args.output_dir = tempfile.gettempdir()  # Trainer makes the folder
@@ -682,6 +804,8 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: Finetun
         processing_class=processor,
         data_collator=Collator(processor, packed=data_args.packing, always_vision=args.world_size > 1),
     )
+    if resume and not trainer.is_deepspeed_enabled and not trainer.is_fsdp_enabled:  # these load strictly
+        on_main_process(args, check_weights, model, Path(resume))
     result = trainer.train(resume_from_checkpoint=resume)
     if args.dry_run:
         if args.process_index == 0:
