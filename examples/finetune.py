@@ -52,6 +52,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from card import write_card
 from data import IGNORED, Collator, ConversationDataset, Drop, Sample, load_samples, packed_positions
@@ -401,7 +402,7 @@ def load_model(arguments: ModelArguments, config, bf16: bool):
     else:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(part_of(name) in trained)
-    if mixed:
+    if mixed and not is_deepspeed_zero3_enabled():  # ZeRO-3 has copies in float32 and must find one dtype
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
