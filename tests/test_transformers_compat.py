@@ -5,18 +5,22 @@ The text of a test says what a release may do; a patch of the stock class plays 
 
 import configparser
 import inspect
+import json
+import re
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from packaging.specifiers import SpecifierSet
+from safetensors.torch import load_file, save_file
 from transformers import DynamicCache, Qwen2_5_VLForConditionalGeneration
+from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as stock
 
 from prompts import IMAGE, MIXED, TEXT, VIDEO, assert_close, embed, generate, is_vision, logits, make_inputs
 from videonsa import transformers_compat
-from videonsa.modeling_videonsa import VideoNSAForConditionalGeneration, VideoNSATextModel
+from videonsa.modeling_videonsa import VideoNSAForConditionalGeneration, VideoNSAModel, VideoNSATextModel
 from videonsa.transformers_compat import ATTENTION_IMPLEMENTATIONS, CACHE, CACHE_NAMES, TESTED, check_contract
 
 OTHER = next(name for name in CACHE_NAMES if name != CACHE)
@@ -339,3 +343,98 @@ def test_both_classes_save_the_key_layout_of_transformers_4(small, tmp_path):
             assert torch.equal(loaded.state_dict()[key], value)
     loaded = VideoNSAForConditionalGeneration.from_pretrained(tmp_path / "base")
     assert torch.equal(loaded.model.state_dict()["language_model.norm.weight"], small.model.language_model.norm.weight)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Weights of a checkpoint and of a model
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved(small, tmp_path):
+    """A saved model, and what rewrites its weights."""
+    folder = tmp_path / "saved"
+    small.save_pretrained(folder)
+
+    def rewrite(change):
+        weights = load_file(folder / "model.safetensors")
+        save_file(change(weights), folder / "model.safetensors", metadata={"format": "pt"})
+        return folder
+
+    return rewrite
+
+
+def without(part: str):
+    return lambda weights: {name: x for name, x in weights.items() if part not in name}
+
+
+def renamed(pattern: str, replacement: str):
+    return lambda weights: {re.sub(pattern, replacement, name): x for name, x in weights.items()}
+
+
+@pytest.mark.parametrize("model_class", [VideoNSAForConditionalGeneration, VideoNSAModel])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (without("layers.1.mlp"), r"lacks 3 of its weights, such as .*language_model\.layers\.1\.mlp\.down_proj"),
+        (without("layers.1.self_attn.g_proj_1"), r"lacks 2 of its weights, such as .*g_proj_1\.bias"),
+        (lambda weights: {**weights, "model.layers.2.norm.weight": torch.ones(3)}, r"has 1 .*layers\.2\.norm"),
+        (renamed(r"visual\.merger", "visual.joiner"), "lacks 5 of its weights.* and has 5 weights that are not"),
+    ],
+)
+def test_a_checkpoint_with_other_weights_than_the_model_is_refused(saved, model_class, change, message):
+    folder = saved(change)
+    with pytest.raises(ValueError, match=f"is not of a {model_class.__name__} with this configuration: it {message}"):
+        model_class.from_pretrained(folder)
+    _, info = model_class.from_pretrained(folder, output_loading_info=True)  # the caller decides
+    assert info["missing_keys"] or info["unexpected_keys"]
+
+
+def test_a_checkpoint_without_any_gates_and_the_whole_for_a_part_load(saved, small):
+    folder = saved(without("g_proj"))
+    text = VideoNSATextModel.from_pretrained(folder)
+    assert torch.equal(text.norm.weight, small.model.language_model.norm.weight)
+    loaded = VideoNSAForConditionalGeneration.from_pretrained(folder)
+    assert torch.equal(loaded.lm_head.weight, small.lm_head.weight)
+
+
+@pytest.mark.parametrize("model_class", [VideoNSAForConditionalGeneration, VideoNSAModel])
+@pytest.mark.parametrize("repeated", ["model.model.", "model.model.model."])
+def test_keys_that_zero3_wrote_are_loaded(saved, small, model_class, repeated):
+    folder = saved(renamed(r"^model\.", repeated))
+    loaded = model_class.from_pretrained(folder)
+    expected = small if model_class is VideoNSAForConditionalGeneration else small.model
+    assert all(torch.equal(x, loaded.state_dict()[name]) for name, x in expected.state_dict().items())
+
+    fresh = VideoNSAForConditionalGeneration(small.config)
+    fresh.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
+    assert all(torch.equal(x, fresh.state_dict()[name]) for name, x in small.state_dict().items())
+
+
+def test_a_model_is_saved_with_the_same_keys_however_it_was_made(small, tmp_path):
+    def keys(model, **options):
+        model.save_pretrained(tmp_path / "saved", **options)
+        return load_file(tmp_path / "saved/model.safetensors").keys()
+
+    expected = keys(small)
+    assert {"model.embed_tokens.weight", "visual.patch_embed.proj.weight"} <= expected
+    assert keys(VideoNSAForConditionalGeneration(small.config)) == expected
+    assert keys(VideoNSAModel(small.config)) == expected
+
+    # Under ZeRO-3, from_pretrained keeps all renamings, and Trainer gathers the weights.
+    small._weight_conversions = get_model_conversion_mapping(small)
+    assert keys(small, state_dict=small.state_dict()) == expected
+
+
+def test_generation_settings_hold_no_fields_of_the_configuration(stock_checkpoint, tmp_path):
+    model = VideoNSAForConditionalGeneration.from_pretrained(stock_checkpoint, nsa_variant="dense", block_counts=5)
+    assert (model.config.nsa_variant, model.config.block_count) == ("dense", 5)
+    model.save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "generation_config.json").read_text())
+    assert settings.keys() == json.loads((stock_checkpoint / "generation_config.json").read_text()).keys()
+
+    settings["nsa_variant"] = "dense"  # as earlier code wrote it
+    (tmp_path / "generation_config.json").write_text(json.dumps(settings))
+    model = VideoNSAForConditionalGeneration.from_pretrained(tmp_path)
+    assert not hasattr(model.generation_config, "nsa_variant")
+    assert model.generation_config.suppress_tokens == settings["suppress_tokens"]
