@@ -402,7 +402,7 @@ def load_model(arguments: ModelArguments, config, bf16: bool):
     else:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(part_of(name) in trained)
-    if mixed and not is_deepspeed_zero3_enabled():  # ZeRO-3 has copies in float32 and must find one dtype
+    if mixed and not is_deepspeed_zero3_enabled():  # see add_adapters
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
@@ -423,7 +423,8 @@ def add_adapters(model, arguments: ModelArguments, trained: set[str]):
         target_modules="|".join(f"({pattern})" for pattern in targets),
         modules_to_save=["g_proj_1", "g_proj_2", *(["visual.merger"] if "merger" in trained else [])],
     )
-    return get_peft_model(model, config)
+    # ZeRO-3 has copies in float32 itself, and wants one dtype.
+    return get_peft_model(model, config, autocast_adapter_dtype=not is_deepspeed_zero3_enabled())
 
 
 def load_processor(model: str, arguments: DataArguments):
