@@ -8,6 +8,7 @@ names, and `check_contract` refuses a transformers whose methods are not those t
 
 import functools
 import inspect
+from pathlib import Path
 
 from transformers import Cache, GenerationConfig
 from transformers import __version__ as VERSION
@@ -158,6 +159,7 @@ class WholeCheckpoint:
             ValueError: the checkpoint lacks weights of the model, or has others.
         """
         kwargs = {**kwargs, "use_safetensors": True}
+        _warn_of_other_code(cls, args[0] if args else kwargs.get("pretrained_model_name_or_path"))
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         _keep_generation_settings(model)
         if output_loading_info:
@@ -176,6 +178,24 @@ class WholeCheckpoint:
             registered = get_checkpoint_conversion_mapping(type(self).__name__) or []
             self._weight_conversions = registered[1:]  # without `repeated`
         return super().save_pretrained(*args, **kwargs)
+
+
+def _warn_of_other_code(cls, source) -> None:
+    """Warn if a folder has other code files than those that run.
+
+    transformers keeps the class of the first model of a configuration for the length of a process, and does not look
+    at the files of a folder again.
+    """
+    if not cls.__module__.startswith("transformers_modules.") or source is None or not Path(source).is_dir():
+        return
+    running = {path.name: path for path in Path(__file__).parent.glob("*.py") if path.name != "__init__.py"}
+    files = [path for path in sorted(Path(source).glob("*.py")) if path.name in running]
+    changed = [path.name for path in files if path.read_bytes() != running[path.name].read_bytes()]
+    if changed:
+        logger.warning(
+            f"{source} has another {', '.join(changed)} than the code that runs, which this process has from a model "
+            "that it loaded before: start a new process to run the files of the folder"
+        )
 
 
 def _check_weights(model, missing, unexpected) -> None:

@@ -111,5 +111,7 @@ def test_a_configuration_trains_saves_and_resumes(name, wrapper, options, expect
         assert losses == pytest.approx(expected[method], rel=0.01), method
         model = VideoNSAForConditionalGeneration.from_pretrained(folder)  # with all of its weights
         before = VideoNSAForConditionalGeneration.from_pretrained(tiny_repository).state_dict()
-        changed = {name for name, x in model.state_dict().items() if not torch.equal(x, before[name])}
+        # DeepSpeed keeps the weights in bf16, which rounds all of them.
+        same = {name: torch.allclose(x, before[name], rtol=2**-8, atol=1e-6) for name, x in model.state_dict().items()}
+        changed = {name for name in same if not same[name]}
         assert {part_of(name) for name in changed} == parts, method

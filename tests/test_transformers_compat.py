@@ -7,6 +7,7 @@ import configparser
 import inspect
 import json
 import re
+import shutil
 import warnings
 from pathlib import Path
 
@@ -438,3 +439,51 @@ def test_generation_settings_hold_no_fields_of_the_configuration(stock_checkpoin
     model = VideoNSAForConditionalGeneration.from_pretrained(tmp_path)
     assert not hasattr(model.generation_config, "nsa_variant")
     assert model.generation_config.suppress_tokens == settings["suppress_tokens"]
+
+
+EDITED = """
+import logging
+import sys
+
+from transformers import AutoModelForImageTextToText
+
+folder, *files = sys.argv[1:]
+messages = []
+handler = logging.Handler(logging.WARNING)
+handler.emit = lambda record: messages.append(record.getMessage())
+logging.getLogger("transformers_modules").addHandler(handler)
+for file in [None, None, *files]:
+    if file is not None:
+        with open(f"{folder}/{file}", "a") as code:
+            code.write("EDITED = True\\n")
+    AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
+    print(sum("start a new process" in message for message in messages))
+print(messages[-1])
+"""
+
+
+def test_code_files_that_differ_from_the_code_that_runs_are_named(small, tmp_path, run_fresh):
+    folder = tmp_path / "saved"
+    small.save_pretrained(folder)
+    for path in Path(transformers_compat.__file__).parent.glob("*.py"):
+        shutil.copyfile(path, folder / path.name)
+    *counts, message = run_fresh(EDITED, folder, "modeling_videonsa.py", "vision_layout.py").splitlines()
+    assert counts == ["0", "0", "1", "2"]
+    assert "has another modeling_videonsa.py, vision_layout.py than the code that runs" in message
+
+
+SUBFOLDER = """
+import sys
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+for auto in (AutoModelForImageTextToText, AutoProcessor):
+    print(type(auto.from_pretrained(sys.argv[1], subfolder="tiny", trust_remote_code=True)).__name__)
+"""
+
+
+def test_a_subfolder_loads_with_the_code_files_at_the_root(tiny_repository, tmp_path, run_fresh):
+    shutil.copytree(tiny_repository, tmp_path / "repository/tiny")
+    for path in (tmp_path / "repository/tiny").glob("*.py"):
+        path.rename(tmp_path / "repository" / path.name)
+    printed = run_fresh(SUBFOLDER, tmp_path / "repository").split()
+    assert printed == ["VideoNSAForConditionalGeneration", "VideoNSAProcessor"]
