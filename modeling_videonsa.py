@@ -613,6 +613,14 @@ class VideoNSAForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
         """As in transformers, with a cache by either of its names."""
         return super().generate(**kwargs)
 
+    @named_arguments(Qwen2_5_VLForConditionalGeneration.prepare_inputs_for_generation)
+    def prepare_inputs_for_generation(self, is_first_iteration: bool = False, **kwargs):
+        """As in transformers, which forgets to give an assistant model the images and videos of the prompt."""
+        cache = kwargs.get(CACHE)
+        past = None if cache is None else cache.get_seq_length()
+        empty = isinstance(past, int) and past == 0  # a tensor is of a static cache, which assistants do not have
+        return super().prepare_inputs_for_generation(is_first_iteration=is_first_iteration or empty, **kwargs)
+
     def create_masks_for_generate(self, *, inputs_embeds, attention_mask, **kwargs):
         """Leave the mask of a prefill 2-D also for static caches: no [length, length] mask is needed."""
         if inputs_embeds.shape[1] > 1:
