@@ -1,5 +1,7 @@
-"""README.md and the pages in docs/ and benchmarks/: their links resolve, their tables agree with the code, and READMEs are
-short. That snippets and commands run is tested in test_hub.py."""
+"""README.md and the pages in docs/ and benchmarks/: links resolve, tables agree with the code, READMEs are short.
+
+That their snippets and commands run is tested in test_hub.py.
+"""
 
 import ast
 import dataclasses
