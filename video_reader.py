@@ -2,24 +2,18 @@
 
 A file is read twice. Its packets, not decoded, give the time of every frame and where decoding can start; then what the
 chosen frames depend on is decoded, in several threads that each start at key frames of their own, and no other frame is
-converted or held. Which frames to choose, and how large, is decided in `video_planner.py` and `processing_videonsa.py`.
+converted or held. Which frames to choose, and how large, is decided in `video_planner.py` and `processing_videonsa.py`;
+`video_source.py` opens paths and URLs.
 """
 
 import contextlib
 import gc
-import http.client
-import io
 import math
 import os
-import re
-import tempfile
 import threading
-import urllib.request
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from typing import BinaryIO
-from urllib.parse import quote, unquote
 
 import av
 import numpy as np
@@ -30,18 +24,16 @@ from av.video.reformatter import VideoReformatter
 from transformers.utils import logging
 
 from .video_planner import ROUNDING
+from .video_source import open_source, refers_to_others
 
 logger = logging.get_logger(__name__)
 
-# Bytes that a server or a pipe may send.
-MAX_DOWNLOAD = 64 * 2**30
 # Packets. Leaving out fewer saves nothing: the decoder is emptied and starts anew.
 MIN_JUMP = 16
 # Codecs whose decoders know the frames that no other refers to. (What HEVC's takes for such may still be needed.)
 SKIP_UNREFERENCED = ("h264", "mpeg4", "mpeg2video", "mpeg1video")
-# Demuxers that draw text, or that open other files and sockets; and what the latter know their files by.
+# Demuxers that draw text, or that open other files and sockets.
 NO_VIDEOS = {"tty", "concat", "hls", "dash", "sdp"}
-REFERENCES = b"ffconcat version", b"#extm3u", b"<mpd", b"c=in ip"
 # Packets. Less work for one of several decoders does not make up for opening the file once more, nor for starting anew.
 MIN_WORK = 128
 # Bytes that frames may take: those in flight between the threads of a decoder, and those that all decoders refer to.
@@ -411,14 +403,6 @@ def frames_on_screen(times: np.ndarray, moments: np.ndarray) -> np.ndarray:
     return np.searchsorted(times, moments + late, side="right").clip(1) - 1
 
 
-def refers_to_others(source: str | BinaryIO) -> bool:
-    """Whether libav would open what the file, or the one at a path, names: told from its text, up to a zero byte."""
-    with contextlib.nullcontext(source) if not isinstance(source, str) else open(source, "rb") as file:
-        file.seek(0)
-        text = file.read(2**20).partition(b"\0")[0].lower()  # as much as libav looks at
-    return any(mark in text for mark in REFERENCES)
-
-
 def first_frame(packet: av.Packet) -> av.VideoFrame | None:
     try:
         return next(iter(packet.decode()), None)
@@ -449,77 +433,3 @@ def to_rgb(frame: av.VideoFrame, reformatter: VideoReformatter) -> np.ndarray:
 
 def resize_bicubic(frame: torch.Tensor, height: int, width: int) -> torch.Tensor:
     return tvF.resize(frame, [height, width], interpolation=tvF.InterpolationMode.BICUBIC, antialias=True)
-
-
-def local_path(path: str | os.PathLike) -> str:
-    """A path as a str; `file://` becomes a plain path, other URLs stay as they are."""
-    path = os.fspath(path)
-    file = re.match(r"file://(localhost(?=/))?", path, re.IGNORECASE)
-    return unquote(path[file.end() :]) if file else path
-
-
-def open_source(source, timeout: float, keep: bool) -> tuple[str, str | BinaryIO, bool]:
-    """(name, what PyAV can open again and again, whether that is a temporary file)."""
-    if isinstance(source, (bytes, bytearray, memoryview)):
-        if not len(source):
-            raise ValueError("<bytes>: empty")
-        return "<bytes>", io.BytesIO(source), False
-    if hasattr(source, "read"):
-        name = str(getattr(source, "name", f"<{type(source).__name__}>"))
-        if not isinstance(source.read(0), bytes):
-            raise ValueError(f"{name}: the file must be opened in binary mode")
-        return (name, source, False) if source.seekable() else (name, copy_to_temporary(source, name, keep=keep), True)
-    path = local_path(source)
-    if "://" in path:
-        name = re.sub("(?<=://)[^/@]*@", "", re.split("[?#]", path)[0])  # without passwords and tokens
-        web = path.lower().startswith(("http://", "https://"))
-        return (name, download(path, name, timeout, keep), True) if web else (name, path, False)
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"{path}: no such video file")
-    if os.path.isdir(path):
-        raise ValueError(f"{path}: a directory, without images")
-    if os.path.getsize(path) == 0:
-        raise ValueError(f"{path}: the file is empty")
-    return path, path, False
-
-
-def download(url: str, name: str, timeout: float, keep: bool) -> BinaryIO:
-    """A temporary file of what a server sends."""
-    try:
-        request = urllib.request.Request(quote(url, safe="%/:=&?~#+!$,;'@()*[]"), headers={"User-Agent": "videonsa"})
-        response = urllib.request.urlopen(request, timeout=timeout)
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        raise ValueError(f"{name}: cannot be downloaded: {error}") from error
-    with response:
-        size = response.headers["Content-Length"] or ""
-        return copy_to_temporary(response, name, int(size) if size.isdecimal() else 0, keep)
-
-
-def copy_to_temporary(stream: BinaryIO, name: str, size: int = 0, keep: bool = False) -> BinaryIO:
-    """A temporary file, which the caller closes, of what a stream gives, or with `keep` gave until it broke off."""
-    file, problem = tempfile.TemporaryFile(), None  # noqa: SIM115
-    read = getattr(stream, "read1", stream.read)  # which gives what has come so far
-    try:
-        bar = {"desc": os.path.basename(name), "unit": "B", "unit_scale": True, "delay": 3, "leave": False}
-        with logging.tqdm(total=size or None, **bar) as progress:
-            while max(file.tell(), size) <= MAX_DOWNLOAD:
-                try:
-                    part = read(2**20)
-                except (OSError, http.client.HTTPException) as error:
-                    part, problem = b"", error
-                if not part:
-                    break
-                progress.update(file.write(part))
-        received = file.tell()
-        if max(received, size) > MAX_DOWNLOAD:
-            raise ValueError(f"{name}: more than {MAX_DOWNLOAD:,} bytes, the limit")
-        if (problem or received < size) and not (keep and received):
-            of = f" of {size:,}" if size else ""
-            raise ValueError(
-                f"{name}: truncated after {received:,}{of} bytes{f': {problem}' if problem else ''}; "
-                "on_error='keep' makes do with those"
-            ) from problem
-    except BaseException:
-        file.close()
-        raise
-    return file

@@ -39,8 +39,10 @@ CODE_FILES = (
     "nsa_torch.py",
     "nsa_triton.py",
     "processing_videonsa.py",
+    "video_inputs.py",
     "video_planner.py",
     "video_reader.py",
+    "video_source.py",
 )
 SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "README.md", "LICENSE*"]
 PICKLES = re.compile(r"\.(bin|pt|pth|ckpt)(\.index\.json)?$")

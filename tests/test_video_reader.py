@@ -30,7 +30,7 @@ import torch
 from corpus import FRAMES, SIZE, numbers_of, picture, write
 from transformers.utils import logging
 
-from videonsa import video_reader
+from videonsa import video_reader, video_source
 from videonsa.video_reader import VideoFile
 
 HEIGHT, WIDTH = SIZE[::-1]
@@ -370,7 +370,7 @@ class TestSources:
         assert numbers_of(read(f"{server[0]}/{name}", [0, 30], on_error="keep")) == [0, 30]
 
     def test_a_server_may_not_send_without_end(self, server, monkeypatch):
-        monkeypatch.setattr(video_reader, "MAX_DOWNLOAD", 1000)
+        monkeypatch.setattr(video_source, "MAX_DOWNLOAD", 1000)
         for name in ("clip.mp4", "unsized.mp4"):
             with pytest.raises(ValueError, match=f"{name}: more than 1,000 bytes, the limit"):
                 read(f"{server[0]}/{name}")
@@ -584,7 +584,7 @@ class TestResources:
         script = f"""
             import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import conftest
             import resource, torch
-            from videonsa import video_reader
+            from videonsa import video_reader, video_source
             from videonsa.video_reader import VideoFile
             peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
             torch.set_num_threads({threads})
