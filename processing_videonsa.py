@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import BatchFeature, Qwen2_5_VLProcessor, Qwen2VLVideoProcessor
+from transformers import AutoImageProcessor, AutoTokenizer, BatchFeature, Qwen2_5_VLProcessor, Qwen2VLVideoProcessor
 from transformers.image_utils import SizeDict
 from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessorInitKwargs
 from transformers.utils import logging
@@ -54,6 +54,34 @@ class VideoNSAProcessor(Qwen2_5_VLProcessor):
         if "video_metadata" in output:
             patch = self.video_processor.temporal_patch_size
             output["timestamps"] = [metadata.sample_times[::patch] for metadata in output["video_metadata"]]
+        return output
+
+    @classmethod
+    def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
+        # The video processor is this module's: AutoVideoProcessor would ask to run the repository's copy of the code.
+        classes = {
+            "image_processor": AutoImageProcessor,
+            "tokenizer": AutoTokenizer,
+            "video_processor": VideoNSAVideoProcessor,
+        }
+        return [classes[name].from_pretrained(pretrained_model_name_or_path, **kwargs) for name in cls.get_attributes()]
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        components = self.image_processor, self.video_processor, self
+        before = [vars(component).get("auto_map") for component in components]
+        files = super().save_pretrained(save_directory, *args, **kwargs)
+
+        # The stock method leaves a reference to this class in each component, so that a second save would differ.
+        for component, auto_map in zip(components, before, strict=True):
+            component.auto_map = auto_map
+            if auto_map is None:
+                del component.auto_map
+        return files
+
+    def to_dict(self) -> dict[str, Any]:
+        output = super().to_dict()
+        output["auto_map"] = {"AutoProcessor": reference(self)}
+        output["image_processor"].pop("auto_map", None)
         return output
 
     def apply_chat_template(self, conversation, *args, **kwargs):
@@ -134,6 +162,14 @@ class VideoNSAVideoProcessor(Qwen2VLVideoProcessor):
     do_sample_frames = True
     cap_pixels_per_frame = False
     valid_kwargs = VideoNSAVideoProcessorKwargs
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, trust_remote_code=None, **kwargs):
+        # Only the Auto classes know `trust_remote_code`; here it would become a setting.
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**super().to_dict(), "auto_map": {"AutoVideoProcessor": reference(self)}}
 
     def preprocess(self, videos, **kwargs) -> BatchFeature:
         """Returns `pixel_values_videos` [patches, 1176] and `video_grid_thw` [videos, 3], the patches along t, h, w.
@@ -349,6 +385,11 @@ class VideoNSAVideoProcessor(Qwen2VLVideoProcessor):
 OWN_SETTINGS = (
     VideoNSAVideoProcessorKwargs.__annotations__.keys() - Qwen2VLVideoProcessorInitKwargs.__annotations__.keys()
 )
+
+
+def reference(component) -> str:
+    """How the saved configuration of a processor names its class: "file.class"."""
+    return f"{type(component).__module__.rpartition('.')[2]}.{type(component).__name__}"
 
 
 def seconds_per_patch(metadata: list[SampledVideoMetadata], patch: int) -> list[float] | list[list[float]]:
