@@ -8,8 +8,11 @@ import http.client
 import io
 import os
 import re
+import struct
 import tempfile
 import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import BinaryIO
 from urllib.parse import quote, unquote
 
@@ -19,6 +22,10 @@ from transformers.utils import logging
 MAX_DOWNLOAD = 64 * 2**30
 # What demuxers that open other files and sockets know their files by.
 REFERENCES = b"ffconcat version", b"#extm3u", b"<mpd", b"c=in ip"
+# Bytes of a list of edits, and boxes side by side, that are looked at.
+MAX_EDITS, MAX_BOXES = 2**20, 2**12
+# What the properties of an ASF file begin with.
+ASF_PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")
 
 
 def local_path(path: str | os.PathLike) -> str:
@@ -95,9 +102,120 @@ def copy_to_temporary(stream: BinaryIO, name: str, size: int = 0, keep: bool = F
     return file
 
 
-def refers_to_others(source: str | BinaryIO) -> bool:
-    """Whether libav would open what the file, or the one at a path, names: told from its text, up to a zero byte."""
+@contextlib.contextmanager
+def opened(source: str | BinaryIO) -> Iterator[BinaryIO]:
+    """A path or a file, to be read from its start."""
     with contextlib.nullcontext(source) if not isinstance(source, str) else open(source, "rb") as file:
         file.seek(0)
+        yield file
+
+
+def refers_to_others(source: str | BinaryIO) -> bool:
+    """Whether libav would open what the file, or the one at a path, names: told from its text, up to a zero byte."""
+    with opened(source) as file:
         text = file.read(2**20).partition(b"\0")[0].lower()  # as much as libav looks at
     return any(mark in text for mark in REFERENCES)
+
+
+@dataclass(frozen=True)
+class Edit:
+    """A part of a track, as shown: its frames from `start` until before `stop`, in ticks of the track, in that many
+    seconds. Without a start nothing is shown. At a rate of 0 a frame stays. None is to the end of the track."""
+
+    seconds: float | None
+    start: int | None
+    stop: int | None = None
+    rate: float = 1.0
+
+
+def movie_edits(source: str | BinaryIO, track: int) -> list[Edit] | None:
+    """The edits of a track of an MP4 or QuickTime file (ISO/IEC 14496-12, 8.6.6), by the track's number; None if there
+    is no list, or one of a single ordinary part, or if it cannot be read."""
+    if isinstance(source, str) and "://" in source:
+        return None
+    with opened(source) as file, contextlib.suppress(struct.error):
+        movie = find_box(file, [b"moov"], 0, file.seek(0, os.SEEK_END))
+        if not movie:
+            return None
+        movie_ticks, _ = read_clock(file, find_box(file, [b"mvhd"], *movie))
+        fragmented = find_box(file, [b"mvex"], *movie) is not None
+        for kind, *inside in read_boxes(file, *movie):
+            header = find_box(file, [b"tkhd"], *inside) if kind == b"trak" else None
+            entries = find_box(file, [b"edts", b"elst"], *inside) if header else None
+            if not entries or read_clock(file, header)[0] != track:
+                continue
+            ticks, _ = read_clock(file, find_box(file, [b"mdia", b"mdhd"], *inside))
+            file.seek(entries[0])
+            content = file.read(min(entries[1] - entries[0], MAX_EDITS))
+            version, count = content[0], struct.unpack_from(">I", content, 4)[0]
+            entry = struct.Struct(">QqI" if version == 1 else ">IiI")
+            count = min(count, (len(content) - 8) // entry.size)
+            listed = [entry.unpack_from(content, 8 + i * entry.size) for i in range(count)]
+            return make_edits(listed, movie_ticks, ticks, fragmented)
+    return None
+
+
+def make_edits(listed: list[tuple[int, int, int]], movie: int, track: int, fragmented: bool) -> list[Edit] | None:
+    """From (duration, start, rate · 2^16) in a file, durations in ticks of the movie, of which there are so many a
+    second, to edits."""
+    if len(listed) == 1 and listed[0][1] >= 0 and listed[0][2] == 1 << 16:
+        return None
+    edits = []
+    for i, (duration, start, rate) in enumerate(listed):
+        rate = rate / 2**16 if rate < 2**31 else 1.0
+        if start == -1:
+            edits.append(Edit(duration / movie, None))
+        elif fragmented and not duration and i == len(listed) - 1:
+            edits.append(Edit(None, start))
+        else:
+            length = (2 * duration * track + movie) // (2 * movie)
+            edits.append(Edit(duration / movie, start, start + round(length * rate), rate))
+    return edits if any(edit.start is not None for edit in edits) else None
+
+
+def read_boxes(file: BinaryIO, start: int, end: int) -> Iterator[tuple[bytes, int, int]]:
+    """(kind, first byte, byte behind the last) of what the boxes of a stretch of a file hold."""
+    for _ in range(MAX_BOXES):
+        file.seek(start)
+        header = file.read(min(end - start, 16))
+        if len(header) < 8:
+            return
+        size, kind = struct.unpack_from(">I4s", header)
+        inside = start + 8
+        if size == 1:
+            size, inside = struct.unpack_from(">Q", header, 8)[0], start + 16
+        stop = start + size if size else end
+        if stop < inside:
+            return
+        yield kind, inside, min(stop, end)
+        start = stop
+
+
+def find_box(file: BinaryIO, path: list[bytes], start: int, end: int) -> tuple[int, int] | None:
+    """Where the contents of the first box of each kind, one in the other, start and end."""
+    for kind in path:
+        found = next((inside for name, *inside in read_boxes(file, start, end) if name == kind), None)
+        if found is None:
+            return None
+        start, end = found
+    return start, end
+
+
+def read_clock(file: BinaryIO, box: tuple[int, int]) -> tuple[int, int]:
+    """The two numbers after the dates in a header: ticks a second and length, or of a track its number and 0."""
+    file.seek(box[0])
+    content = file.read(32)
+    return struct.unpack_from(">II", content, 20 if content[0] == 1 else 12)
+
+
+def asf_seconds(source: str | BinaryIO) -> float:
+    """Seconds that the header of an ASF (WMV) file states: libav believes it only if the file is whole."""
+    if isinstance(source, str) and "://" in source:
+        return 0.0
+    with opened(source) as file:
+        header = file.read(2**16)
+    start = header.find(ASF_PROPERTIES)
+    if start < 0 or len(header) < start + 92:
+        return 0.0
+    played, _, preroll, flags = struct.unpack_from("<QQQI", header, start + 64)
+    return 0.0 if flags & 1 else max(played / 1e7 - preroll / 1e3, 0.0)
