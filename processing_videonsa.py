@@ -5,9 +5,9 @@ What users give is brought to one form by `video_inputs.py`; files are read by `
 are those of Qwen2.5-VL; what the model makes of them is in `modeling_videonsa.py`.
 """
 
+import contextlib
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -20,19 +20,27 @@ from transformers.utils import logging
 from transformers.video_utils import VideoMetadata
 
 from .video_inputs import (
+    Animation,
     SampledVideoMetadata,
     VideoClip,
+    as_one,
     file_metadata,
     frame_to_tensor,
     frames_metadata,
     is_file,
     list_metadata,
     list_videos,
+    merge_settings,
+    open_animation,
+    pixel_factor,
+    settings_of,
     stack_frames,
     with_clips,
+    with_settings,
 )
-from .video_planner import RIVALS, VideoPlan, check_range, check_request, plan_video
+from .video_planner import VideoPlan, check_range, check_request, plan_video, shorten
 from .video_reader import VideoFile, frames_on_screen
+from .video_source import open_source
 
 # Numbers that are normalised and cut into patches at a time; bytes of pixels that are given up together after that,
 # enough for malloc to return them.
@@ -50,6 +58,7 @@ class VideoNSAProcessor(Qwen2_5_VLProcessor):
     """
 
     def __call__(self, images=None, text=None, videos=None, audio=None, **kwargs) -> BatchFeature:
+        videos, kwargs = with_settings(videos, kwargs)
         output = super().__call__(images=images, text=text, videos=videos, audio=audio, **kwargs)
         if "video_metadata" in output:
             patch = self.video_processor.temporal_patch_size
@@ -89,7 +98,11 @@ class VideoNSAProcessor(Qwen2_5_VLProcessor):
 
     def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
         images, text, _, audio = super().prepare_inputs_layout(images=images, text=text, audio=audio, **kwargs)
-        return images, text, None if videos is None else list_videos(videos), audio
+        if videos is not None:
+            videos = list_videos(videos)
+            if not videos:
+                raise ValueError("`videos` holds no video; without any, leave it out")
+        return images, text, videos, audio
 
     def validate_inputs(self, images=None, text=None, videos=None, audio=None, **kwargs):
         check_request({**kwargs, **kwargs.get("videos_kwargs", {})})
@@ -186,7 +199,8 @@ class VideoNSAVideoProcessor(Qwen2VLVideoProcessor):
         metadata = list_metadata(kwargs.pop("video_metadata", None), len(videos))
         return_tensors = kwargs.pop("return_tensors", None)
         return_metadata = self._setting("return_metadata", kwargs)
-        features = [self._preprocess_one(*video, kwargs) for video in zip(videos, metadata, strict=True)]
+        settings = settings_of(kwargs, len(videos))
+        features = [self._preprocess_one(*video) for video in zip(videos, metadata, settings, strict=True)]
 
         def join(name: str) -> torch.Tensor:
             parts = [feature[name] for feature in features]
@@ -203,11 +217,12 @@ class VideoNSAVideoProcessor(Qwen2VLVideoProcessor):
         In place of a file that is not to be read at all, `video` may be its `VideoMetadata`, with width and height.
         """
         if unknown := kwargs.keys() - self.valid_kwargs.__annotations__.keys():
-            raise TypeError(f"plan() got unknown settings: {', '.join(sorted(unknown))}")
+            raise TypeError(f"plan() got unknown settings: {shorten(', '.join(sorted(unknown)))}")
         if isinstance(video, VideoMetadata):
             metadata = frames_metadata(video, video.total_num_frames, video.height, video.width)
             return self._sample(metadata, kwargs, self._setting("do_sample_frames", kwargs))[0].plan
-        (video,), (metadata,) = list_videos(video), list_metadata(kwargs.pop("video_metadata", None), 1)
+        (kwargs,) = settings_of(kwargs, 1)
+        (video,), (metadata,) = list_videos(as_one(video)), list_metadata(kwargs.pop("video_metadata", None), 1)
         with self._opened(video, metadata, kwargs) as (_, _, sampled, _):
             return sampled.plan
 
@@ -234,6 +249,9 @@ class VideoNSAVideoProcessor(Qwen2VLVideoProcessor):
                 parts = source.read_parts(indices, **size, size=-(-PART // (frame * patch)) * patch, resize=resize)
             else:
                 frames = self._frames(source, indices, kwargs)
+                if self._setting("do_rescale", kwargs) and not isinstance(source, Animation):
+                    factor = pixel_factor(source[i] for i in indices)
+                    frames = frames if factor == 1 else (frame.float() * factor for frame in frames)
                 parts = [stack_frames((resize(frame[None], **size) for frame in frames), len(indices))]
         features = self._patches(parts, kwargs)
         features["video_metadata"] = metadata
@@ -263,29 +281,37 @@ class VideoNSAVideoProcessor(Qwen2VLVideoProcessor):
                 start += len(made)
         return BatchFeature({"pixel_values_videos": patches, "video_grid_thw": grid})
 
-    @contextmanager
+    @contextlib.contextmanager
     def _opened(self, video, metadata: VideoMetadata | None, kwargs: dict[str, Any]):
         """For an entry of `list_videos`: a `VideoFile` or a sequence of frames; the kwargs with its own settings; the
         metadata of the frames to take, and their indices."""
         if isinstance(video, VideoClip):
-            replaced = {name for pair in RIVALS for name in pair if not video.settings.keys().isdisjoint(pair)}
-            kwargs = {key: value for key, value in kwargs.items() if key not in replaced} | video.settings
+            kwargs = merge_settings(kwargs, *settings_of(video.settings, 1))
             (video,) = list_videos(video.source)
         sample = self._setting("do_sample_frames", kwargs)
-        if is_file(video):
-            with VideoFile(
-                video,
-                on_error=self._setting("on_error", kwargs),
-                timeout=self._setting("timeout", kwargs),
-                max_pixels=self._setting("max_source_pixels", kwargs),
-                max_seconds=self._setting("max_duration", kwargs),
-            ) as file:
-                try:
-                    sampled = self._sample(file_metadata(file), kwargs, sample)
-                except ValueError as error:
-                    raise ValueError(f"{file.name}: {error}") from error
-                yield file, kwargs, *sampled
-            return
+        timeout, on_error = self._setting("timeout", kwargs), self._setting("on_error", kwargs)
+        limits = self._setting("max_source_pixels", kwargs), self._setting("max_duration", kwargs)
+        with contextlib.ExitStack() as stack:
+            if is_file(video):
+                opened = open_source(video, timeout, on_error == "keep")
+                stack.callback(opened.close)
+                video = open_animation(opened, *limits)
+                if video is not None:
+                    stack.callback(video.image.close)
+                else:
+                    limits = {"max_pixels": limits[0], "max_seconds": limits[1]}
+                    video = stack.enter_context(VideoFile(opened, on_error=on_error, timeout=timeout, **limits))
+                if isinstance(video, VideoFile) or video.times:
+                    try:
+                        sampled = self._sample(file_metadata(video), kwargs, sample)
+                    except ValueError as error:
+                        raise ValueError(f"{video.name}: {error}") from error
+                    yield video, kwargs, *sampled
+                    return
+            yield video, kwargs, *self._sampled_frames(video, metadata, kwargs, sample)
+
+    def _sampled_frames(self, video, metadata: VideoMetadata | None, kwargs: dict[str, Any], sample: bool):
+        """The same for a sequence of frames, whose metadata may be known."""
         if metadata is None:
             fps, total = float(kwargs.get("fps") or self.fps), len(video)
             sample = sample and (kwargs.get("num_frames") or self.num_frames) is not None
@@ -297,16 +323,17 @@ class VideoNSAVideoProcessor(Qwen2VLVideoProcessor):
             )
         shape = next(self._frames(video, range(len(video)), kwargs)).shape[1:]
         metadata = frames_metadata(metadata, len(video), *shape, sampled=not sample)
-        yield video, kwargs, *self._sample(metadata, kwargs, sample)
+        return self._sample(metadata, kwargs, sample)
 
     def _frames(self, video, indices: Iterable[int], kwargs: dict[str, Any]) -> Iterator[torch.Tensor]:
         """Frames [C, H, W], all alike, of a list or array; with `on_error="keep"`, for images that cannot be read those
         before stand in."""
-        data_format, limit = kwargs.get("input_data_format"), self._setting("max_source_pixels", kwargs)
+        data_format, timeout = kwargs.get("input_data_format"), self._setting("timeout", kwargs)
+        limit = self._setting("max_source_pixels", kwargs)
         last, missing, problem = None, 0, None
         for i in indices:
             try:
-                frame = frame_to_tensor(video[i], data_format, limit)
+                frame = frame_to_tensor(video[i], data_format, limit, timeout)
             except ValueError as error:
                 if self._setting("on_error", kwargs) != "keep":
                     raise
@@ -314,7 +341,7 @@ class VideoNSAVideoProcessor(Qwen2VLVideoProcessor):
             if frame is None:
                 continue
             if last is not None and frame.shape != last.shape:
-                name = video[i] if isinstance(video[i], (str, os.PathLike)) else f"frame {i}"
+                name = shorten(video[i]) if isinstance(video[i], (str, os.PathLike)) else f"frame {i}"
                 raise ValueError(f"{name} is {tuple(frame.shape)}, those before are {tuple(last.shape)} [C, H, W]")
             last = frame
             for _ in range(missing + 1):

@@ -24,7 +24,7 @@ from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
 from transformers.utils import logging
 
-from .video_planner import ROUNDING
+from .video_planner import ROUNDING, shorten
 from .video_source import asf_seconds, movie_edits, open_source, refers_to_others
 
 logger = logging.get_logger(__name__)
@@ -62,8 +62,8 @@ class VideoFile:
         width, height: of a frame as it is shown, upright and with square pixels.
 
     Args:
-        source: path, URL, bytes or binary file object. What http(s) sends, or what cannot be read twice, is first
-            copied to a temporary file.
+        source: path, URL (`data:` too), bytes, binary file object, or what `open_source` makes of them. What http(s)
+            sends, or what cannot be read twice, is first copied to a temporary file.
         on_error: "raise", or "keep" to make do with what can be decoded: the frame before stands in for a damaged one.
         max_pixels, max_seconds: what a frame and a file may come to, against decompression bombs.
         timeout: seconds that a server may take to answer or to go on.
@@ -75,10 +75,11 @@ class VideoFile:
 
     def __init__(self, source, *, on_error="raise", max_pixels=2**26, max_seconds=24 * 3600, timeout=30.0):
         if on_error not in ("raise", "keep"):
-            raise ValueError(f"on_error must be 'raise' or 'keep', got {on_error!r}")
+            raise ValueError(f"on_error must be 'raise' or 'keep', got {shorten(repr(on_error))}")
         self.keep = on_error == "keep"
         self.max_pixels, self.max_seconds, self.timeout = max_pixels, max_seconds, timeout
-        self.name, self.source, self.temporary = open_source(source, timeout, self.keep)
+        self.opened = open_source(source, timeout, self.keep)
+        self.name, self.source = self.opened.name, self.opened.file
         try:
             self._scan()
         except BaseException:
@@ -95,8 +96,7 @@ class VideoFile:
         return len(self.times)
 
     def close(self) -> None:
-        if self.temporary:
-            self.source.close()
+        self.opened.close()
 
     def read(self, indices: list[int], height: int, width: int, resize: Callable | None = None) -> torch.Tensor:
         """The frames at `indices`, which ascend and may repeat: uint8 [len(indices), 3, height, width].
@@ -218,7 +218,7 @@ class VideoFile:
         if (broken or short) and not self.keep:
             raise ValueError(
                 f"{self.name}: truncated after {length:.1f}{f' of {declared:.1f}' if declared else ''} s "
-                f"({len(self)} frames){f': {broken}' if broken else ''}; on_error='keep' makes do with those"
+                f"({len(self)} frames){f': {reason(broken)}' if broken else ''}; on_error='keep' makes do with those"
             )
         if damaged is not None and not self.keep:
             seconds = np.ptp(pts[: damaged + 1]) * self.tick
@@ -465,7 +465,7 @@ class VideoFile:
             timeout = self.timeout if remote else None
             container = av.open(source, options=self.options, metadata_errors="replace", timeout=timeout)
         except (av.FFmpegError, OSError) as error:
-            raise ValueError(f"{self.name}: cannot be read as a video: {error}") from error
+            raise ValueError(f"{self.name}: cannot be read as a video: {reason(error)}") from error
         with container:
             if not NO_VIDEOS.isdisjoint(container.format.name.split(",")):
                 raise ValueError(f"{self.name}: no video file, but {container.format.long_name}")
@@ -498,6 +498,11 @@ class VideoFile:
             raise ValueError(f"{self.name}: {seconds:,.0f} seconds long, the limit is {self.max_seconds:,}")
 
 
+def reason(error: Exception) -> str:
+    """An error's text, without the name of the file, which libav puts at its end."""
+    return shorten(getattr(error, "strerror", None) or error)
+
+
 def frames_on_screen(times: np.ndarray, moments: np.ndarray) -> np.ndarray:
     """Indices of the frames on screen at the moments: `times` are those of all frames; seconds, both ascending."""
     late = 1e-8  # against the rounding of floats
@@ -507,7 +512,10 @@ def frames_on_screen(times: np.ndarray, moments: np.ndarray) -> np.ndarray:
 def orientation(frame: av.VideoFrame | None) -> tuple[int, bool]:
     """(quarter turns counterclockwise, whether to mirror from left to right before) to show a frame upright, nearest to
     its display matrix. One that cannot be inverted says nothing."""
-    side = frame and frame.side_data.get(SideData.DISPLAYMATRIX)
+    try:
+        side = frame and frame.side_data.get(SideData.DISPLAYMATRIX)
+    except ValueError:  # PyAV knows no name for some other side data
+        return (round(frame.rotation / 90) % 4 if abs(frame.rotation) <= 360 else 0), False
     if not side:
         return 0, False
     a, b, _, c, d = (int(x) for x in np.frombuffer(side, np.int32)[:5])

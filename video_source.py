@@ -3,6 +3,8 @@
 `video_reader.py` reads what this module opens. No video is decoded here.
 """
 
+import base64
+import binascii
 import contextlib
 import http.client
 import io
@@ -13,10 +15,12 @@ import tempfile
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import BinaryIO
-from urllib.parse import quote, unquote
+from typing import BinaryIO, NamedTuple
+from urllib.parse import quote, unquote, unquote_to_bytes
 
 from transformers.utils import logging
+
+from .video_planner import shorten
 
 # Bytes that a server or a pipe may send.
 MAX_DOWNLOAD = 64 * 2**30
@@ -35,29 +39,71 @@ def local_path(path: str | os.PathLike) -> str:
     return unquote(path[file.end() :]) if file else path
 
 
-def open_source(source, timeout: float, keep: bool) -> tuple[str, str | BinaryIO, bool]:
-    """(name, what PyAV can open again and again, whether that is a temporary file)."""
+class Source(NamedTuple):
+    """What can be opened again and again, as errors call it; a temporary file is to be closed."""
+
+    name: str
+    file: str | BinaryIO
+    temporary: bool = False
+
+    def close(self) -> None:
+        if self.temporary:
+            self.file.close()
+
+
+def open_source(source, timeout: float, keep: bool) -> Source:
+    """A `Source` of a path, URL, bytes or binary file."""
+    if isinstance(source, Source):
+        return source
     if isinstance(source, (bytes, bytearray, memoryview)):
         if not len(source):
             raise ValueError("<bytes>: empty")
-        return "<bytes>", io.BytesIO(source), False
+        return Source("<bytes>", io.BytesIO(source))
     if hasattr(source, "read"):
-        name = str(getattr(source, "name", f"<{type(source).__name__}>"))
+        name = shorten(getattr(source, "name", f"<{type(source).__name__}>"))
         if not isinstance(source.read(0), bytes):
             raise ValueError(f"{name}: the file must be opened in binary mode")
-        return (name, source, False) if source.seekable() else (name, copy_to_temporary(source, name, keep=keep), True)
+        if source.seekable():
+            return Source(name, source)
+        return Source(name, copy_to_temporary(source, name, keep=keep), True)
     path = local_path(source)
+    if is_data_url(path):
+        return read_data_url(path)
     if "://" in path:
-        name = re.sub("(?<=://)[^/@]*@", "", re.split("[?#]", path)[0])  # without passwords and tokens
+        name = shorten(re.sub("(?<=://)[^/@]*@", "", re.split("[?#]", path)[0]))  # without passwords and tokens
         web = path.lower().startswith(("http://", "https://"))
-        return (name, download(path, name, timeout, keep), True) if web else (name, path, False)
+        return Source(name, download(path, name, timeout, keep), True) if web else Source(name, path)
+    name = shorten(path)
     if not os.path.exists(path):
-        raise FileNotFoundError(f"{path}: no such video file")
+        raise FileNotFoundError(f"{name}: no such video file")
     if os.path.isdir(path):
-        raise ValueError(f"{path}: a directory, without images")
+        raise ValueError(f"{name}: a directory, without images")
     if os.path.getsize(path) == 0:
-        raise ValueError(f"{path}: the file is empty")
-    return path, path, False
+        raise ValueError(f"{name}: the file is empty")
+    return Source(name, path)
+
+
+def is_data_url(path: str) -> bool:
+    return path[:5].lower() == "data:"
+
+
+def read_data_url(url: str) -> Source:
+    """What a URL holds in itself (RFC 2397): `data:video/mp4;base64,AAAA…`."""
+    header, comma, data = url.partition(",")
+    name = f"<{shorten(header, 100)}>"
+    if len(data) > MAX_DOWNLOAD:
+        raise ValueError(f"{name}: more than {MAX_DOWNLOAD:,} bytes, the limit")
+    content = unquote_to_bytes(data)
+    if header.lower().endswith(";base64"):
+        # Some encoders leave out the padding, break lines, or use the alphabet for URLs.
+        content = b"".join(content.split()).rstrip(b"=").translate(bytes.maketrans(b"-_", b"+/"))
+        try:
+            content = base64.b64decode(content + b"=" * (-len(content) % 4), validate=True)
+        except binascii.Error as error:
+            raise ValueError(f"{name}: no valid base64: {error}") from error
+    if not content:
+        raise ValueError(f"{name}: empty")
+    return Source(name, io.BytesIO(content))
 
 
 def download(url: str, name: str, timeout: float, keep: bool) -> BinaryIO:
@@ -66,7 +112,7 @@ def download(url: str, name: str, timeout: float, keep: bool) -> BinaryIO:
         request = urllib.request.Request(quote(url, safe="%/:=&?~#+!$,;'@()*[]"), headers={"User-Agent": "videonsa"})
         response = urllib.request.urlopen(request, timeout=timeout)
     except (OSError, http.client.HTTPException, ValueError) as error:
-        raise ValueError(f"{name}: cannot be downloaded: {error}") from error
+        raise ValueError(f"{name}: cannot be downloaded: {shorten(error)}") from error
     with response:
         size = response.headers["Content-Length"] or ""
         return copy_to_temporary(response, name, int(size) if size.isdecimal() else 0, keep)
@@ -133,7 +179,7 @@ def movie_edits(source: str | BinaryIO, track: int) -> list[Edit] | None:
     is no list, or one of a single ordinary part, or if it cannot be read."""
     if isinstance(source, str) and "://" in source:
         return None
-    with opened(source) as file, contextlib.suppress(struct.error):
+    with opened(source) as file, contextlib.suppress(struct.error, ZeroDivisionError):
         movie = find_box(file, [b"moov"], 0, file.seek(0, os.SEEK_END))
         if not movie:
             return None
@@ -147,7 +193,7 @@ def movie_edits(source: str | BinaryIO, track: int) -> list[Edit] | None:
             ticks, _ = read_clock(file, find_box(file, [b"mdia", b"mdhd"], *inside))
             file.seek(entries[0])
             content = file.read(min(entries[1] - entries[0], MAX_EDITS))
-            version, count = content[0], struct.unpack_from(">I", content, 4)[0]
+            version, count = struct.unpack_from(">B3xI", content)
             entry = struct.Struct(">QqI" if version == 1 else ">IiI")
             count = min(count, (len(content) - 8) // entry.size)
             listed = [entry.unpack_from(content, 8 + i * entry.size) for i in range(count)]
@@ -201,11 +247,13 @@ def find_box(file: BinaryIO, path: list[bytes], start: int, end: int) -> tuple[i
     return start, end
 
 
-def read_clock(file: BinaryIO, box: tuple[int, int]) -> tuple[int, int]:
+def read_clock(file: BinaryIO, box: tuple[int, int] | None) -> tuple[int, int]:
     """The two numbers after the dates in a header: ticks a second and length, or of a track its number and 0."""
+    if box is None:
+        raise struct.error("no such box")
     file.seek(box[0])
     content = file.read(32)
-    return struct.unpack_from(">II", content, 20 if content[0] == 1 else 12)
+    return struct.unpack_from(">II", content, 20 if content[:1] == b"\1" else 12)
 
 
 def asf_seconds(source: str | BinaryIO) -> float:

@@ -169,3 +169,10 @@ def corpus_clip(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("corpus")
     return functools.cache(lambda name: corpus.make(folder, name))
+
+
+@pytest.fixture
+def threads():
+    """Sets the number of threads, which is 1 in other tests."""
+    yield torch.set_num_threads
+    torch.set_num_threads(1)

@@ -248,7 +248,8 @@ class TestErrors:
         [
             ({"fps": 0}, "fps must be a positive number, got 0"),
             ({"fps": -1.5}, "fps must be a positive number, got -1.5"),
-            ({"fps": [2.0]}, "fps must be a positive number"),
+            ({"fps": "fast"}, "fps must be a positive number, got .fast."),
+            ({"fps": [1, 2]}, "fps must be a number, or a list with one for each of 1 videos, got 2"),
             ({"num_frames": 0}, "num_frames must be a positive integer, got 0"),
             ({"num_frames": -2}, "num_frames must be a positive integer, got -2"),
             ({"num_frames": 65}, "num_frames=65 is more than the 64 frames"),

@@ -37,13 +37,6 @@ REAL_CLIP = Path(__file__).resolve().parents[2] / "shared/clips/v_TpB_zMG3XBA.mp
 
 
 @pytest.fixture
-def threads():
-    """Sets the number of threads, which is 1 in other tests."""
-    yield torch.set_num_threads
-    torch.set_num_threads(1)
-
-
-@pytest.fixture
 def side_by_side(threads, monkeypatch):
     """Lets even clips of a few frames be decoded by several threads, each from key frames of its own."""
     monkeypatch.setattr(video_reader, "MIN_WORK", 1)
