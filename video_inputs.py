@@ -415,7 +415,9 @@ def pixel_factor(frames: Iterable) -> float:
         kind = str(getattr(frame, "dtype", "uint8")).removeprefix("torch.")
         kinds.add(kind)
         if kind not in ("uint8", "bool") and not kind.startswith("uint"):
-            low, high = min(low, float(frame.min())), max(high, float(frame.max()))
+            low, high = min(float(frame.min()), low), max(float(frame.max()), high)
+            if math.isnan(low):
+                break
     if len(kinds) > 1 and kinds != {"uint8"}:
         raise ValueError(f"frames of one video are of several types: {', '.join(sorted(kinds))}")
     (kind,) = kinds

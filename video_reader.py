@@ -187,6 +187,8 @@ class VideoFile:
                 broken = error if kind != "mpjpeg" else None
             spans = [(begin * float(s.time_base), end * float(s.time_base)) for s, (begin, end) in others.items()]
             shape = first or context
+            if not shape.width or not shape.height:
+                raise ValueError(f"{self.name}: no frames in its video stream")
             self._check_size(shape, "in its first frame")
             aspect = stream.sample_aspect_ratio or 1
             if context.color_trc in HDR:
@@ -263,7 +265,9 @@ class VideoFile:
         positions = positions[np.argsort(pts[positions], kind="stable")]
         if not self.in_order:  # two packets of one time are two fields of one frame
             positions = positions[np.diff(pts[positions], prepend=pts[positions[0]] - 1) > 0]
-        self.positions, self.pts, self.dts, self.key = positions, pts, dts, key
+        # Frames that come in order are only counted; of some, libav makes up the same time.
+        self.pts = np.arange(len(pts)) if self.in_order else pts
+        self.positions, self.dts, self.key = positions, dts, key
         self.same = range(len(positions))
 
         ticks, count = pts[positions], len(positions)

@@ -56,9 +56,7 @@ def two_streams(path, sizes, *, default, counts=(FRAMES, FRAMES)):
 
 
 class TestLengths:
-    @pytest.mark.parametrize(
-        "seconds", [[8, 8, 1, 4, 15, 8, 8, 4, 8], [4, 1, 8, 8, 2, 1, 1], [1, 1, 1, 1, 2], [30, 1, 1, 1, 1, 1, 1]]
-    )
+    @pytest.mark.parametrize("seconds", [[8, 8, 1, 4, 15, 8, 8, 4, 8], [4, 1, 8, 8, 2, 1, 1], [30, 1, 1, 1, 1, 1, 1]])
     @pytest.mark.parametrize("name", ["slides.mp4", "slides.mov", "slides.mkv"])
     def test_they_are_those_of_showing_and_not_of_decoding(self, tmp_path, seconds, name):
         with VideoFile(slideshow(tmp_path / name, seconds)) as file:
