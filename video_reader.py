@@ -146,12 +146,15 @@ class VideoFile:
         first, fed, broken, damaged = None, 0, None, None
         others = {}  # stream: its earliest and latest time, in its ticks
         self.options, self.stream, self.edits = {}, None, None
-        with self._open() as (container, stream):
+        with contextlib.ExitStack() as stack:
+            container, stream = stack.enter_context(self._open())
             kind, self.stream = container.format.name, stream.index
             movie = "mov" in kind
             if movie and (edits := movie_edits(self.source, stream.id)):
+                # libav gets only simple lists right. Without them, frames have the times that edits refer to.
                 self.edits, self.options = edits, {"ignore_editlist": "1"}
-        with self._open() as (container, stream):
+                stack.close()
+                container, stream = stack.enter_context(self._open())
             context = stream.codec_context
             self._check_size(context, "in its header")
             self.tick, rate = float(stream.time_base), float(stream.guessed_rate or stream.average_rate or 24)
@@ -199,19 +202,17 @@ class VideoFile:
         if known.any():
             spans.append((pts[known].min() * self.tick, (pts + durations)[known].max() * self.tick))
         begin, end = min((b for b, _ in spans), default=0.0), max((e for _, e in spans), default=0.0)
-        length, last = end - begin, None
+        length, gone = end - begin, None
         if movie and timed.any():
-            # Durations are from the decoding of one packet to that of the next, which of some is not known (0). They
-            # add up to those of frames.
-            last = durations[timed][-1] or np.diff(dts[timed]).max(initial=0)
-            stored = (np.ptp(dts[timed]) + last) * self.tick
-            length = max(length, stored)
+            # Durations are from the decoding of one packet to that of the next; that of the last may be unknown (0).
+            # They add up to those of frames, the last of which goes when the track is over.
+            stored = np.ptp(dts[timed]) + (durations[timed][-1] or np.diff(dts[timed]).max(initial=0))
+            length = max(length, stored * self.tick)
             start, duration, count = track
-            complete = 0 < count <= len(pts) or stored + 1 >= duration * self.tick
-            if complete:
+            if 0 < count <= len(pts) or (stored - duration) * self.tick >= -1:
                 declared = min(declared, length)
-            last = start + duration if complete and duration else None
-        self._set_times(pts, dts, durations, flags, rate, delay=fed - 1, end=last)
+                gone = start + duration if duration else None
+        self._set_times(pts, dts, durations, flags, rate, delay=fed - 1, end=gone)
 
         # What a file declares is its length or, if its clock starts late, sometimes where it ends. Streams may end a
         # little before their container does.
@@ -254,9 +255,10 @@ class VideoFile:
             pts[untimed] = pts[known].min() - step * np.arange(len(untimed), 0, -1)
             known, self.in_order = known | True, True
         key &= known
-        if 2 * known.sum() < len(known):  # a raw stream, not in a container; or H.264 in an MPEG programme stream
+        if 2 * known.sum() < len(known):
+            # A raw stream, not in a container; or H.264 in an MPEG programme stream.
             pts, durations, known = np.arange(len(pts)), np.ones(len(pts)), known | True
-            self.tick, self.in_order = 1 / rate, True
+            self.tick, self.in_order, timed = 1 / rate, True, timed[:0]
         elif key.any():  # a recording may start anywhere, but what is shown before its first key frame is lost
             known &= pts >= pts[key][0]
         positions = np.flatnonzero(known & ~discard)

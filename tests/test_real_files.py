@@ -45,7 +45,7 @@ def two_streams(path, sizes, *, default, counts=(FRAMES, FRAMES)):
         for i, width in enumerate(sizes):
             stream = output.add_stream("libx264", rate=8, options=X264)
             stream.width, stream.height, stream.pix_fmt = width, width // 2, "yuv420p"
-            stream.disposition = Disposition.default if i == default else 0
+            stream.disposition = Disposition.default.value if i == default else 0
             streams.append(stream)
         for stream, width, count in zip(streams, sizes, counts, strict=True):
             for number in range(count):
