@@ -12,6 +12,7 @@ from itertools import pairwise
 
 import torch
 from torch import nn
+from torch.nn.attention.bias import causal_lower_right
 from transformers import initialization as init
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.masking_utils import create_masks_for_generate
@@ -39,16 +40,18 @@ for _name in ("VideoNSAForConditionalGeneration", "VideoNSAModel"):
     )
 
 MAX_MASK = 2**26  # elements of the boolean mask of one chunk of text queries
+MAX_ROWS = 256  # text queries of such a chunk, so that few of their products are masked
 
 
 @dataclass
 class TextChunk:
-    """Text queries of one sample, few enough for a dense mask against the keys they can see."""
+    """Adjacent text queries of one sample, and the keys up to the last of them."""
 
     queries: torch.Tensor  # int64 [T], among the batch * length tokens of the call
     row: int  # of the batch
     keys: slice  # of the row's cached and new tokens
-    mask: torch.Tensor  # bool [T, keys], made anew by each use: see VisionLayout.text_chunks
+    # bool [T, keys], made anew by each use: see VisionLayout.text_chunks. None for the last T of the keys, all causal.
+    mask: torch.Tensor | None
 
 
 @dataclass
@@ -64,7 +67,7 @@ class VisionLayout:
     key_positions: torch.Tensor  # int64 [M], and its position among the cached and new tokens of that row
     cu_seqlens: torch.Tensor  # int32 [samples + 1], of queries
     cu_seqlens_k: torch.Tensor  # int32 [samples + 1], of keys
-    text: list[tuple[torch.Tensor, int, int, int]]  # (text queries as above, row, first and last + 1 key) of a sample
+    text: list[tuple[torch.Tensor, int, int, int]]  # (adjacent text queries, row, first and last + 1 key of theirs)
     text_rows: torch.Tensor  # int64 [T], batch row of each text key
     text_positions: torch.Tensor  # int64 [T], and its position among the cached and new tokens of that row
     text_seen: torch.Tensor  # int32 [N], how many text keys of its sample come before a vision query
@@ -102,8 +105,17 @@ class VisionLayout:
         text_keys = is_text.flatten().nonzero().squeeze(1)
         cu_seqlens_text = cu_seqlens(text_keys)
         text_before = is_text.flatten().cumsum(0).int()[new[queries]]  # of all samples
-        counts = sample[new[text]].bincount(minlength=len(samples)).tolist()
-        parts = [(part, *place) for part, place in zip(text.split(counts), samples, strict=True) if len(part)]
+        # Runs of adjacent text queries of a sample: their keys end at the last of them.
+        place, owner = new[text], sample[new[text]]
+        begins = torch.ones_like(text, dtype=torch.bool)
+        begins[1:] = (place.diff() != 1) | (owner.diff() != 0)
+        run_edges = [*begins.nonzero().squeeze(1).tolist(), len(text)]
+        parts = []
+        for (a, b), owner_of_run, last in zip(
+            pairwise(run_edges), owner[begins].tolist(), place[begins.roll(-1)].tolist(), strict=True
+        ):
+            row, start, _ = samples[owner_of_run]
+            parts.append((text[a:b], row, start, last % total + 1))
         streams = []
         for row, start, stop in samples if make_stream else []:
             positions = torch.arange(start, stop, device=vision.device)
@@ -147,14 +159,26 @@ class VisionLayout:
         return replace(self, **moved, text=text, streams=streams)
 
     def text_chunks(self, heads_per_group: int):
-        """Yield the text queries as `TextChunk`s whose masks, repeated per head of a group, fit into `MAX_MASK`."""
+        """Yield the text queries as `TextChunk`s, each with the keys up to its last query.
+
+        Runs without padding stay whole where a fused kernel needs no mask: from the first token on, and on a GPU.
+        Masks, repeated per head of a group, fit into `MAX_MASK`.
+        """
         for queries, row, start, stop in self.text:
-            for part in queries.split(max(1, MAX_MASK // (heads_per_group * (stop - start)))):
-                position = part - row * self.length + self.total - self.length  # [T], of cached and new tokens
-                mask = torch.arange(start, stop, device=part.device) <= position[:, None]
+            unmasked = self.valid is None and (queries.is_cuda or len(queries) == stop - start)
+            if unmasked:
+                yield TextChunk(queries, row, slice(start, stop), None)
+                continue
+            rows = max(1, min(MAX_ROWS, MAX_MASK // (heads_per_group * (stop - start))))
+            first = stop - len(queries)
+            for part in queries.split(rows):
+                first += len(part)
+                keys = slice(start, first)
+                position = torch.arange(first - len(part), first, device=part.device)  # of cached and new tokens
+                mask = torch.arange(start, first, device=part.device) <= position[:, None]
                 if self.valid is not None:
-                    mask = mask & self.valid[row, start:stop]
-                yield TextChunk(part, row, slice(start, stop), mask)
+                    mask = mask & self.valid[row, keys]
+                yield TextChunk(part, row, keys, mask)
 
 
 class GateLinear(nn.Linear):
@@ -298,21 +322,24 @@ class VideoNSAAttention(Qwen2_5_VLAttention):
         return backend == "triton" or (backend == "auto" and triton_available(q))
 
     def _dense(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, chunk: TextChunk) -> torch.Tensor:
-        """Causal attention of text queries q [T, heads, dim] over all tokens of their sample -> [T, heads, dim].
-
-        The heads of a group become query rows of their KV head, so that keys and values are not repeated.
-        """
+        """Causal attention of text queries q [T, heads, dim] over all tokens of their sample -> [T, heads, dim]."""
         groups = k.shape[1]
-        folded = q.unflatten(1, (groups, -1)).permute(1, 0, 2, 3)  # [groups, T, r, dim]
-        out = nn.functional.scaled_dot_product_attention(
-            folded.flatten(1, 2)[None],
-            k[chunk.row, None, :, chunk.keys],
-            v[chunk.row, None, :, chunk.keys],
-            attn_mask=chunk.mask.repeat_interleave(folded.shape[2], 0),
-            dropout_p=self.attention_dropout if self.training else 0.0,
-            scale=self.scaling,
-        )
-        return out[0].unflatten(1, folded.shape[1:3]).transpose(0, 1).flatten(1, 2)
+        folded = q.unflatten(1, (groups, -1)).permute(1, 2, 0, 3)  # [groups, r, T, dim]
+        k, v = (x[chunk.row, :, chunk.keys].unsqueeze(1) for x in (k, v))  # [groups, 1, keys, dim]
+        options = {"dropout_p": self.attention_dropout if self.training else 0.0, "scale": self.scaling}
+        attend = nn.functional.scaled_dot_product_attention
+        if chunk.mask is not None:
+            # The heads of a group become query rows of their KV head.
+            mask = chunk.mask.repeat(folded.shape[1], 1)
+            out = attend(folded.flatten(1, 2).unsqueeze(1), k, v, attn_mask=mask, **options)
+            return out.unflatten(2, folded.shape[1:3]).squeeze(1).permute(2, 0, 1, 3).flatten(1, 2)
+
+        k, v = (x.expand(-1, folded.shape[1], -1, -1) for x in (k, v))  # without a copy
+        if len(q) == k.shape[2]:
+            out = attend(folded, k, v, is_causal=True, **options)
+        else:
+            out = attend(folded, k, v, attn_mask=causal_lower_right(len(q), k.shape[2]), **options)
+        return out.permute(2, 0, 1, 3).flatten(1, 2)
 
 
 class VideoNSATextModel(Qwen2_5_VLTextModel):
@@ -403,6 +430,7 @@ class VideoNSATextModel(Qwen2_5_VLTextModel):
                 got = list(getattr(attention_mask, "shape", [])) or type(attention_mask).__name__
                 raise ValueError(f"attention_mask must be [batch, cached + new tokens] = {[batch, total]}, got {got}")
             valid = attention_mask.to(vision_mask.device, torch.bool)
+            valid = None if valid.all() else valid
         elif past == 0 and position_ids is not None and position_ids.ndim == 3 and len(position_ids) == 4:
             # Samples packed into a row: its text positions (the first of four) start anew with each.
             text_positions = position_ids[0].expand(batch, -1)

@@ -324,6 +324,7 @@ def merged_attention(
         places = (text_k, text_v, text_seen, cu_seqlens, cu_seqlens_text)
         options = {**sizes, "cu_seqlens_k": cu_seqlens_k, "spread": spread, "remainder": remainder, "scale": scale}
         return head_by_head(merged_attention, q, k, v, *places, **options)
+    most_blocks(len(k), block_size, block_count, window_size)  # raises if there are too few
     counts = cu_seqlens_text.diff().tolist()
     texts = list(zip(*(accumulate(x).split(counts) for x in (text_k, text_v)), strict=True))
     sample = torch.arange(len(texts), device=q.device).repeat_interleave(cu_seqlens.diff())  # [N]
@@ -367,7 +368,7 @@ def merged_attention(
         def parts(rows, g):
             found = text_part(rows, g) + _block_parts(chosen[g, rows], index[rows], block_size, start=last)
             if remainder:
-                bias = torch.where(rest[g, rows], math.log(block_size), -torch.inf).to(k.dtype)
+                bias = k.new_full((), math.log(block_size)).where(rest[g, rows], -torch.inf)
                 found.append(_Part(_indices(q, rows), slice(last + n, len(k)), bias))
             return found
 
