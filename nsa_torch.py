@@ -5,9 +5,9 @@ A *stream* is the packed sequence of one sample's vision tokens; block j holds i
 and the keys of its stream up to the last of them.
 
 Each branch is a softmax over some of these keys. `_Attention` computes it part by part (some keys, and the queries that
-see them), so that only what is chosen is multiplied. Where a query sees all keys before it, or a band of them, PyTorch's
-fused attention does the same faster, but without the log-sum-exp. `tests/test_nsa_torch.py` has both in their plainest
-form, as loops and as masks. `nsa_triton.py` has the same functions as kernels.
+see them), so that only what is chosen is multiplied. Where a query sees all keys before it, or a band of them, and no
+log-sum-exp is asked for, PyTorch's fused attention does the same. The plainest form of every branch, loops over queries
+and heads, is `Brute` in `tests/test_nsa_torch.py`. `nsa_triton.py` has the same functions as kernels.
 """
 
 import functools
@@ -578,9 +578,10 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, scale, chunks):
         o, lse = torch.zeros_like(q), q.new_full(q.shape[:2], -torch.inf)
-        for queries, heads, g, parts in _with_heads(chunks, q, k):
+        k, v = k.transpose(0, 1).contiguous(), v.transpose(0, 1).contiguous()  # [G, n, D]
+        for queries, heads, g, parts in _with_heads(chunks, q.shape[1] // len(k)):
             x = q[queries, heads] * scale  # [c, r, D]
-            logits = [_logits(x, k[:, g], part) for part in parts]  # each [m, r, keys]
+            logits = [_logits(x, k[g], part) for part in parts]  # each [m, r, keys]
             sizes, rows = [len(part.rows) for part in parts], torch.cat([part.rows for part in parts])
             tops = torch.cat([part.amax(-1) for part in logits])
             top = lse[queries, heads].scatter_reduce(0, rows[:, None].expand_as(tops), tops, "amax")
@@ -590,7 +591,7 @@ class _Attention(torch.autograd.Function):
             for part, p, shift in zip(parts, logits, top.index_select(0, rows).split(sizes), strict=True):
                 p = p.sub_(shift.unsqueeze(-1)).exp_()
                 sums.append(p.sum(-1))
-                out.index_add_(0, part.rows, _rows_times(p, v[part.keys, g]))
+                out.index_add_(0, part.rows, _rows_times(p, v[g, part.keys]))
             total = torch.zeros_like(top).index_add_(0, rows, torch.cat(sums))
             o[queries, heads] = out.div_(total.masked_fill(total == 0, 1).unsqueeze(-1))
             lse[queries, heads] = top + total.log()
@@ -604,7 +605,7 @@ class _Attention(torch.autograd.Function):
         """dv_j = Σ p_j do, dx_j = p_j (do·v_j - do·o), dq = scale Σ dx_j k_j, dk_j = scale Σ dx_j q."""
         q, k, v, o, lse = ctx.saved_tensors
         dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for queries, heads, g, parts in _with_heads(ctx.chunks, q, k):
+        for queries, heads, g, parts in _with_heads(ctx.chunks, q.shape[1] // len(k)):
             x, grad = q[queries, heads] * ctx.scale, do[queries, heads].contiguous()
             own = (grad * o[queries, heads]).sum(-1, keepdim=True)
             shift = lse[queries, heads].unsqueeze(-1)
@@ -612,19 +613,18 @@ class _Attention(torch.autograd.Function):
             out = torch.zeros_like(x)
             for part in parts:
                 rows, keys, _ = part
-                p = _logits(x, k[:, g], part).sub_(shift.index_select(0, rows)).exp_()
+                p = _logits(x, k[g], part).sub_(shift.index_select(0, rows)).exp_()
                 grad_rows = grad.index_select(0, rows)
-                dx = _rows_times(grad_rows, v[keys, g].T).sub_(own.index_select(0, rows)).mul_(p)
-                out.index_add_(0, rows, _rows_times(dx, k[keys, g]))
-                dk[keys, g].addmm_(dx.flatten(0, 1).T, x.index_select(0, rows).flatten(0, 1))
-                dv[keys, g].addmm_(p.flatten(0, 1).T, grad_rows.flatten(0, 1))
+                dx = _rows_times(grad_rows, v[g, keys].T).sub_(own.index_select(0, rows)).mul_(p)
+                out.index_add_(0, rows, _rows_times(dx, k[g, keys]))
+                dk[g, keys].addmm_(dx.flatten(0, 1).T, x.index_select(0, rows).flatten(0, 1))
+                dv[g, keys].addmm_(p.flatten(0, 1).T, grad_rows.flatten(0, 1))
             dq[queries, heads] = out.mul_(ctx.scale)
-        return dq, dk, dv, None, None
+        return dq, dk.transpose(0, 1), dv.transpose(0, 1), None, None
 
 
-def _with_heads(chunks, q, k):
+def _with_heads(chunks, r):
     """(queries, their heads, KV head, parts) of chunks that have parts."""
-    r = q.shape[1] // k.shape[1]
     return [(rows, slice(g * r, (g + 1) * r), g, parts) for rows, g, parts in chunks if parts]
 
 
@@ -646,7 +646,7 @@ def _rows_times(x, y):
 
 
 def _by_pieces(attend, nothing, q, k, v, cu_seqlens, cu_seqlens_k, *per_query, step=None):
-    """attend(q, k, v, *per_query) -> tuple of [C, ...] for every piece of at most `step` queries of a sample; join them.
+    """attend(q, k, v, *per_query) -> tuple of [C, ...] for pieces of at most `step` queries of a sample, joined.
 
     k and v are those up to the last query, fp32 or fp64, so that their gradients are summed in it. The first result
     gets the dtype of q. nothing: the results if there are no queries.
