@@ -1,6 +1,6 @@
 """One attention layer without a GPU: the PyTorch path against dense SDPA, in time and memory.
 
-    python benchmarks/cpu.py                                       # 1K ... 16K tokens, shape of the 7B, fp32, one thread
+    python benchmarks/cpu.py                                     # 1K ... 16K tokens, shape of the 7B, fp32, one thread
     python benchmarks/cpu.py --heads 7 --kv-heads 1 --lengths 32K    # a quarter of the work
     python benchmarks/cpu.py --backward --lengths 4K 16K
 
