@@ -114,8 +114,8 @@ def nsa_attention(
         o, _ = _window(q, k, v, window_size, scale, with_lse=False)
         return (torch.addcmul(out, window, o),)
 
-    step = min(block_count * block_size, PIECE)
-    return _by_pieces(attend, (q[:0],), q, k, v, cu_seqlens, cu_seqlens_k, gates, step=step)[0]
+    chosen_whole = block_count * block_size  # tokens
+    return _by_pieces(attend, (q[:0],), q, k, v, cu_seqlens, cu_seqlens_k, gates, cut=chosen_whole)[0]
 
 
 @_over_query_heads
@@ -645,19 +645,19 @@ def _rows_times(x, y):
 # Pieces
 
 
-def _by_pieces(attend, nothing, q, k, v, cu_seqlens, cu_seqlens_k, *per_query, step=None):
-    """attend(q, k, v, *per_query) -> tuple of [C, ...] for pieces of at most `step` queries of a sample, joined.
+def _by_pieces(attend, nothing, q, k, v, cu_seqlens, cu_seqlens_k, *per_query, cut=0):
+    """attend(q, k, v, *per_query) -> tuple of [C, ...] for pieces of at most `PIECE` queries of a sample, joined.
 
     k and v are those up to the last query, fp32 or fp64, so that their gradients are summed in it. The first result
-    gets the dtype of q. nothing: the results if there are no queries.
+    gets the dtype of q. nothing: the results if there are no queries. cut: a stream index that no piece crosses.
     """
-    dtype, k, v, step = q.dtype, accumulate(k), accumulate(v), step or PIECE
+    dtype, k, v = q.dtype, accumulate(k), accumulate(v)
     sizes, keys = [], []
     cu_seqlens_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
     for count, (start, stop) in zip(cu_seqlens.diff().tolist(), pairwise(cu_seqlens_k.tolist()), strict=True):
         i = stop - start - count
         while i < stop - start:
-            end = min(stop - start, (i // step + 1) * step)  # the first piece of a stream is whole
+            end = min(stop - start, (i // PIECE + 1) * PIECE, cut if i < cut else stop - start)
             sizes.append(end - i)
             keys.append(slice(start, start + end))
             i = end
