@@ -1523,7 +1523,7 @@ def test_layout_moves_every_tensor_to_another_device():
             assert new == old
 
     compare(layout, moved)
-    assert count == 10 + len(layout.text_queries) > 11  # ten of the layout, and the text of several samples
+    assert count == 10 + len(layout.text_runs) > 11  # ten of the layout, and the text of several samples
 
 
 def test_offloaded_model_computes_the_same(small, tmp_path):
