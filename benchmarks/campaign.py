@@ -103,7 +103,7 @@ def main() -> None:
         elif left < 5:
             done[name] = {"result": "not begun: no time left"}
         else:
-            done[name] = run(name, command, min(limit, left), folder)
+            done[name] = run(name, command, left if args.dry_run else min(limit, left), folder)
         print(f"{name}: {done[name]['result']} ({done[name].get('seconds', 0)} s)", flush=True)
         path.write_text(json.dumps(state, indent=1) + "\n")
         (args.output / "campaign.md").write_text(report(state, args.output))

@@ -13,7 +13,7 @@ def run(*command, **variables):
     inherited = {name: x for name, x in os.environ.items() if name not in ("PYTHONPATH", "TRITON_INTERPRET")}
     environment = {**inherited, "OMP_NUM_THREADS": "1", **variables}
     command = [sys.executable, *map(str, command)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
+    return subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment)
 
 
 def test_a_dry_run_walks_every_part_and_resumes(tmp_path):
@@ -23,7 +23,7 @@ def test_a_dry_run_walks_every_part_and_resumes(tmp_path):
     state = json.loads((tmp_path / "campaign" / "parts.json").read_text())
     assert {x["result"].split(":")[0] for x in state["parts"].values()} == {"not begun", "skipped"}
 
-    done = run(*program, "--resume")
+    done = run(*program, "--resume", "--minutes", 60)
     assert done.returncode == 0, done.stderr
     resumed = json.loads((tmp_path / "campaign" / "parts.json").read_text())
     logs = [x.read_text() for x in (tmp_path / "campaign").glob("*.txt")]
