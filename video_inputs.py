@@ -53,12 +53,13 @@ NUMBERS = (*COUNTS, "text_tokens", "fps", "start", "end")
 logger = logging.get_logger(__name__)
 
 
-@dataclass
 class VideoClip:
     """A video with settings of its own, which go before those of the call: `VideoClip("a.mp4", {"start": 60})`."""
 
-    source: Any
-    settings: dict[str, Any]
+    # No dataclass: transformers 5.24 makes dictionaries of those in a conversation.
+    def __init__(self, source, settings: dict[str, Any]):
+        self.source = source
+        self.settings = settings
 
 
 @dataclass
