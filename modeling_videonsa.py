@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn.attention.bias import causal_lower_right
 from transformers import initialization as init
 from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -140,28 +141,35 @@ class VideoNSAAttention(Qwen2_5_VLAttention):
         return backend == "triton" or (backend == "auto" and triton_available(q))
 
     def _dense(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, chunk: TextChunk) -> torch.Tensor:
-        """Causal attention of text queries q [T, heads, dim] over all tokens of their sample -> [T, heads, dim].
-
-        The heads of a group become query rows of their KV head, so that keys and values are not repeated.
-        """
+        """Causal attention of text queries q [T, heads, dim] over all tokens of their sample -> [T, heads, dim]."""
         groups = k.shape[1]
-        folded = q.unflatten(1, (groups, -1)).permute(1, 0, 2, 3)  # [groups, T, r, dim]
-        out = nn.functional.scaled_dot_product_attention(
-            folded.flatten(1, 2)[None],
-            k[chunk.row, None, :, chunk.keys],
-            v[chunk.row, None, :, chunk.keys],
-            attn_mask=chunk.mask.repeat_interleave(folded.shape[2], 0),
-            dropout_p=self.attention_dropout if self.training else 0.0,
-            scale=self.scaling,
-        )
-        return out[0].unflatten(1, folded.shape[1:3]).transpose(0, 1).flatten(1, 2)
+        folded = q.unflatten(1, (groups, -1)).permute(1, 2, 0, 3)  # [groups, r, T, dim]
+        k, v = (x[chunk.row, :, chunk.keys].unsqueeze(1) for x in (k, v))  # [groups, 1, keys, dim]
+        options = {"dropout_p": self.attention_dropout if self.training else 0.0, "scale": self.scaling}
+        attend = nn.functional.scaled_dot_product_attention
+        if chunk.mask is not None:
+            # The heads of a group become query rows of their KV head.
+            mask = chunk.mask.repeat(folded.shape[1], 1)
+            out = attend(folded.flatten(1, 2).unsqueeze(1), k, v, attn_mask=mask, **options)
+            return out.unflatten(2, folded.shape[1:3]).squeeze(1).permute(2, 0, 1, 3).flatten(1, 2)
+
+        k, v = (x.expand(-1, folded.shape[1], -1, -1) for x in (k, v))  # without a copy
+        if len(q) == k.shape[2]:
+            out = attend(folded, k, v, is_causal=True, **options)
+        else:
+            out = attend(folded, k, v, attn_mask=causal_lower_right(len(q), k.shape[2]), **options)
+        return out.permute(2, 0, 1, 3).flatten(1, 2)
 
     def _dense_with_weights(self, q, k, v, chunk: TextChunk, weights: torch.Tensor) -> torch.Tensor:
         """As `_dense`, and write the attention probabilities to `weights` [batch, heads, length, total]."""
         groups = k.shape[1]
+        mask = chunk.mask
+        if mask is None:
+            count = chunk.keys.stop - chunk.keys.start
+            mask = q.new_ones(len(q), count, dtype=torch.bool).tril(count - len(q))
         folded = q.unflatten(1, (groups, -1))  # [T, groups, r, dim]
         scores = torch.einsum("tgrd,gkd->grtk", folded, k[chunk.row, :, chunk.keys]) * self.scaling
-        scores = scores.masked_fill(~chunk.mask, float("-inf")).flatten(0, 1)
+        scores = scores.masked_fill(~mask, float("-inf")).flatten(0, 1)
         local = chunk.queries - chunk.row * weights.shape[2]
         weights[chunk.row, :, local, chunk.keys] = scores.softmax(-1, dtype=torch.float32).to(weights.dtype)
 
@@ -343,6 +351,7 @@ class VideoNSATextModel(WholeCheckpoint, Qwen2_5_VLTextModel):
                 got = list(getattr(attention_mask, "shape", [])) or type(attention_mask).__name__
                 raise ValueError(f"attention_mask must be [batch, cached + new tokens] = {[batch, total]}, got {got}")
             valid = attention_mask.to(vision_mask.device, torch.bool)
+            valid = None if valid.all() else valid
         elif past == 0 and position_ids is not None and position_ids.ndim == 3 and len(position_ids) == 4:
             # Samples packed into a row: its text positions (the first of four) start anew with each.
             text_positions = position_ids[0].expand(batch, -1)
@@ -609,6 +618,14 @@ class VideoNSAForConditionalGeneration(WholeCheckpoint, Qwen2_5_VLForConditional
     def generate(self, **kwargs):
         """As in transformers, with a cache by either of its names."""
         return super().generate(**kwargs)
+
+    @named_arguments(Qwen2_5_VLForConditionalGeneration.prepare_inputs_for_generation)
+    def prepare_inputs_for_generation(self, is_first_iteration: bool = False, **kwargs):
+        """As in transformers, which forgets to give an assistant model the images and videos of the prompt."""
+        cache = kwargs.get(CACHE)
+        past = None if cache is None else cache.get_seq_length()
+        empty = isinstance(past, int) and past == 0  # a tensor is of a static cache, which assistants do not have
+        return super().prepare_inputs_for_generation(is_first_iteration=is_first_iteration or empty, **kwargs)
 
     def create_masks_for_generate(self, *, inputs_embeds, attention_mask, **kwargs):
         """Leave the mask of a prefill 2-D also for static caches: no [length, length] mask is needed."""

@@ -1,9 +1,13 @@
 """Native Sparse Attention in plain PyTorch: the specification, the oracle of the kernels, and the CPU path.
 
 A *stream* is the packed sequence of one sample's vision tokens; block j holds its indices [j * block_size,
-(j + 1) * block_size). Every function takes packed samples and works through chunks of queries of at most
-`MAX_SCORES` attention scores, in training too (chunks are recomputed in the backward pass).
-`nsa_triton.py` has the same functions as kernels; `modeling_videonsa.py` calls whichever fits the device.
+(j + 1) * block_size). Every function takes packed samples and works through *pieces*: adjacent queries of one sample
+and the keys of its stream up to the last of them.
+
+Each branch is a softmax over some of these keys. `_Attention` computes it part by part (some keys, and the queries that
+see them), so that only what is chosen is multiplied. Where a query sees all keys before it, or a band of them, and no
+log-sum-exp is asked for, PyTorch's fused attention does the same. The plainest form of every branch, loops over queries
+and heads, is `Brute` in `tests/test_nsa_torch.py`. `nsa_triton.py` has the same functions as kernels.
 """
 
 import functools
@@ -11,12 +15,17 @@ import inspect
 import math
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
-from torch.utils.checkpoint import checkpoint
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 _CHECKED = ("cu_seqlens_k", "gates", "lse", "blocks", "own_importance", "first", "block_size")  # before heads are split
-MAX_SCORES = 2**25  # attention scores of a chunk, over all heads; 128 MB in fp32, of which about five are in use
+PIECE = 2048  # queries of a piece, at most
+MAX_SCORES = 2**22  # attention scores that are held at a time: 16 MB in fp32
+RUN = 64  # queries that share the keys of a window
+GATHER_BELOW = 0.7  # share of the keys before the queries that are chosen, below which gathering them is worth it
+GATHER_BELOW_16_BIT = 0.35  # the same for bf16 and fp16, which fused attention multiplies faster
 
 
 def _over_query_heads(function):
@@ -89,18 +98,24 @@ def nsa_attention(
     Raises:
         ValueError: an argument has a wrong shape, dtype, device or value; the message names it.
     """
-    check_arguments(q, k, v, cu_seqlens, cu_seqlens_k, gates=gates, window_size=window_size, scale=scale)
-    dtype, q, k, v = q.dtype, accumulate(q), accumulate(k), accumulate(v)
-    lengths = {"cu_seqlens": cu_seqlens, "cu_seqlens_k": cu_seqlens_k}
-    blocking = {"block_size": block_size, "scale": scale}
-    g_cmp, g_slc, g_win = gates.to(q.dtype).unsqueeze(-1).unbind(-2)  # 3 x [N, H, 1]
-    o, lse = compressed_attention(q, k, v, **lengths, **blocking)
-    out = g_cmp * o
-    blocks = select_blocks(q, k, lse, **lengths, **blocking, block_count=block_count)
-    o, _ = selected_attention(q, k, v, blocks, **lengths, **blocking)
-    out = out + g_slc * o  # branch by branch, so that not all are held at once
-    o, _ = window_attention(q, k, v, **lengths, window_size=window_size, scale=scale)
-    return (out + g_win * o).to(dtype)
+    sizes = {"block_size": block_size, "block_count": block_count, "window_size": window_size, "scale": scale}
+    check_arguments(q, k, v, cu_seqlens, cu_seqlens_k, gates=gates, **sizes)
+
+    def attend(q, k, v, gates):
+        compression, selection, window = accumulate(gates).to(k.dtype).unsqueeze(-1).unbind(-2)  # 3 x [C, H, 1]
+        o, lse = _compressed(q, k, v, block_size, scale)
+        out = compression * o
+        if len(k) <= block_count * block_size:
+            o = _causal(q, k, v, scale)  # all blocks are chosen
+        else:
+            chosen = _select(q, k, lse, block_size=block_size, block_count=block_count, scale=scale)
+            o, _ = _selected(q, k, v, chosen, block_size, scale, with_lse=False)
+        out = torch.addcmul(out, selection, o)
+        o, _ = _window(q, k, v, window_size, scale, with_lse=False)
+        return (torch.addcmul(out, window, o),)
+
+    chosen_whole = block_count * block_size  # tokens
+    return _by_pieces(attend, (q[:0],), q, k, v, cu_seqlens, cu_seqlens_k, gates, cut=chosen_whole)[0]
 
 
 @_over_query_heads
@@ -123,13 +138,10 @@ def compressed_attention(
     """
     check_arguments(q, k, v, cu_seqlens, cu_seqlens_k, block_size=block_size, scale=scale)
 
-    def attend(q, k, v, first):
-        i = _stream_index(q, first)
-        k, v = (_block_means(x[: first + len(q)], block_size) for x in (k, v))
-        visible = torch.arange(len(k), device=q.device) < ((i + 1) // block_size)[:, None]
-        return _softmax_attention(q, k, v, visible[None], scale)
+    def attend(q, k, v):
+        return _compressed(q, k, v, block_size, scale)
 
-    return _over_chunks(attend, q, k, v, cu_seqlens, cu_seqlens_k, lambda n: n // block_size)
+    return _by_pieces(attend, _nothing(q), q, k, v, cu_seqlens, cu_seqlens_k)
 
 
 @_over_query_heads
@@ -175,73 +187,20 @@ def select_blocks(
     sizes = {"block_size": block_size, "block_count": block_count, "window_size": window_size, "scale": scale}
     check_arguments(q, k, None, cu_seqlens, cu_seqlens_k, lse=lse, own_importance=own_importance, mass=mass, **sizes)
     window_size = block_size + 1 if window_size is None else window_size
+    sizes = {"block_size": block_size, "block_count": block_count, "window_size": window_size, "scale": scale}
     width = most_blocks(len(k), block_size, block_count, window_size)
 
-    def choose(q, k, lse, first, own_importance):
-        i = _stream_index(q, first)[:, None]
-        own = i // block_size  # [C, 1]
-        block = torch.arange((first + len(q) - 1) // block_size + 1, device=q.device)
-        lse = lse.unflatten(1, (k.shape[1], -1)).transpose(0, 1).unsqueeze(-1)  # [G, C, r, 1]
-        keys = k[: first + len(q)]
-        if spread:
-            scores = _block_lse(q, keys, block_size, scale)  # [G, C, r, complete blocks]
-            scores = scores.masked_fill((block[: scores.shape[-1]] >= own)[:, None], -torch.inf)
-            lse = torch.cat([scores, lse.to(scores.dtype)], -1).logsumexp(-1, keepdim=True)
-        else:
-            scores = _scores(q, _block_means(keys, block_size), scale)
-        importance = (scores - lse).exp().sum(2)  # [G, C, blocks], over the heads of a group
-        importance = torch.nn.functional.pad(importance, (0, len(block) - scores.shape[-1]))  # own may be incomplete
-        importance = importance.masked_fill(block >= own, 0)
-        if own_importance is None:
-            forced = (block == 0) | (block >= (i - window_size + 1) // block_size)
-            order = importance.masked_fill(forced, torch.inf)
-        else:
-            order = torch.where(block == own, own_importance.unsqueeze(-1).to(importance.dtype), importance)
-        best = order.masked_fill(block > own, -torch.inf).sort(dim=-1, descending=True, stable=True)
-        chosen = (best.values > -torch.inf) & (block < blocks_per_query(own, block_size, block_count, window_size))
-        if mass < 1:
-            held = importance.gather(-1, best.indices)
-            before = held.cumsum(-1) - held  # of the more important ones
-            enough = before >= mass * importance.sum(-1, keepdim=True)
-            chosen &= ~enough | (best.values == torch.inf)
-        chosen = best.indices.masked_fill(~chosen, len(block))[..., :width].sort(-1).values
-        chosen = chosen.masked_fill(chosen == len(block), -1)
-        return torch.nn.functional.pad(chosen, (0, width - chosen.shape[-1]), value=-1).int()
+    def choose(q, k, _, lse, own_importance=None):
+        chosen = _select(q, k, lse, own_importance, **sizes, mass=mass, spread=spread)  # [G, C, blocks so far]
+        block = torch.arange(chosen.shape[-1], device=q.device)
+        blocks = block.where(chosen, len(block)).sort(-1).values[..., :width]
+        blocks = blocks.masked_fill(blocks == len(block), -1).int()
+        return (pad(blocks, (0, width - blocks.shape[-1]), value=-1).transpose(0, 1),)
 
-    chunks = _chunks(cu_seqlens, cu_seqlens_k, lambda n: _rows(q, n // block_size + 1))
-    q, k = accumulate(q), accumulate(k)
-    with torch.autocast(q.device.type, enabled=False):
-        parts = [
-            choose(q[rows], k[keys], lse[rows], first, None if own_importance is None else own_importance[:, rows])
-            for rows, keys, first in chunks
-        ]
-    return torch.cat([q.new_empty(k.shape[1], 0, width, dtype=torch.int32), *parts], dim=1)
-
-
-def blocks_per_query(own, block_size: int, block_count: int | float, window_size: int):
-    """How many blocks a query with the own block `own` (a number or a tensor) may choose, see `select_blocks`."""
-    if not isinstance(block_count, float):
-        return block_count
-    least = 3 + (window_size - 2) // block_size  # the first block, and what a window overlaps at most
-    share = (own + 1) * round(block_count * 10_000) // 10_000  # in integers, the same on every device
-    return max(share, least) if isinstance(share, int) else share.clamp(min=least)
-
-
-def most_blocks(n_keys: int, block_size: int, block_count: int | float, window_size: int) -> int:
-    """How many blocks a choice has room for: `block_count`, or for a share a power of two.
-
-    Raises:
-        ValueError: `block_count` is below the number of blocks that are always chosen.
-    """
-    least = 3 + (window_size - 2) // block_size
-    if not isinstance(block_count, float) and block_count < least:
-        raise ValueError(
-            f"block_count must be at least {least}, the blocks that are always chosen for a window of {window_size}: "
-            f"got {block_count}"
-        )
-    last = max(0, n_keys - 1) // block_size
-    most = blocks_per_query(last, block_size, block_count, window_size)
-    return most if most is block_count else 1 << (most - 1).bit_length()
+    per_query = (lse,) if own_importance is None else (lse, own_importance.T)
+    nothing = lse.new_empty(0, k.shape[1], width, dtype=torch.int32)
+    (blocks,) = _by_pieces(choose, (nothing,), q, k, k, cu_seqlens, cu_seqlens_k, *per_query)
+    return blocks.transpose(0, 1).contiguous()
 
 
 @_over_query_heads
@@ -264,12 +223,10 @@ def selected_attention(
     """
     check_arguments(q, k, v, cu_seqlens, cu_seqlens_k, blocks=blocks, block_size=block_size, scale=scale)
 
-    def attend(q, k, v, first, blocks):
-        n = first + len(q)
-        visible = _visible_keys(_chosen(blocks, n, block_size), n, block_size)
-        return _softmax_attention(q, k[:n], v[:n], visible, scale)
+    def attend(q, k, v, blocks):
+        return _selected(q, k, v, _chosen(blocks.transpose(0, 1), len(k), block_size), block_size, scale)
 
-    return _over_chunks(attend, q, k, v, cu_seqlens, cu_seqlens_k, lambda n: n, blocks=blocks)
+    return _by_pieces(attend, _nothing(q), q, k, v, cu_seqlens, cu_seqlens_k, blocks.transpose(0, 1))
 
 
 @_over_query_heads
@@ -285,15 +242,11 @@ def window_attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention over the last `window_size` keys, the query's own included; returns as `compressed_attention`."""
     check_arguments(q, k, v, cu_seqlens, cu_seqlens_k, window_size=window_size, scale=scale)
-    span = max(window_size, 64)  # queries per chunk: as many as the window has keys, so that half the scores count
 
-    def attend(q, k, v, first):
-        i = _stream_index(q, first)[:, None]
-        start, stop = max(0, first - window_size + 1), first + len(q)
-        j = torch.arange(start, stop, device=q.device)
-        return _softmax_attention(q, k[start:stop], v[start:stop], ((j <= i) & (j > i - window_size))[None], scale)
+    def attend(q, k, v):
+        return _window(q, k, v, window_size, scale)
 
-    return _over_chunks(attend, q, k, v, cu_seqlens, cu_seqlens_k, lambda n: min(n, 2 * span), max_rows=span)
+    return _by_pieces(attend, _nothing(q), q, k, v, cu_seqlens, cu_seqlens_k)
 
 
 @_over_query_heads
@@ -318,16 +271,12 @@ def pooled_attention(
     Returns and raises as `compressed_attention`.
     """
     check_arguments(q, k, v, None, first=first, block_size=block_size, scale=scale)
-
-    def attend(q, k, v, first):
-        seen = (_stream_index(q, first) + 1) // block_size
-        return _softmax_attention(q, k, v, (torch.arange(len(k), device=q.device) < seen[:, None])[None], scale)
-
+    dtype, q, k, v = q.dtype, accumulate(q), accumulate(k), accumulate(v)
     if reverse:
         q, k, v = q.flip(0), k.flip(0), v.flip(0)
-    cu_seqlens, cu_seqlens_k = torch.tensor([0, len(q)]), torch.tensor([0, first + len(q)])
-    o, lse = _over_chunks(attend, q, k, v, cu_seqlens, cu_seqlens_k, lambda n: n // block_size)
-    return (o.flip(0), lse.flip(0)) if reverse else (o, lse)
+    with torch.autocast(q.device.type, enabled=False):
+        o, lse = _see_means(q, k, v, first, block_size, scale)
+    return (o.flip(0).to(dtype), lse.flip(0)) if reverse else (o.to(dtype), lse)
 
 
 def merged_attention(
@@ -371,59 +320,416 @@ def merged_attention(
     sizes = {"block_size": block_size, "block_count": block_count, "window_size": window_size, "mass": mass}
     check_arguments(q, k, v, cu_seqlens, cu_seqlens_k, scale=scale, **sizes)
     check_text(q, k, text_k, text_v, text_seen, cu_seqlens, cu_seqlens_text)
-    lengths = {"cu_seqlens": cu_seqlens, "cu_seqlens_k": cu_seqlens_k}
     if per_head and q.shape[1] > k.shape[1]:
         places = (text_k, text_v, text_seen, cu_seqlens, cu_seqlens_text)
         options = {**sizes, "cu_seqlens_k": cu_seqlens_k, "spread": spread, "remainder": remainder, "scale": scale}
         return head_by_head(merged_attention, q, k, v, *places, **options)
-    stream = k
+    most_blocks(len(k), block_size, block_count, window_size)  # raises if there are too few
+    counts = cu_seqlens_text.diff().tolist()
+    texts = list(zip(*(accumulate(x).split(counts) for x in (text_k, text_v)), strict=True))
+    sample = torch.arange(len(texts), device=q.device).repeat_interleave(cu_seqlens.diff())  # [N]
 
-    # Keys of a sample: its text, then its stream.
-    cu_seqlens_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
-    counts = [x.diff().tolist() for x in (cu_seqlens_text, cu_seqlens_k)]
-    k, v = (
-        torch.cat([part for pair in zip(t.split(counts[0]), x.split(counts[1]), strict=True) for part in pair])
-        for t, x in ((text_k, k), (text_v, v))
-    )
-    text_count = cu_seqlens_text.diff().repeat_interleave(cu_seqlens.diff())  # [N], of the whole sample
-    over_chunks = functools.partial(
-        _over_chunks, q=q, k=k, v=v, cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k + cu_seqlens_text,
-        keys_per_query=lambda n: n, per_query=(text_seen, text_count),
-    )  # fmt: skip
+    def attend(q, k, v, seen, sample):
+        n, last = len(k), int(seen[-1])  # of the text seen, as it rises
+        index = _stream_index(q, n - len(q))
+        text_k, text_v = (x[:last] for x in texts[int(sample[0])])
+        text = torch.arange(last, device=q.device) < seen[:, None]  # [C, last]
 
-    def attend_text(q, k, v, first, seen, text_count):
-        text = torch.arange(int(text_count[0]), device=q.device)
-        return _softmax_attention(q, k[: len(text)], v[: len(text)], (text < seen[:, None])[None], scale)
+        def text_part(rows, g):
+            return [_Part(_indices(q, rows), slice(0, last), text[rows])]
 
-    blocks = None
-    if block_count != 1.0 or isinstance(block_count, int):
-        with torch.no_grad():
-            if spread:
-                _, lse = over_chunks(attend_text)
-            else:
-                _, lse = compressed_attention(q, stream, stream, **lengths, block_size=block_size, scale=scale)
-            blocks = select_blocks(q, stream, lse, **lengths, **sizes, spread=spread, scale=scale)
-
-    def attend(q, k, v, first, seen, text_count, blocks=None):
-        texts = int(text_count[0])
-        first, n = first - texts, first + len(q) - texts
-        if blocks is None:
-            chosen = torch.ones(1, len(q), (n - 1) // block_size + 1, dtype=torch.bool, device=q.device)
+        fits = block_count == 1.0 if isinstance(block_count, float) else n <= block_count * block_size
+        if fits and mass == 1:
+            chosen = text.new_ones(1, 1, (n - 1) // block_size + 1).expand(k.shape[1], len(q), -1)
         else:
-            chosen = _chosen(blocks, n, block_size)
-        text = (torch.arange(texts, device=q.device) < seen[:, None]).expand(len(chosen), -1, -1)
-        visible, bias = torch.cat([text, _visible_keys(chosen, n, block_size)], -1), None
-        k, v = k[: texts + n], v[: texts + n]
-        if remainder:
-            means = [_block_means(x[texts:], block_size) for x in (k, v)]
-            complete = (_stream_index(q, first)[:, None] + 1) // block_size
-            others = (torch.arange(len(means[0]), device=q.device) < complete) & ~chosen[..., : len(means[0])]
-            k, v = (torch.cat([x, mean]) for x, mean in zip((k, v), means, strict=True))
-            visible = torch.cat([visible, others], -1)
-            bias = torch.cat([q.new_zeros(texts + n), q.new_full((len(means[0]),), math.log(block_size))])
-        return _softmax_attention(q, k, v, visible, scale, bias)
+            if spread:
+                _, lse = _attend(q, text_k, text_v, scale, text_part, last)
+            else:
+                _, lse = _compressed(q, k, v, block_size, scale)
+            chosen = _select(q, k, lse, **sizes, spread=spread, scale=scale)
 
-    return over_chunks(attend, blocks=blocks)[0]
+        if remainder:
+            means_k, means_v = (_block_means(x, block_size) for x in (k, v))
+            complete = (index[:, None] + 1) // block_size
+            rest = (torch.arange(len(means_k), device=q.device) < complete) & ~chosen[..., : len(means_k)]
+        k, v = torch.cat([text_k, k]), torch.cat([text_v, v])
+
+        if not remainder and not _is_cheaper_by_blocks(chosen, index, block_size, q.dtype):
+
+            def visible(rows):
+                blocks = _visible_keys(chosen[:, rows], index[rows], block_size)  # [G, c, keys]
+                return torch.cat([text[rows].expand(len(blocks), -1, -1), blocks], -1)
+
+            return (_masked(q, k, v, visible, scale),)
+
+        if remainder:
+            k, v = torch.cat([k, means_k]), torch.cat([v, means_v])
+
+        def parts(rows, g):
+            found = text_part(rows, g) + _block_parts(chosen[g, rows], index[rows], block_size, start=last)
+            if remainder:
+                bias = k.new_full((), math.log(block_size)).where(rest[g, rows], -torch.inf)
+                found.append(_Part(_indices(q, rows), slice(last + n, len(k)), bias))
+            return found
+
+        width = last + block_size * int(chosen.sum(-1).max()) + (len(k) - last - n)
+        return _attend(q, k, v, scale, parts, width)[:1]
+
+    (o,) = _by_pieces(attend, (q[:0],), q, k, v, cu_seqlens, cu_seqlens_k, text_seen, sample)
+    return o
+
+
+# What follows is about one piece: q [C, H, D] of any dtype, the last C of the n tokens of k and v [n, G, D], which are
+# fp32 or fp64; o [C, H, D] and lse [C, H] in their dtype.
+
+
+def _compressed(q, k, v, block_size, scale):
+    return _see_means(q, *(_block_means(x, block_size) for x in (k, v)), len(k) - len(q), block_size, scale)
+
+
+def _see_means(q, k, v, first, block_size, scale):
+    """Attention of queries first ... first + C - 1 over the means of the blocks that are complete by then."""
+    complete = (_stream_index(q, first)[:, None] + 1) // block_size  # [C, 1]
+    block = torch.arange(len(k), device=q.device)
+
+    def parts(rows, g):
+        seen = slice(0, (first + rows.stop) // block_size)
+        return [_Part(_indices(q, rows), seen, block[seen] < complete[rows])]
+
+    return _attend(q, k, v, scale, parts, len(k))
+
+
+@torch.no_grad()
+def _select(
+    q, k, lse, own_importance=None, *, block_size, block_count, window_size=None, mass=1.0, spread=False, scale=None
+):
+    """Which blocks each query chooses, bool [G, C, blocks]: see `select_blocks`; own_importance [C, G]."""
+    window_size = block_size + 1 if window_size is None else window_size
+    index = _stream_index(q, len(k) - len(q))
+    block = torch.arange((len(k) - 1) // block_size + 1, device=q.device)
+    means = _block_means(k, block_size)
+
+    def choose(rows):
+        i = index[rows, None]
+        own = i // block_size  # [c, 1]
+        others = lse[rows].unflatten(1, (k.shape[1], -1)).transpose(0, 1).unsqueeze(-1)  # [G, c, r, 1]
+        if spread:
+            scores = _block_lse(accumulate(q[rows]), k, block_size, scale)  # [G, c, r, complete blocks]
+            scores = scores.masked_fill((block[: len(means)] >= own)[:, None], -torch.inf)
+            others = torch.cat([scores, others.to(scores.dtype)], -1).logsumexp(-1, keepdim=True)
+        else:
+            scores = _scores(accumulate(q[rows]), means, scale)
+        importance = (scores - others).exp().sum(2)  # [G, c, complete blocks], over the heads of a group
+        importance = pad(importance, (0, len(block) - len(means)))
+        importance = importance.masked_fill(block >= own, 0)
+
+        if own_importance is None:
+            forced = (block == 0) | (block >= (i - window_size + 1) // block_size)
+            order = importance.masked_fill(forced, torch.inf)
+        else:
+            order = torch.where(block == own, own_importance[rows].T.unsqueeze(-1).to(importance.dtype), importance)
+        order = order.masked_fill(block > own, -torch.inf)
+
+        if mass == 1 and isinstance(block_count, int):  # as the sort below, but faster; ties go to the lower index
+            least = order.topk(min(block_count, len(block)), -1).values[..., -1:]
+            above, ties = order > least, (order == least) & (order > -torch.inf)
+            return above | (ties & (ties.cumsum(-1) <= block_count - above.sum(-1, keepdim=True)))
+
+        best = order.sort(dim=-1, descending=True, stable=True)
+        chosen = (best.values > -torch.inf) & (block < blocks_per_query(own, block_size, block_count, window_size))
+        if mass < 1:
+            held = importance.gather(-1, best.indices)
+            before = held.cumsum(-1) - held  # of the more important ones
+            enough = before >= mass * importance.sum(-1, keepdim=True)
+            chosen &= ~enough | (best.values == torch.inf)
+        return torch.zeros_like(chosen).scatter_(-1, best.indices, chosen)
+
+    return torch.cat([choose(rows) for rows in _slices(len(q), MAX_SCORES // (q.shape[1] * len(block)))], 1)
+
+
+def _selected(q, k, v, chosen, block_size, scale, with_lse=True):
+    """Attention over the keys up to the query in its blocks, chosen bool [G, C, blocks]; lse is None if not asked for.
+
+    Rows of GEMM are gathered, block by block; fused attention that masks is faster if most keys are seen.
+    """
+    index = _stream_index(q, len(k) - len(q))
+    if not with_lse and not _is_cheaper_by_blocks(chosen, index, block_size, q.dtype):
+        return _masked(q, k, v, lambda rows: _visible_keys(chosen[:, rows], index[rows], block_size), scale), None
+
+    def parts(rows, g):
+        if q.device.type != "cpu":  # a GPU would wait for itself at every block
+            visible = _visible_keys(chosen[g : g + 1, rows], index[rows], block_size)[0]
+            return [_Part(_indices(q, rows), slice(0, visible.shape[-1]), visible)]
+        return _block_parts(chosen[g, rows], index[rows], block_size)
+
+    return _attend(q, k, v, scale, parts, block_size * int(chosen.sum(-1).max()))
+
+
+def _is_cheaper_by_blocks(chosen, index, block_size, dtype):
+    """Whether products of gathered rows take less time than masked ones of all, for queries at these indices."""
+    if chosen.device.type != "cpu":
+        return False
+    share = chosen.sum() / (len(chosen) * (index // block_size + 1).sum())
+    return bool(share < (GATHER_BELOW if dtype in (torch.float32, torch.float64) else GATHER_BELOW_16_BIT))
+
+
+def _block_parts(chosen, index, block_size, start=0):
+    """A part for each block that a query chose, of one KV head: chosen bool [c, blocks], index [c] of the queries."""
+    first, n, parts = int(index[0]), int(index[-1]) + 1, []
+    for j, is_row in enumerate(chosen.T.contiguous()):
+        rows, stop = is_row.nonzero().squeeze(1), min((j + 1) * block_size, n)
+        if len(rows) == 0 or j * block_size >= n:
+            continue
+        bias = None
+        if stop > first + 1:  # keys of the block come after some of the queries
+            key = torch.arange(j * block_size, stop, device=index.device)
+            bias = key <= index[rows, None]
+        parts.append(_Part(rows, slice(start + j * block_size, start + stop), bias))
+    return parts
+
+
+def _window(q, k, v, window_size, scale, with_lse=True):
+    """Attention over the last keys; lse is None if not asked for."""
+    first = len(k) - len(q)
+    if with_lse:
+        index = _stream_index(q, first)
+
+        def parts(rows, g):
+            seen = slice(max(0, first + rows.start - window_size + 1), first + rows.stop)
+            key = torch.arange(seen.start, seen.stop, device=q.device)
+            i = index[rows, None]
+            return [_Part(_indices(q, rows), seen, (key <= i) & (key > i - window_size))]
+
+        return _attend(q, k, v, scale, parts, step=RUN)
+
+    # The queries whose window holds all keys before them, then whole runs, then what is left.
+    dense = min(max(window_size - first, 0), len(q))
+    rest = (len(q) - dense) % RUN
+    outs = [] if dense == 0 else [_causal(q[:dense], k[: first + dense], v[: first + dense], scale)]
+    for start, stop, run in ((dense, len(q) - rest, RUN), (len(q) - rest, len(q), rest)):
+        if start < stop:
+            keys = slice(first + start - window_size + 1, first + stop)
+            outs.append(_bands(q[start:stop], k[keys], v[keys], run, scale))
+    return torch.cat(outs), None
+
+
+def _bands(q, k, v, run, scale):
+    """Window attention of runs of `run` queries, all with a whole window: k and v begin with that of the first."""
+    window_size = len(k) - len(q) + 1
+    groups, dim = k.shape[1:]
+    q = q.view(-1, run, groups, q.shape[1] // groups, dim).permute(0, 2, 3, 1, 4)  # [runs, G, r, run, D]
+    k, v = (
+        x.to(q.dtype).unfold(0, run + window_size - 1, run).transpose(2, 3)  # [runs, G, keys, D], without a copy
+        for x in (k, v)
+    )
+    i, j = torch.arange(run, device=q.device)[:, None], torch.arange(run + window_size - 1, device=q.device)
+    visible = ((j >= i) & (j < i + window_size)).repeat(q.shape[2], 1)  # [r * run, keys]
+    o = scaled_dot_product_attention(q.flatten(2, 3), k, v, attn_mask=visible, scale=scale)
+    o = o.unflatten(2, (-1, run)).permute(0, 3, 1, 2, 4)  # [runs, run, G, r, D]
+    return accumulate(o.flatten(2, 3).flatten(0, 1))
+
+
+def _causal(q, k, v, scale):
+    """Attention over all keys up to the query."""
+    if len(q) == len(k):
+        return _fused(q, k, v, scale, is_causal=True)
+    index, key = _stream_index(q, len(k) - len(q)), torch.arange(len(k), device=q.device)
+    return _masked(q, k, v, lambda rows: (key[: index[rows][-1] + 1] <= index[rows, None])[None], scale)
+
+
+def _masked(q, k, v, visible, scale):
+    """Attention where visible(rows) gives the mask of a few queries: bool [G or 1, c, keys up to the last of them]."""
+    outs = []
+    for rows in _slices(len(q), 4 * RUN):
+        mask = visible(rows)
+        m = mask.shape[-1]
+        outs.append(_fused(q[rows], k[:m], v[:m], scale, attn_mask=mask.unsqueeze(1)))
+    return torch.cat(outs)
+
+
+def _fused(q, k, v, scale, **mask):
+    """PyTorch's attention. KV heads are its batch, so that none is copied for its query heads."""
+    q = q.unflatten(1, (k.shape[1], -1)).permute(1, 2, 0, 3)  # [G, r, C, D]
+    k, v = (x.to(q.dtype).transpose(0, 1).unsqueeze(1).expand(-1, q.shape[1], -1, -1) for x in (k, v))
+    o = scaled_dot_product_attention(q, k, v, scale=scale, **mask)
+    return accumulate(o.permute(2, 0, 1, 3).flatten(1, 2))
+
+
+class _Part(NamedTuple):
+    """Some queries of a chunk, and keys that they all see but for a mask."""
+
+    rows: torch.Tensor  # int64 [m], of the chunk
+    keys: slice
+    bias: torch.Tensor | None  # bool [m, keys], False where hidden, or floating-point, to be added to the logits
+
+
+def _attend(q, k, v, scale, parts, max_keys=0, step=None):
+    """Softmax over parts; parts(rows, g) lists them for a slice of the queries and a KV head. Returns o, lse.
+
+    max_keys: the most that a query sees, by which chunks of queries are cut if `step` does not say how.
+    """
+    heads, groups = q.shape[1], k.shape[1]
+    step = step or MAX_SCORES // max(1, max_keys * heads // groups)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    chunks = [(rows, g, parts(rows, g)) for rows in _slices(len(q), step) for g in range(groups)]
+    chunks = [(rows, g, [part for part in found if part.keys.start < part.keys.stop]) for rows, g, found in chunks]
+    return _Attention.apply(accumulate(q), k, v, scale, chunks)
+
+
+class _Attention(torch.autograd.Function):
+    """o = Σ p_j v_j and lse = log Σ exp(x_j) with x_j = scale q·k_j + bias_j and p_j = exp(x_j - lse), over the keys j
+    of all parts in which a query is a row."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, scale, chunks):
+        o, lse = torch.zeros_like(q), q.new_full(q.shape[:2], -torch.inf)
+        k, v = k.transpose(0, 1).contiguous(), v.transpose(0, 1).contiguous()  # [G, n, D]
+        for queries, heads, g, parts in _with_heads(chunks, q.shape[1] // len(k)):
+            x = q[queries, heads] * scale  # [c, r, D]
+            logits = [_logits(x, k[g], part) for part in parts]  # each [m, r, keys]
+            sizes, rows = [len(part.rows) for part in parts], torch.cat([part.rows for part in parts])
+            tops = torch.cat([part.amax(-1) for part in logits])
+            top = lse[queries, heads].scatter_reduce(0, rows[:, None].expand_as(tops), tops, "amax")
+            top = top.masked_fill(top == -torch.inf, 0)  # the row sees nothing: all p are 0
+
+            out, sums = torch.zeros_like(x), []
+            for part, p, shift in zip(parts, logits, top.index_select(0, rows).split(sizes), strict=True):
+                p = p.sub_(shift.unsqueeze(-1)).exp_()
+                sums.append(p.sum(-1))
+                out.index_add_(0, part.rows, _rows_times(p, v[g, part.keys]))
+            total = torch.zeros_like(top).index_add_(0, rows, torch.cat(sums))
+            o[queries, heads] = out.div_(total.masked_fill(total == 0, 1).unsqueeze(-1))
+            lse[queries, heads] = top + total.log()
+        ctx.save_for_backward(q, k, v, o, lse)
+        ctx.scale, ctx.chunks = scale, chunks
+        ctx.mark_non_differentiable(lse)
+        return o, lse
+
+    @staticmethod
+    def backward(ctx, do, _):
+        """dv_j = Σ p_j do, dx_j = p_j (do·v_j - do·o), dq = scale Σ dx_j k_j, dk_j = scale Σ dx_j q."""
+        q, k, v, o, lse = ctx.saved_tensors
+        dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for queries, heads, g, parts in _with_heads(ctx.chunks, q.shape[1] // len(k)):
+            x, grad = q[queries, heads] * ctx.scale, do[queries, heads].contiguous()
+            own = (grad * o[queries, heads]).sum(-1, keepdim=True)
+            shift = lse[queries, heads].unsqueeze(-1)
+            shift = shift.masked_fill(shift == -torch.inf, 0)
+            out = torch.zeros_like(x)
+            for part in parts:
+                rows, keys, _ = part
+                p = _logits(x, k[g], part).sub_(shift.index_select(0, rows)).exp_()
+                grad_rows = grad.index_select(0, rows)
+                dx = _rows_times(grad_rows, v[g, keys].T).sub_(own.index_select(0, rows)).mul_(p)
+                out.index_add_(0, rows, _rows_times(dx, k[g, keys]))
+                dk[g, keys].addmm_(dx.flatten(0, 1).T, x.index_select(0, rows).flatten(0, 1))
+                dv[g, keys].addmm_(p.flatten(0, 1).T, grad_rows.flatten(0, 1))
+            dq[queries, heads] = out.mul_(ctx.scale)
+        return dq, dk.transpose(0, 1), dv.transpose(0, 1), None, None
+
+
+def _with_heads(chunks, r):
+    """(queries, their heads, KV head, parts) of chunks that have parts."""
+    return [(rows, slice(g * r, (g + 1) * r), g, parts) for rows, g, parts in chunks if parts]
+
+
+def _logits(x, k, part):
+    """x [c, r, D], k [n, D] -> [m, r, keys]"""
+    logits = _rows_times(x.index_select(0, part.rows), k[part.keys].T)
+    if part.bias is None:
+        return logits
+    bias = part.bias.unsqueeze(1)
+    return logits.masked_fill_(~bias, -torch.inf) if bias.dtype == torch.bool else logits.add_(bias)
+
+
+def _rows_times(x, y):
+    """x [m, r, a], y [a, b] -> [m, r, b]; one product, of m * r rows"""
+    return (x.flatten(0, 1) @ y).unflatten(0, x.shape[:2])
+
+
+# Pieces
+
+
+def _by_pieces(attend, nothing, q, k, v, cu_seqlens, cu_seqlens_k, *per_query, cut=0):
+    """attend(q, k, v, *per_query) -> tuple of [C, ...] for pieces of at most `PIECE` queries of a sample, joined.
+
+    k and v are those up to the last query, fp32 or fp64, so that their gradients are summed in it. The first result
+    gets the dtype of q. nothing: the results if there are no queries. cut: a stream index that no piece crosses.
+    """
+    dtype, k, v = q.dtype, accumulate(k), accumulate(v)
+    sizes, keys = [], []
+    cu_seqlens_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
+    for count, (start, stop) in zip(cu_seqlens.diff().tolist(), pairwise(cu_seqlens_k.tolist()), strict=True):
+        i = stop - start - count
+        while i < stop - start:
+            end = min(stop - start, (i // PIECE + 1) * PIECE, cut if i < cut else stop - start)
+            sizes.append(end - i)
+            keys.append(slice(start, start + end))
+            i = end
+    if not sizes:
+        return nothing
+    outs = []
+    with torch.autocast(q.device.type, enabled=False):
+        for own_keys, *queries in zip(keys, *(x.split(sizes) for x in (q, *per_query)), strict=True):
+            o, *rest = attend(queries[0], k[own_keys], v[own_keys], *queries[1:])
+            outs.append((o.to(dtype) if o.is_floating_point() else o, *rest))
+    return tuple(torch.cat(x) for x in zip(*outs, strict=True))
+
+
+def _nothing(q):
+    return q[:0], accumulate(q.detach()).new_empty(0, q.shape[1])
+
+
+def _slices(n, step):
+    step = max(1, step)
+    return [slice(start, min(start + step, n)) for start in range(0, n, step)]
+
+
+def _stream_index(q, first):
+    return torch.arange(first, first + len(q), device=q.device)
+
+
+def _indices(q, rows):
+    return torch.arange(rows.stop - rows.start, device=q.device)
+
+
+def _chosen(blocks, n, block_size):
+    """int32 [G, C, any] block indices of queries that reach n keys -> bool [G, C, blocks]"""
+    count = (n - 1) // block_size + 1
+    index = blocks.long().masked_fill((blocks < 0) | (blocks >= count), count)
+    return blocks.new_zeros(*blocks.shape[:2], count + 1, dtype=torch.bool).scatter_(2, index, True)[..., :count]
+
+
+def _visible_keys(chosen, index, block_size):
+    """bool [G, c, blocks] -> [G, c, keys up to the last query], without those after each query"""
+    key = torch.arange(int(index[-1]) + 1, device=chosen.device)
+    return chosen.repeat_interleave(block_size, -1)[..., : len(key)] & (key <= index[:, None])
+
+
+def blocks_per_query(own, block_size: int, block_count: int | float, window_size: int):
+    """How many blocks a query with the own block `own` (a number or a tensor) may choose, see `select_blocks`."""
+    if not isinstance(block_count, float):
+        return block_count
+    least = 3 + (window_size - 2) // block_size  # the first block, and what a window overlaps at most
+    share = (own + 1) * round(block_count * 10_000) // 10_000  # in integers, the same on every device
+    return max(share, least) if isinstance(share, int) else share.clamp(min=least)
+
+
+def most_blocks(n_keys: int, block_size: int, block_count: int | float, window_size: int) -> int:
+    """How many blocks a choice has room for: `block_count`, or for a share a power of two.
+
+    Raises:
+        ValueError: `block_count` is below the number of blocks that are always chosen.
+    """
+    least = 3 + (window_size - 2) // block_size
+    if not isinstance(block_count, float) and block_count < least:
+        raise ValueError(
+            f"block_count must be at least {least}, the blocks that are always chosen for a window of {window_size}: "
+            f"got {block_count}"
+        )
+    last = max(0, n_keys - 1) // block_size
+    most = blocks_per_query(last, block_size, block_count, window_size)
+    return most if most is block_count else 1 << (most - 1).bit_length()
 
 
 def head_by_head(attention, q: torch.Tensor, k: torch.Tensor, *args, **options) -> torch.Tensor:
@@ -562,10 +868,6 @@ def accumulate(x: torch.Tensor) -> torch.Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _stream_index(q: torch.Tensor, first: int) -> torch.Tensor:
-    return torch.arange(first, first + len(q), device=q.device)
-
-
 def _block_means(x: torch.Tensor, block_size: int) -> torch.Tensor:
     """[n, G, D] -> [complete blocks, G, D]"""
     count = len(x) // block_size
@@ -590,74 +892,7 @@ def _block_lse(q: torch.Tensor, k: torch.Tensor, block_size: int, scale: float |
     return _scores(q, means, scale) + spread
 
 
-def _chosen(blocks: torch.Tensor, n: int, block_size: int) -> torch.Tensor:
-    """int32 [G, C, any] block indices of queries that reach n keys -> bool [G, C, blocks]"""
-    count = (n - 1) // block_size + 1
-    index = blocks.long().masked_fill((blocks < 0) | (blocks >= count), count)
-    return blocks.new_zeros(*blocks.shape[:2], count + 1, dtype=torch.bool).scatter_(2, index, True)[..., :count]
-
-
-def _visible_keys(chosen: torch.Tensor, n: int, block_size: int) -> torch.Tensor:
-    """bool [G, C, blocks] -> [G, C, n], without the keys that come after each of the last C of n queries"""
-    j = torch.arange(n, device=chosen.device)
-    return chosen.repeat_interleave(block_size, -1)[..., :n] & (j <= j[n - chosen.shape[1] :, None])
-
-
 def _scores(q: torch.Tensor, k: torch.Tensor, scale: float | None) -> torch.Tensor:
     """q [C, H, D], k [m, G, D] -> [G, C, H / G, m]"""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return torch.einsum("cgrd,mgd->gcrm", q.unflatten(1, (k.shape[1], -1)), k) * scale
-
-
-def _softmax_attention(q, k, v, visible, scale, bias=None):
-    """q [C, H, D], k and v [m, G, D], visible bool [G or 1, C, m], bias [m] -> o [C, H, D], lse [C, H]."""
-    scores = _scores(q, k, scale)
-    scores = (scores if bias is None else scores + bias).masked_fill(~visible.unsqueeze(2), -torch.inf)
-    lse = scores.logsumexp(-1)  # [G, C, r]
-    p = (scores - lse.masked_fill(lse == -torch.inf, 0).unsqueeze(-1)).exp()  # all 0 where nothing is visible
-    o = torch.einsum("gcrm,mgd->cgrd", p, v)
-    return o.flatten(1, 2), lse.detach().transpose(0, 1).flatten(1)
-
-
-def _rows(q: torch.Tensor, keys_per_query: int) -> int:
-    """How many queries fit into `MAX_SCORES`."""
-    return max(1, MAX_SCORES // (q.shape[1] * max(1, keys_per_query)))
-
-
-def _chunks(cu_seqlens, cu_seqlens_k, rows) -> list[tuple[slice, slice, int]]:
-    """(queries, keys of their sample, stream index of the first query) for chunks; rows(keys reached) queries fit."""
-    cu_seqlens, cu_seqlens_k = cu_seqlens.tolist(), (cu_seqlens if cu_seqlens_k is None else cu_seqlens_k).tolist()
-    chunks = []
-    for (start, stop), (key_start, key_stop) in zip(pairwise(cu_seqlens), pairwise(cu_seqlens_k), strict=True):
-        first = key_stop - key_start - (stop - start)
-        a = start
-        while a < stop:
-            seen = first + a - start
-            # By the keys that a chunk reaches, so that chunks are of one size: malloc cannot reuse ever growing ones.
-            step = min(rows(seen + min(rows(seen + 1), stop - a)), stop - a)
-            chunks.append((slice(a, a + step), slice(key_start, key_stop), seen))
-            a += step
-    return chunks
-
-
-def _over_chunks(attend, q, k, v, cu_seqlens, cu_seqlens_k, keys_per_query, per_query=(), blocks=None, max_rows=None):
-    """Run attend(q, k, v, first[, of tensors per_query][, blocks]) -> (o, lse) chunk by chunk; join what it gives."""
-
-    def rows(n):
-        fit = _rows(q, keys_per_query(n))
-        return fit if max_rows is None else min(fit, max_rows)
-
-    chunks = _chunks(cu_seqlens, cu_seqlens_k, rows)
-    sizes = [(r.stop - r.start, first) for r, _, first in chunks]
-    scores = sum(n * keys_per_query(first + n) for n, first in sizes) * q.shape[1]
-    recompute = scores > MAX_SCORES and torch.is_grad_enabled()
-    recomputed = {"use_reentrant": False, "preserve_rng_state": False}
-    dtype, q, k, v = q.dtype, accumulate(q), accumulate(k), accumulate(v)
-    outs = [(q[:0], q.new_empty(0, q.shape[1]))]
-    with torch.autocast(q.device.type, enabled=False):
-        for r, s, first in chunks:
-            args = (q[r], k[s], v[s], first, *(x[r] for x in per_query))
-            args += () if blocks is None else (blocks[:, r],)
-            outs.append(checkpoint(attend, *args, **recomputed) if recompute else attend(*args))
-    o, lse = zip(*outs, strict=True)
-    return torch.cat(o).to(dtype), torch.cat(lse)

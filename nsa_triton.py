@@ -376,7 +376,7 @@ class _Call:
         self.cu_seqlens, self.cu_seqlens_k = cu_seqlens.contiguous(), cu_seqlens_k.contiguous()
         self.heads, self.starts, self.block_size = heads, starts, block_size
         self.samples = len(cu_seqlens) - 1
-        self.heads_p2 = triton.next_power_of_2(max(stop - start for start, stop in pairwise(starts)))
+        self.most_heads = max(stop - start for start, stop in pairwise(starts))
         self.common = {  # arguments of every kernel that has a parameter of the name
             "CU_Q": self.cu_seqlens,
             "CU_K": self.cu_seqlens_k,
@@ -494,21 +494,26 @@ class _Call:
 
     def union(self, blocks, tile):
         """What `_union_kernel` gives for tiles of that many queries, and the entries that each has room for."""
-        room = tile * triton.next_power_of_2(blocks.shape[2])
-        tiles = self.tiles(tile)
+        count, tiles = blocks.shape[2], self.tiles(tile)
+        room = tile * count
         union, bits = torch.empty(2, self.groups, tiles, room, dtype=torch.int32, device=blocks.device)
         sizes = torch.empty(self.groups, tiles, 2, dtype=torch.int32, device=blocks.device)
-        counts = {"COUNT": blocks.shape[2], "COUNT_P2": room // tile}
+        counts = {"COUNT": count, "ROOM": room, "ROOM_P2": triton.next_power_of_2(room)}
         arguments = (blocks, union, bits, sizes, self.n)
         self.launch(_union_kernel, (tiles, self.groups), *arguments, BQ=tile, **counts, num_warps=4)
         return (union, bits, sizes), room
 
     def selected_config(self, kernel):
-        """Configuration of a kernel whose rows are queries times heads; at most 32 queries, which have a bit each."""
+        """Configuration of a kernel whose rows are queries times heads; at most 32 queries, which have a bit each.
+
+        As many queries as fit: 18 of 7 heads fill 126 of 128 rows. In the kernel of dk and dv, which cuts rows into
+        few queries at a time, heads are rounded up to a power of 2 instead: there nothing more would fit.
+        """
         config = _config(kernel, self.q)
-        tile = max(min(config.pop("BM") // self.heads_p2, 32), 16 // self.heads_p2, 1)
+        heads = triton.next_power_of_2(self.most_heads) if kernel == "selected_dkv" else self.most_heads
+        tile = max(1, min(config.pop("BM") // heads, 32))
         config["BN"] = min(config["BN"], self.block_size)
-        return {**config, "BQ": tile, "HEADS_P2": self.heads_p2}
+        return {**config, "BQ": tile, "EACH": heads, "ROWS": max(16, triton.next_power_of_2(tile * heads))}
 
     def selected(self, blocks, out, lse, gates=None, branch=0, keep=None):
         config = self.selected_config("selected")
@@ -613,7 +618,7 @@ class _Backward(_Call):
     def band_partial(self, name):
         """Partial sums fp32 [2, splits of the queries, keys, G, D]."""
         tensors, constants = self.terms[name]
-        config = _config("band_dkv", self.q)
+        config = _config("remainder_dkv" if name == "remainder" else "band_dkv", self.q)
         k, v, window, size = self.band(name)
         tiles = triton.cdiv(len(k), config["BN"]) + self.samples
         splits = 1
@@ -696,16 +701,17 @@ def _head_table(heads: tuple, starts: tuple, n_heads: int, device: torch.device)
 # where a program has 227 KB of shared memory, and where it has 99 KB or an architecture is not known.
 _HOPPER = {
     "compressed": {"BM": 128, "BN": 64, "num_warps": 8, "num_stages": 3},
-    "remainder": {"BM": 64, "BN": 64, "num_warps": 8, "num_stages": 2},
-    "importance": {"BM": 64, "BN": 128, "num_warps": 4, "num_stages": 2},
+    "remainder": {"BM": 64, "BN": 64, "num_warps": 8, "num_stages": 3},
+    "importance": {"BM": 64, "BN": 128, "num_warps": 4, "num_stages": 3},
     "estimate": {"BM": 64, "BN": 64, "num_warps": 4, "num_stages": 2},
-    "selected": {"BM": 128, "BN": 64, "num_warps": 8, "num_stages": 2},
+    "selected": {"BM": 128, "BN": 64, "num_warps": 8, "num_stages": 3},
     "window": {"BM": 128, "BN": 64, "num_warps": 8, "num_stages": 3},
-    "band_dq": {"BM": 128, "BN": 64, "num_warps": 8, "num_stages": 2},
-    "remainder_dq": {"BM": 64, "BN": 64, "num_warps": 8, "num_stages": 2},
-    "band_dkv": {"BM": 32, "BN": 64, "num_warps": 8, "num_stages": 2},
-    "selected_dq": {"BM": 128, "BN": 64, "num_warps": 8, "num_stages": 2},
-    "selected_dkv": {"BM": 32, "BN": 64, "num_warps": 4, "num_stages": 2},
+    "band_dq": {"BM": 128, "BN": 64, "num_warps": 8, "num_stages": 3},
+    "remainder_dq": {"BM": 64, "BN": 64, "num_warps": 8, "num_stages": 3},
+    "band_dkv": {"BM": 32, "BN": 64, "num_warps": 4, "num_stages": 3},
+    "remainder_dkv": {"BM": 32, "BN": 64, "num_warps": 4, "num_stages": 2},
+    "selected_dq": {"BM": 128, "BN": 64, "num_warps": 8, "num_stages": 3},
+    "selected_dkv": {"BM": 32, "BN": 64, "num_warps": 4, "num_stages": 3},
 }
 _AMPERE = {
     "compressed": {"BM": 64, "BN": 64, "num_warps": 8, "num_stages": 2},
@@ -717,6 +723,7 @@ _AMPERE = {
     "band_dq": {"BM": 64, "BN": 64, "num_warps": 8, "num_stages": 2},
     "remainder_dq": {"BM": 64, "BN": 32, "num_warps": 8, "num_stages": 2},
     "band_dkv": {"BM": 32, "BN": 64, "num_warps": 8, "num_stages": 2},
+    "remainder_dkv": {"BM": 32, "BN": 64, "num_warps": 8, "num_stages": 2},
     "selected_dq": {"BM": 64, "BN": 64, "num_warps": 8, "num_stages": 2},
     "selected_dkv": {"BM": 64, "BN": 64, "num_warps": 8, "num_stages": 1},
 }
@@ -1079,30 +1086,29 @@ def _is_searching(low, high, n_low, most, MASS: tl.constexpr):
 @_jit
 def _union_kernel(
     BLOCKS, UNION, BITS, SIZES, n, CU_Q, CU_K, B,
-    G: tl.constexpr, B_P2: tl.constexpr, S: tl.constexpr, BQ: tl.constexpr, COUNT: tl.constexpr, COUNT_P2: tl.constexpr,
+    G: tl.constexpr, B_P2: tl.constexpr, S: tl.constexpr, BQ: tl.constexpr, COUNT: tl.constexpr, ROOM: tl.constexpr,
+    ROOM_P2: tl.constexpr,
 ):  # fmt: skip
     """The union of the blocks that a tile's queries chose.
 
-    UNION [G, tiles, entries]: block indices, ascending; BITS: running sums (mod 2³²) of the sets of queries that chose
+    UNION [G, tiles, ROOM]: block indices, ascending; BITS: running sums (mod 2³²) of the sets of queries that chose
     each, a bit per query; SIZES [G, tiles, 2]: number of blocks, and of those that every query has behind it.
     """
     tile = tl.program_id(0)
     g = tl.program_id(1)
     first, q0, k0, block0, n_q, n_k = _place(tile, CU_Q, CU_K, B, BQ, 0, S, B_P2)
-    ROOM: tl.constexpr = BQ * COUNT_P2
-    e = tl.arange(0, ROOM)
-    m = first + e // COUNT_P2
-    slot = e % COUNT_P2
-    there = (m < n_q) & (slot < COUNT)
-    block = tl.load(BLOCKS + (g * n + q0 + m).to(tl.int64) * COUNT + slot, mask=there, other=-1)
+    e = tl.arange(0, ROOM_P2)
+    m = first + e // COUNT
+    there = (m < n_q) & (e < ROOM)
+    block = tl.load(BLOCKS + (g * n + q0 + first).to(tl.int64) * COUNT + e, mask=there, other=-1)
     block = tl.where(block <= (n_k - n_q + m) // S, block, -1)  # of blocks given, some may be beyond the query's own
-    key = tl.sort(tl.where(block >= 0, block * BQ + e // COUNT_P2, 0x7FFFFFFF))
+    key = tl.sort(tl.where(block >= 0, block * BQ + e // COUNT, 0x7FFFFFFF))
     valid = key != 0x7FFFFFFF
     block = key // BQ
     before = tl.gather(key, tl.maximum(e - 1, 0), 0)
-    after = tl.gather(key, tl.minimum(e + 1, ROOM - 1), 0)
+    after = tl.gather(key, tl.minimum(e + 1, ROOM_P2 - 1), 0)
     new = valid & ((e == 0) | (block != before // BQ))
-    last = valid & ((e == ROOM - 1) | (block != after // BQ))
+    last = valid & ((e == ROOM_P2 - 1) | (block != after // BQ))
     again = (e > 0) & (key == before)
     at = (g * tl.num_programs(0) + tile).to(tl.int64)
     position = tl.cumsum(new.to(tl.int32), 0) - 1
@@ -1119,42 +1125,51 @@ def _selected_kernel(
     Q, K, V, OUT, LSE, UNION_, BITS, SIZES, GATES, KEPT, CU_Q, CU_K, B, HEADS, scale,
     H: tl.constexpr, E: tl.constexpr, G: tl.constexpr, D: tl.constexpr, D_P2: tl.constexpr, B_P2: tl.constexpr,
     PRECISION: tl.constexpr, UNION: tl.constexpr, BN: tl.constexpr, S: tl.constexpr, BQ: tl.constexpr,
-    HEADS_P2: tl.constexpr, GATED: tl.constexpr, BRANCH: tl.constexpr, KEEP: tl.constexpr,
+    EACH: tl.constexpr, ROWS: tl.constexpr, GATED: tl.constexpr, BRANCH: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """Attention of a tile over the union of its blocks: rows are its queries times the heads of a KV head, and a row
-    takes part in the blocks that its query chose."""
+    takes part in the blocks that its query chose.
+
+    Turns are pipelined by hand: logits are computed a turn before their softmax, so that matrix products run beside
+    exponentials, and where keys stand is known a turn before they are loaded. The compiler would load a block's index
+    and its keys in the same turn, and by waiting for the index wait for all keys under way.
+    """
     tile = tl.program_id(0)
     g = tl.program_id(1)
     first, q0, k0, block0, n_q, n_k = _place(tile, CU_Q, CU_K, B, BQ, 0, S, B_P2)
     if first < n_q:
-        m, row, at_q, at_e = _head_rows(first, q0, n_q, g, HEADS, H, E, G, BQ, HEADS_P2)
+        m, row, at_q, at_e = _head_rows(first, q0, n_q, g, HEADS, H, E, G, BQ, EACH, ROWS)
         i = n_k - n_q + m
         q = _load(Q, at_q * D, row, D, D_P2, True)
-        acc = tl.zeros((BQ * HEADS_P2, D_P2), tl.float32)
-        top = tl.full((BQ * HEADS_P2,), -1e30, tl.float32)
-        total = tl.zeros((BQ * HEADS_P2,), tl.float32)
+        acc = tl.zeros((ROWS, D_P2), tl.float32)
+        top = tl.full((ROWS,), -1e30, tl.float32)
+        total = tl.zeros((ROWS,), tl.float32)
         j = tl.arange(0, BN)
         at = (g * tl.num_programs(0) + tile).to(tl.int64)
         size = tl.load(SIZES + 2 * at)
         behind = tl.load(SIZES + 2 * at + 1)
         at = at * UNION
         PARTS: tl.constexpr = S // BN
+        key, on = _entry(UNION_, BITS, at, 0, size, m - first, S, PARTS)
+        next_key, _ = _entry(UNION_, BITS, at, 1, size, m - first, S, PARTS)
+        x = _logits(q, K, k0, key + j, n_k, g, G, D, D_P2, PRECISION)
         # Two loops rather than one with a mask; the second is a loop, too, because two dots of straight-line code
         # after a pipelined loop make ptxas serialise every wgmma of the kernel.
         for part in range(behind * PARTS):
-            key, on = _entry(UNION_, BITS, at, part, m - first, S, PARTS)
-            where = ((k0 + key + j).to(tl.int64) * G + g) * D
-            x = tl.dot(q, tl.trans(_load(K, where, row, D, D_P2, False)), input_precision=PRECISION)
-            v = _load(V, where, row, D, D_P2, False)
+            next_x = _logits(q, K, k0, next_key + j, n_k, g, G, D, D_P2, PRECISION)
+            v = _load(V, ((k0 + key + j).to(tl.int64) * G + g) * D, row, D, D_P2, False)
             acc, top, total = _softmax_step(acc, top, total, x, v, scale, on, PRECISION)
+            x = next_x
+            key, on = _entry(UNION_, BITS, at, part + 1, size, m - first, S, PARTS)
+            next_key, _ = _entry(UNION_, BITS, at, part + 2, size, m - first, S, PARTS)
         for part in range(behind * PARTS, size * PARTS):
-            key, on = _entry(UNION_, BITS, at, part, m - first, S, PARTS)
-            where = ((k0 + key + j).to(tl.int64) * G + g) * D
-            there = key + j < n_k
-            x = tl.dot(q, tl.trans(_load(K, where, there, D, D_P2, True)), input_precision=PRECISION)
+            next_x = _logits(q, K, k0, next_key + j, n_k, g, G, D, D_P2, PRECISION)
+            v = _load(V, ((k0 + key + j).to(tl.int64) * G + g) * D, key + j < n_k, D, D_P2, True)
             x = tl.where((key + j)[None, :] <= i[:, None], x, float("-inf"))
-            v = _load(V, where, there, D, D_P2, True)
             acc, top, total = _softmax_step(acc, top, total, x, v, scale, on, PRECISION)
+            x = next_x
+            key, on = _entry(UNION_, BITS, at, part + 1, size, m - first, S, PARTS)
+            next_key, _ = _entry(UNION_, BITS, at, part + 2, size, m - first, S, PARTS)
         o, lse = _finish(acc, top, total)
         tl.store(LSE + at_e, lse, mask=row)
         _store_share(OUT, KEPT, GATES, at_e, row, o, D, D_P2, GATED, BRANCH, KEEP)
@@ -1203,26 +1218,38 @@ def _entries(HEADS, g, E: tl.constexpr, G: tl.constexpr):
 @_jit
 def _head_rows(
     first, q0, n_q, g, HEADS,
-    H: tl.constexpr, E: tl.constexpr, G: tl.constexpr, BQ: tl.constexpr, HEADS_P2: tl.constexpr,
+    H: tl.constexpr, E: tl.constexpr, G: tl.constexpr, BQ: tl.constexpr, EACH: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Rows of a tile of queries times the heads of a KV head: query, whether there is one, and the row in [N, H] and in
-    [N, E]."""
-    r = tl.arange(0, BQ * HEADS_P2)
-    m = first + r // HEADS_P2
+    """Rows of a tile of BQ queries times EACH heads of a KV head, padded to ROWS: query, whether there is one, and the
+    row in [N, H] and in [N, E]."""
+    r = tl.arange(0, ROWS)
+    m = first + tl.minimum(r // EACH, BQ - 1)
     e0, e1 = _entries(HEADS, g, E, G)
-    e = e0 + r % HEADS_P2
-    row = (m < n_q) & (e < e1)
+    e = e0 + r % EACH
+    row = (r < BQ * EACH) & (m < n_q) & (e < e1)
     h, _ = _heads(HEADS, e, row, H, E, G)
     token = (q0 + m).to(tl.int64)
     return m, row, token * H + h, token * E + e
 
 
 @_jit
-def _entry(UNION_, BITS, at, part, query, S: tl.constexpr, PARTS: tl.constexpr):
-    """First key of a part of a tile's union, and which rows, of the queries `query` of the tile, chose its block."""
+def _entry(UNION_, BITS, at, part, size, query, S: tl.constexpr, PARTS: tl.constexpr):
+    """First key of a part of a tile's union of `size` blocks, and which rows, of the queries `query` of the tile, chose
+    its block. Beyond the end: key 0, and no row."""
     entry = at + part // PARTS
-    bits = tl.load(BITS + entry) - tl.load(BITS + entry - 1, mask=part >= PARTS, other=0)
-    return tl.load(UNION_ + entry) * S + part % PARTS * (S // PARTS), ((bits >> query) & 1) != 0
+    there = part < size * PARTS
+    bits = tl.load(BITS + entry, mask=there, other=0) - tl.load(BITS + entry - 1, mask=there & (part >= PARTS), other=0)
+    block = tl.load(UNION_ + entry, mask=there, other=0)
+    return block * S + part % PARTS * (S // PARTS), ((bits >> query) & 1) != 0
+
+
+@_jit
+def _logits(
+    q, K, k0, key, n_k, g, G: tl.constexpr, D: tl.constexpr, D_P2: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    """Products of q [R, D] with the keys `key` [n] of a sample."""
+    k = _load(K, ((k0 + key).to(tl.int64) * G + g) * D, key < n_k, D, D_P2, True)
+    return tl.dot(q, tl.trans(k), input_precision=PRECISION)
 
 
 @_jit
@@ -1328,38 +1355,40 @@ def _selected_dq_kernel(
     Q, K, V, DQ, D_OUT, LSE, GATES, DOTS, UNION_, BITS, SIZES, CU_Q, CU_K, B, HEADS, scale,
     H: tl.constexpr, E: tl.constexpr, G: tl.constexpr, D: tl.constexpr, D_P2: tl.constexpr, B_P2: tl.constexpr,
     PRECISION: tl.constexpr, UNION: tl.constexpr, BN: tl.constexpr, S: tl.constexpr, BQ: tl.constexpr,
-    HEADS_P2: tl.constexpr, ADD: tl.constexpr, GATED: tl.constexpr, BRANCHES: tl.constexpr, BRANCH: tl.constexpr,
+    EACH: tl.constexpr, ROWS: tl.constexpr, ADD: tl.constexpr, GATED: tl.constexpr, BRANCHES: tl.constexpr,
+    BRANCH: tl.constexpr,
 ):  # fmt: skip
     """Gradient of a tile's queries through `_selected_kernel`: DQ [N, E, D]."""
     tile = tl.program_id(0)
     g = tl.program_id(1)
     first, q0, k0, block0, n_q, n_k = _place(tile, CU_Q, CU_K, B, BQ, 0, S, B_P2)
     if first < n_q:
-        m, row, at_q, at_e = _head_rows(first, q0, n_q, g, HEADS, H, E, G, BQ, HEADS_P2)
+        m, row, at_q, at_e = _head_rows(first, q0, n_q, g, HEADS, H, E, G, BQ, EACH, ROWS)
         i = n_k - n_q + m
         q, do, lse, gate, dot = _gradient_rows(
             Q, D_OUT, LSE, GATES, DOTS, at_q, at_e, row, D, D_P2, GATED, BRANCHES, BRANCH
         )
-        acc = tl.zeros((BQ * HEADS_P2, D_P2), tl.float32)
+        acc = tl.zeros((ROWS, D_P2), tl.float32)
         j = tl.arange(0, BN)
         at = (g * tl.num_programs(0) + tile).to(tl.int64)
         size = tl.load(SIZES + 2 * at)
         behind = tl.load(SIZES + 2 * at + 1)
         at = at * UNION
         PARTS: tl.constexpr = S // BN
+        key, on = _entry(UNION_, BITS, at, 0, size, m - first, S, PARTS)  # a turn ahead, as in the forward pass
         for part in range(behind * PARTS):
-            key, on = _entry(UNION_, BITS, at, part, m - first, S, PARTS)
             where = ((k0 + key + j).to(tl.int64) * G + g) * D
             k = _load(K, where, row, D, D_P2, False)
             v = _load(V, where, row, D, D_P2, False)
             acc = _dq_step(acc, q, do, k, v, on, scale, tl.where(on, lse, float("inf")), dot, False, PRECISION)
+            key, on = _entry(UNION_, BITS, at, part + 1, size, m - first, S, PARTS)
         for part in range(behind * PARTS, size * PARTS):
-            key, on = _entry(UNION_, BITS, at, part, m - first, S, PARTS)
             where = ((k0 + key + j).to(tl.int64) * G + g) * D
             k = _load(K, where, key + j < n_k, D, D_P2, True)
             v = _load(V, where, key + j < n_k, D, D_P2, True)
             keep = (key + j)[None, :] <= i[:, None]
             acc = _dq_step(acc, q, do, k, v, keep, scale, tl.where(on, lse, float("inf")), dot, True, PRECISION)
+            key, on = _entry(UNION_, BITS, at, part + 1, size, m - first, S, PARTS)
         _store_dq(DQ, at_e * D, row, acc, gate, scale, D, D_P2, ADD)
 
 
@@ -1392,23 +1421,29 @@ def _band_dkv_kernel(
         low += split * step
         high = tl.minimum(high, low + step)
         e0, e1 = _entries(HEADS, g, E, G)
-        tiles = tl.cdiv(tl.maximum(high - low, 0), BM)
-        for t in range(tiles * (e1 - e0)):  # head by head
-            e = e0 + t // tiles
-            m = low + t % tiles * BM + tl.arange(0, BM)
+        # From a tile's first row, so that what differs between rows stays the same from turn to turn.
+        r = tl.arange(0, BM)
+        way = -r if REVERSE else r
+        start, e = low, e0
+        for _ in range(tl.cdiv(tl.maximum(high - low, 0), BM) * (e1 - e0)):  # head by head
+            m = start + r
             row = m < high
-            token = _row(q0, m, n_q, REVERSE)
-            at = token * E + e
             h, _ = _heads(HEADS, e, True, H, E, G)
+            token = _row(q0, start, n_q, REVERSE)
+            at_q, at_e = token * H + h, token * E + e
             q, do, lse, gate, dot = _gradient_rows(
-                Q, D_OUT, LSE, GATES, DOTS, token * H + h, at, row, D, D_P2, GATED, BRANCHES, BRANCH
-            )
+                Q + at_q * D, D_OUT + at_e * D, LSE + at_e, GATES + at_e * BRANCHES, DOTS + at_e * BRANCHES,
+                way * H, way * E, row, D, D_P2, GATED, BRANCHES, BRANCH,
+            )  # fmt: skip
             seen = _seen(SEEN, q0, m, n_q, n_k, S)[None, :]
             keep = (j[:, None] < seen) & (j[:, None] >= seen - window)
             if SKIP is not None:
                 at = ((q0 + m).to(tl.int64) * G + g)[None, :]
                 keep = keep & ~_is_skipped(SKIP, at, row[None, :], j[:, None], WORDS)
             dk, dv = _dkv_step(dk, dv, q, do, k, v, keep, scale, lse, gate, dot, PRECISION)
+            start += BM
+            e = tl.where(start < high, e, e + 1)
+            start = tl.where(start < high, start, low)
         where += split * (tl.cast(n_keys, tl.int64) * (G * D))
         _store(DK, where, there, dk * (scale * 0.6931471805599453), D, D_P2)
         _store(DV, where, there, dv, D, D_P2)
@@ -1420,7 +1455,7 @@ def _selected_dkv_kernel(
     scale,
     H: tl.constexpr, E: tl.constexpr, G: tl.constexpr, D: tl.constexpr, D_P2: tl.constexpr, B_P2: tl.constexpr,
     PRECISION: tl.constexpr, LIST: tl.constexpr, BN: tl.constexpr, S: tl.constexpr, BQ: tl.constexpr,
-    HEADS_P2: tl.constexpr, GATED: tl.constexpr, BRANCHES: tl.constexpr, BRANCH: tl.constexpr,
+    EACH: tl.constexpr, ROWS: tl.constexpr, GATED: tl.constexpr, BRANCHES: tl.constexpr, BRANCH: tl.constexpr,
 ):  # fmt: skip
     """Gradients of BN keys of a block through a piece of the list of queries that chose it: DK, DV fp32 [pieces, S, D].
     Lists are those of `_Call.lists`, `pieces` of them per KV head from g0 on."""
@@ -1438,13 +1473,13 @@ def _selected_dkv_kernel(
         v = _load(V, where, there, D, D_P2, True)
         dk = tl.zeros((BN, D_P2), tl.float32)
         dv = tl.zeros((BN, D_P2), tl.float32)
-        r = tl.arange(0, BQ * HEADS_P2)
+        r = tl.arange(0, ROWS)
         e0, e1 = _entries(HEADS, g, E, G)
-        e = e0 + r % HEADS_P2
-        is_head = e < e1
+        e = e0 + r % EACH
+        is_head = (r < BQ * EACH) & (e < e1)
         h, _ = _heads(HEADS, e, is_head, H, E, G)
+        token = tl.load(QUERIES + start + r // EACH, mask=start + r // EACH < stop, other=-1)
         for at in range(start, stop, BQ):
-            token = tl.load(QUERIES + at + r // HEADS_P2, mask=at + r // HEADS_P2 < stop, other=-1)
             row = (token >= 0) & is_head
             at_e = token.to(tl.int64) * E + e
             q, do, lse, gate, dot = _gradient_rows(
@@ -1453,6 +1488,8 @@ def _selected_dkv_kernel(
             i = token - q0 + n_k - n_q
             keep = (first + n)[:, None] <= i[None, :]
             dk, dv = _dkv_step(dk, dv, q, do, k, v, keep, scale, lse, gate, dot, PRECISION)
+            after = at + BQ + r // EACH  # a turn ahead, as in `_selected_kernel`
+            token = tl.load(QUERIES + after, mask=after < stop, other=-1)
         out = (piece.to(tl.int64) * S + n) * D
         _store(DK, out, there, dk * (scale * 0.6931471805599453), D, D_P2)
         _store(DV, out, there, dv, D, D_P2)

@@ -1,53 +1,52 @@
 """From videos to model inputs: which frames a prompt can afford, their pixels as patches, and the processor classes.
 
-Files are read by `video_reader.py`, within a plan of `video_planner.py`. Patches, placeholders and the chat template
+What users give is brought to one form by `video_inputs.py`; files are read by `video_reader.py`, within a plan of
+`video_planner.py`. Patches, placeholders and the chat template
 are those of Qwen2.5-VL; what the model makes of them is in `modeling_videonsa.py`.
 """
 
-import math
+import contextlib
 import os
-import re
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
-from transformers import BatchFeature, Qwen2_5_VLProcessor, Qwen2VLVideoProcessor
-from transformers.image_utils import SizeDict, infer_channel_dimension_format, load_image
+from transformers import AutoImageProcessor, AutoTokenizer, BatchFeature, Qwen2_5_VLProcessor, Qwen2VLVideoProcessor
+from transformers.image_utils import SizeDict
 from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessorInitKwargs
 from transformers.utils import logging
 from transformers.video_utils import VideoMetadata
 
-from .video_planner import RIVALS, VideoPlan, check_range, check_request, plan_video
-from .video_reader import VideoFile, frames_on_screen, local_path
+from .video_inputs import (
+    Animation,
+    SampledVideoMetadata,
+    VideoClip,
+    as_one,
+    file_metadata,
+    frame_to_tensor,
+    frames_metadata,
+    is_file,
+    list_metadata,
+    list_videos,
+    merge_settings,
+    open_animation,
+    pixel_factor,
+    settings_of,
+    stack_frames,
+    with_clips,
+    with_settings,
+)
+from .video_planner import VideoPlan, check_range, check_request, plan_video, shorten
+from .video_reader import VideoFile, frames_on_screen
+from .video_source import open_source
 
-# A list of such paths is the frames of one video, as is a folder of them; any other path is a video of its own.
-IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-# Keys that a video of a conversation may have of its own, by their names in qwen_vl_utils too; then those it may not.
-CLIP_KEYS = {
-    **{key: key for key in ("fps", "num_frames", "max_pixels", "frame_tokens", "max_tokens", "prefer", "start", "end")},
-    **{key: key for key in ("min_frames", "max_frames", "min_pixels", "text_tokens", "block_size", "on_error")},
-    "nframes": "num_frames",
-    "video_start": "start",
-    "video_end": "end",
-}
-NO_CLIP_KEYS = {"total_pixels", "resized_height", "resized_width", "timeout", "max_source_pixels", "max_duration"}
 # Numbers that are normalised and cut into patches at a time; bytes of pixels that are given up together after that,
 # enough for malloc to return them.
 CHUNK, PART = 2**22, 2**26
 
 logger = logging.get_logger(__name__)
-
-
-@dataclass
-class VideoClip:
-    """A video with settings of its own, which go before those of the call: `VideoClip("a.mp4", {"start": 60})`."""
-
-    source: Any
-    settings: dict[str, Any]
 
 
 class VideoNSAProcessor(Qwen2_5_VLProcessor):
@@ -59,10 +58,39 @@ class VideoNSAProcessor(Qwen2_5_VLProcessor):
     """
 
     def __call__(self, images=None, text=None, videos=None, audio=None, **kwargs) -> BatchFeature:
+        videos, kwargs = with_settings(videos, kwargs)
         output = super().__call__(images=images, text=text, videos=videos, audio=audio, **kwargs)
         if "video_metadata" in output:
             patch = self.video_processor.temporal_patch_size
             output["timestamps"] = [metadata.sample_times[::patch] for metadata in output["video_metadata"]]
+        return output
+
+    @classmethod
+    def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
+        # The video processor is this module's: AutoVideoProcessor would ask to run the repository's copy of the code.
+        classes = {
+            "image_processor": AutoImageProcessor,
+            "tokenizer": AutoTokenizer,
+            "video_processor": VideoNSAVideoProcessor,
+        }
+        return [classes[name].from_pretrained(pretrained_model_name_or_path, **kwargs) for name in cls.get_attributes()]
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        components = self.image_processor, self.video_processor, self
+        before = [vars(component).get("auto_map") for component in components]
+        files = super().save_pretrained(save_directory, *args, **kwargs)
+
+        # The stock method leaves a reference to this class in each component, so that a second save would differ.
+        for component, auto_map in zip(components, before, strict=True):
+            component.auto_map = auto_map
+            if auto_map is None:
+                del component.auto_map
+        return files
+
+    def to_dict(self) -> dict[str, Any]:
+        output = super().to_dict()
+        output["auto_map"] = {"AutoProcessor": reference(self)}
+        output["image_processor"].pop("auto_map", None)
         return output
 
     def apply_chat_template(self, conversation, *args, **kwargs):
@@ -70,7 +98,11 @@ class VideoNSAProcessor(Qwen2_5_VLProcessor):
 
     def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
         images, text, _, audio = super().prepare_inputs_layout(images=images, text=text, audio=audio, **kwargs)
-        return images, text, None if videos is None else list_videos(videos), audio
+        if videos is not None:
+            videos = list_videos(videos)
+            if not videos:
+                raise ValueError("`videos` holds no video; without any, leave it out")
+        return images, text, videos, audio
 
     def validate_inputs(self, images=None, text=None, videos=None, audio=None, **kwargs):
         check_request({**kwargs, **kwargs.get("videos_kwargs", {})})
@@ -144,6 +176,14 @@ class VideoNSAVideoProcessor(Qwen2VLVideoProcessor):
     cap_pixels_per_frame = False
     valid_kwargs = VideoNSAVideoProcessorKwargs
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, trust_remote_code=None, **kwargs):
+        # Only the Auto classes know `trust_remote_code`; here it would become a setting.
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**super().to_dict(), "auto_map": {"AutoVideoProcessor": reference(self)}}
+
     def preprocess(self, videos, **kwargs) -> BatchFeature:
         """Returns `pixel_values_videos` [patches, 1176] and `video_grid_thw` [videos, 3], the patches along t, h, w.
 
@@ -159,7 +199,8 @@ class VideoNSAVideoProcessor(Qwen2VLVideoProcessor):
         metadata = list_metadata(kwargs.pop("video_metadata", None), len(videos))
         return_tensors = kwargs.pop("return_tensors", None)
         return_metadata = self._setting("return_metadata", kwargs)
-        features = [self._preprocess_one(*video, kwargs) for video in zip(videos, metadata, strict=True)]
+        settings = settings_of(kwargs, len(videos))
+        features = [self._preprocess_one(*video) for video in zip(videos, metadata, settings, strict=True)]
 
         def join(name: str) -> torch.Tensor:
             parts = [feature[name] for feature in features]
@@ -176,11 +217,12 @@ class VideoNSAVideoProcessor(Qwen2VLVideoProcessor):
         In place of a file that is not to be read at all, `video` may be its `VideoMetadata`, with width and height.
         """
         if unknown := kwargs.keys() - self.valid_kwargs.__annotations__.keys():
-            raise TypeError(f"plan() got unknown settings: {', '.join(sorted(unknown))}")
+            raise TypeError(f"plan() got unknown settings: {shorten(', '.join(sorted(unknown)))}")
         if isinstance(video, VideoMetadata):
             metadata = frames_metadata(video, video.total_num_frames, video.height, video.width)
             return self._sample(metadata, kwargs, self._setting("do_sample_frames", kwargs))[0].plan
-        (video,), (metadata,) = list_videos(video), list_metadata(kwargs.pop("video_metadata", None), 1)
+        (kwargs,) = settings_of(kwargs, 1)
+        (video,), (metadata,) = list_videos(as_one(video)), list_metadata(kwargs.pop("video_metadata", None), 1)
         with self._opened(video, metadata, kwargs) as (_, _, sampled, _):
             return sampled.plan
 
@@ -207,6 +249,9 @@ class VideoNSAVideoProcessor(Qwen2VLVideoProcessor):
                 parts = source.read_parts(indices, **size, size=-(-PART // (frame * patch)) * patch, resize=resize)
             else:
                 frames = self._frames(source, indices, kwargs)
+                if self._setting("do_rescale", kwargs) and not isinstance(source, Animation):
+                    factor = pixel_factor(source[i] for i in indices)
+                    frames = frames if factor == 1 else (frame.float() * factor for frame in frames)
                 parts = [stack_frames((resize(frame[None], **size) for frame in frames), len(indices))]
         features = self._patches(parts, kwargs)
         features["video_metadata"] = metadata
@@ -236,29 +281,37 @@ class VideoNSAVideoProcessor(Qwen2VLVideoProcessor):
                 start += len(made)
         return BatchFeature({"pixel_values_videos": patches, "video_grid_thw": grid})
 
-    @contextmanager
+    @contextlib.contextmanager
     def _opened(self, video, metadata: VideoMetadata | None, kwargs: dict[str, Any]):
         """For an entry of `list_videos`: a `VideoFile` or a sequence of frames; the kwargs with its own settings; the
         metadata of the frames to take, and their indices."""
         if isinstance(video, VideoClip):
-            replaced = {name for pair in RIVALS for name in pair if not video.settings.keys().isdisjoint(pair)}
-            kwargs = {key: value for key, value in kwargs.items() if key not in replaced} | video.settings
+            kwargs = merge_settings(kwargs, *settings_of(video.settings, 1))
             (video,) = list_videos(video.source)
         sample = self._setting("do_sample_frames", kwargs)
-        if is_file(video):
-            with VideoFile(
-                video,
-                on_error=self._setting("on_error", kwargs),
-                timeout=self._setting("timeout", kwargs),
-                max_pixels=self._setting("max_source_pixels", kwargs),
-                max_seconds=self._setting("max_duration", kwargs),
-            ) as file:
-                try:
-                    sampled = self._sample(file_metadata(file), kwargs, sample)
-                except ValueError as error:
-                    raise ValueError(f"{file.name}: {error}") from error
-                yield file, kwargs, *sampled
-            return
+        timeout, on_error = self._setting("timeout", kwargs), self._setting("on_error", kwargs)
+        limits = self._setting("max_source_pixels", kwargs), self._setting("max_duration", kwargs)
+        with contextlib.ExitStack() as stack:
+            if is_file(video):
+                opened = open_source(video, timeout, on_error == "keep")
+                stack.callback(opened.close)
+                video = open_animation(opened, *limits)
+                if video is not None:
+                    stack.callback(video.image.close)
+                else:
+                    limits = {"max_pixels": limits[0], "max_seconds": limits[1]}
+                    video = stack.enter_context(VideoFile(opened, on_error=on_error, timeout=timeout, **limits))
+                if isinstance(video, VideoFile) or video.times:
+                    try:
+                        sampled = self._sample(file_metadata(video), kwargs, sample)
+                    except ValueError as error:
+                        raise ValueError(f"{video.name}: {error}") from error
+                    yield video, kwargs, *sampled
+                    return
+            yield video, kwargs, *self._sampled_frames(video, metadata, kwargs, sample)
+
+    def _sampled_frames(self, video, metadata: VideoMetadata | None, kwargs: dict[str, Any], sample: bool):
+        """The same for a sequence of frames, whose metadata may be known."""
         if metadata is None:
             fps, total = float(kwargs.get("fps") or self.fps), len(video)
             sample = sample and (kwargs.get("num_frames") or self.num_frames) is not None
@@ -270,16 +323,17 @@ class VideoNSAVideoProcessor(Qwen2VLVideoProcessor):
             )
         shape = next(self._frames(video, range(len(video)), kwargs)).shape[1:]
         metadata = frames_metadata(metadata, len(video), *shape, sampled=not sample)
-        yield video, kwargs, *self._sample(metadata, kwargs, sample)
+        return self._sample(metadata, kwargs, sample)
 
     def _frames(self, video, indices: Iterable[int], kwargs: dict[str, Any]) -> Iterator[torch.Tensor]:
         """Frames [C, H, W], all alike, of a list or array; with `on_error="keep"`, for images that cannot be read those
         before stand in."""
-        data_format, limit = kwargs.get("input_data_format"), self._setting("max_source_pixels", kwargs)
+        data_format, timeout = kwargs.get("input_data_format"), self._setting("timeout", kwargs)
+        limit = self._setting("max_source_pixels", kwargs)
         last, missing, problem = None, 0, None
         for i in indices:
             try:
-                frame = frame_to_tensor(video[i], data_format, limit)
+                frame = frame_to_tensor(video[i], data_format, limit, timeout)
             except ValueError as error:
                 if self._setting("on_error", kwargs) != "keep":
                     raise
@@ -287,7 +341,7 @@ class VideoNSAVideoProcessor(Qwen2VLVideoProcessor):
             if frame is None:
                 continue
             if last is not None and frame.shape != last.shape:
-                name = video[i] if isinstance(video[i], (str, os.PathLike)) else f"frame {i}"
+                name = shorten(video[i]) if isinstance(video[i], (str, os.PathLike)) else f"frame {i}"
                 raise ValueError(f"{name} is {tuple(frame.shape)}, those before are {tuple(last.shape)} [C, H, W]")
             last = frame
             for _ in range(missing + 1):
@@ -299,8 +353,8 @@ class VideoNSAVideoProcessor(Qwen2VLVideoProcessor):
             logger.warning(f"{problem}; for all such images, those before stand in")
 
     def _sample(
-        self, metadata: "SampledVideoMetadata", kwargs: dict[str, Any], sample: bool
-    ) -> tuple["SampledVideoMetadata", list[int]]:
+        self, metadata: SampledVideoMetadata, kwargs: dict[str, Any], sample: bool
+    ) -> tuple[SampledVideoMetadata, list[int]]:
         """From the metadata of all frames to that of those to take, and their indices; not to `sample` takes all."""
         times = np.asarray(metadata.frame_times)
         request = self._request(kwargs)
@@ -360,127 +414,9 @@ OWN_SETTINGS = (
 )
 
 
-@dataclass
-class SampledVideoMetadata(VideoMetadata):
-    """Metadata of the frames taken of a video, or before sampling of all. `fps` is the mean rate of the video."""
-
-    frame_times: list[float] | None = None  # seconds from the first frame of the video at which those taken begin
-    sample_times: list[float] | None = None  # and at which they were looked for, being on screen then
-    plan: VideoPlan | None = None
-
-    @property
-    def timestamps(self) -> list[float]:
-        return self.frame_times
-
-    @property
-    def sampled_fps(self) -> float:
-        return self.plan.fps if self.plan else super().sampled_fps
-
-
-def with_clips(conversation):
-    """The conversation, or batch of them, with a `VideoClip` for each video that has settings of its own."""
-    if isinstance(conversation, (list, tuple)):
-        return [with_clips(item) for item in conversation]
-    if not isinstance(conversation, Mapping) or not isinstance(conversation.get("content"), (list, tuple)):
-        return conversation
-    content = []
-    for item in conversation["content"]:
-        if isinstance(item, Mapping) and item.get("type") == "video":
-            settings = {CLIP_KEYS[key]: value for key, value in item.items() if key in CLIP_KEYS and value is not None}
-            if ignored := sorted(NO_CLIP_KEYS & item.keys()):
-                logger.warning_once(f"A video of a message cannot have {', '.join(ignored)} of its own; left out.")
-            key = next((key for key in ("video", "url", "path") if key in item), None)
-            if settings and key:
-                item = {**item, key: VideoClip(item[key], settings)}
-        content.append(item)
-    return {**conversation, "content": content}
-
-
-def list_videos(videos) -> list:
-    """Flatten any nesting of videos to one entry per video: a file as `is_file` has it, a list of frames, a 4-D array,
-    or a `VideoClip`."""
-    if isinstance(videos, (str, os.PathLike)):
-        path = local_path(videos)
-        return [(os.path.isdir(path) and list_images(path)) or path]
-    if is_frame(videos):
-        return [[videos]]
-    if isinstance(videos, VideoClip) or is_file(videos):
-        return [videos]
-    if isinstance(videos, (list, tuple)):
-        if videos and all(map(is_frame, videos)):
-            return [list(videos)]
-        return [video for item in videos for video in list_videos(item)]
-    dimensions = getattr(videos, "ndim", None)
-    if dimensions not in (4, 5):
-        raise ValueError(f"not a video: {type(videos).__name__}{'' if dimensions is None else f' of {dimensions}-D'}")
-    return [videos] if dimensions == 4 else list(videos)
-
-
-def list_images(folder: str) -> list[str]:
-    """The images in a folder, by name, in which numbers count as numbers: 2.png comes before 10.png."""
-    names = [name for name in os.listdir(folder) if name.lower().endswith(IMAGE_SUFFIXES)]
-    names.sort(key=lambda name: [int(part) if part.isdecimal() else part for part in re.split(r"([0-9]+)", name)])
-    return [os.path.join(folder, name) for name in names]
-
-
-def is_file(video) -> bool:
-    return isinstance(video, (str, bytes, bytearray, memoryview)) or hasattr(video, "read")
-
-
-def is_frame(item) -> bool:
-    if isinstance(item, (str, os.PathLike)):
-        path = os.fspath(item).lower()
-        return path.endswith(IMAGE_SUFFIXES) or path.startswith("data:image/")
-    return isinstance(item, Image.Image) or getattr(item, "ndim", None) == 3
-
-
-def list_metadata(metadata, count: int) -> list[VideoMetadata | None]:
-    """`video_metadata` in any of the forms that the stock class takes, as one entry per video."""
-    if metadata is None:
-        return [None] * count
-    metadata = [metadata] if isinstance(metadata, Mapping) else metadata
-    metadata = [entry for item in metadata for entry in (item if isinstance(item, (list, tuple)) else [item])]
-    if len(metadata) != count:
-        raise ValueError(f"{count} videos, but {len(metadata)} entries in `video_metadata`")
-    return [VideoMetadata(**entry) if isinstance(entry, dict) else entry for entry in metadata]
-
-
-def file_metadata(file: VideoFile) -> SampledVideoMetadata:
-    """Metadata of all frames of a file."""
-    return SampledVideoMetadata(
-        total_num_frames=len(file),
-        fps=len(file) / file.duration,
-        width=file.width,
-        height=file.height,
-        duration=file.duration,
-        video_backend="pyav",
-        frames_indices=range(len(file)),  # as lists, these would take more memory than all else in hours of video
-        frame_times=file.times,
-    )
-
-
-def frames_metadata(
-    metadata: VideoMetadata, count: int, height: int, width: int, sampled=False
-) -> SampledVideoMetadata:
-    """Metadata of `count` frames at hand, which are all of a video or, if `sampled`, those that `metadata` names."""
-    fps, indices = metadata.fps or 24, metadata.frames_indices
-    times = getattr(metadata, "frame_times", None)
-    if sampled and indices is not None and len(indices) == count:
-        indices = [int(i) for i in indices]
-        times, duration = [i / fps for i in indices], count / metadata.sampled_fps
-    else:
-        indices, duration = list(range(count)), count / (metadata.sampled_fps if sampled else fps)
-        times = times or [i * duration / count for i in range(count)]
-    return SampledVideoMetadata(
-        total_num_frames=metadata.total_num_frames,
-        fps=fps,
-        width=width,
-        height=height,
-        duration=duration,
-        video_backend=metadata.video_backend,
-        frames_indices=indices,
-        frame_times=times,
-    )
+def reference(component) -> str:
+    """How the saved configuration of a processor names its class: "file.class"."""
+    return f"{type(component).__module__.rpartition('.')[2]}.{type(component).__name__}"
 
 
 def seconds_per_patch(metadata: list[SampledVideoMetadata], patch: int) -> list[float] | list[list[float]]:
@@ -495,34 +431,6 @@ def seconds_per_patch(metadata: list[SampledVideoMetadata], patch: int) -> list[
     rows = [start if odd else grid for start, grid, odd in zip(starts, even, uneven, strict=True)]
     longest = max(map(len, rows))
     return [[*row.tolist(), *[0.0] * (longest - len(row))] for row in rows]
-
-
-def frame_to_tensor(frame, data_format: str | None, max_pixels: float = math.inf) -> torch.Tensor:
-    """One frame, an array, a PIL image or the path of one, as a tensor [C, H, W]; None infers the format of arrays."""
-    if isinstance(frame, (str, os.PathLike)):
-        path = local_path(frame)
-        try:
-            image = Image.open(path) if os.path.isfile(path) else load_image(path)
-            if image.width * image.height > max_pixels:
-                raise ValueError(f"{image.width} × {image.height} pixels, the limit is {max_pixels:,}")
-            frame = load_image(image)
-        except Exception as error:  # PIL and httpx have many
-            raise ValueError(f"{path[:200]}: cannot be read as an image: {error}") from error
-    if isinstance(frame, Image.Image):
-        frame, data_format = np.array(load_image(frame)), "channels_last"
-    frame = torch.as_tensor(frame)
-    data_format = data_format or infer_channel_dimension_format(frame, num_channels=(1, 3, 4))
-    return frame.permute(2, 0, 1).contiguous() if data_format == "channels_last" else frame
-
-
-def stack_frames(frames: Iterable[torch.Tensor], count: int) -> torch.Tensor:
-    """Frames [1, C, H, W], `count` of them, as one tensor [count, C, H, W], without ever holding them twice."""
-    video = None
-    for k, frame in enumerate(frames):
-        if video is None:
-            video = frame.new_empty(count, *frame.shape[1:])
-        video[k] = frame[0]
-    return video
 
 
 __all__ = ["VideoNSAProcessor", "VideoNSAVideoProcessor"]

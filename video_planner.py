@@ -31,6 +31,12 @@ COUNTS = (
 ROUNDING = 2e-3
 
 
+def shorten(text, limit: int = 200) -> str:
+    """A text to quote in an error: the middle of a long one is left out."""
+    text = str(text)
+    return text if len(text) <= limit else f"{text[: limit * 3 // 4]} … {text[-limit // 5 :]}"
+
+
 @dataclass(frozen=True)
 class VideoPlan:
     """What to take of a video: the frames on screen at `times`, evenly spaced from start to end.
@@ -231,19 +237,20 @@ def check_request(request: Mapping[str, Any]) -> None:
     given = defaultdict(lambda: None, request)
     for a, b in RIVALS:
         if given[a] is not None and given[b] is not None:
-            raise ValueError(f"pass `{a}` or `{b}`, not both (got {a}={given[a]}, {b}={given[b]})")
+            got = f"{a}={shorten(given[a], 90)}, {b}={shorten(given[b], 90)}"
+            raise ValueError(f"pass `{a}` or `{b}`, not both (got {got})")
     fps, most, patch = (given[name] for name in ("fps", "max_frames", "temporal_patch_size"))
     if fps is not None and not (isinstance(fps, Real) and 0 < fps < math.inf):
-        raise ValueError(f"fps must be a positive number, got {fps}")
+        raise ValueError(f"fps must be a positive number, got {shorten(repr(fps))}")
     for name in ("start", "end"):
         if (value := given[name]) is not None and not isinstance(value, Real):
-            raise ValueError(f"{name} must be a number of seconds, got {value!r}")
+            raise ValueError(f"{name} must be a number of seconds, got {shorten(repr(value))}")
     for name in COUNTS:
         if (value := given[name]) is not None and not (isinstance(value, Integral) and value > 0):
-            raise ValueError(f"{name} must be a positive integer, got {value}")
+            raise ValueError(f"{name} must be a positive integer, got {shorten(repr(value))}")
     if (value := given["text_tokens"]) is not None and not (isinstance(value, Integral) and value >= 0):
-        raise ValueError(f"text_tokens must be an integer of at least 0, got {value}")
+        raise ValueError(f"text_tokens must be an integer of at least 0, got {shorten(repr(value))}")
     if most is not None and patch is not None and most < patch:
         raise ValueError(f"max_frames={most} cannot hold the {patch} frames of a temporal patch")
     if given["prefer"] is not None and given["prefer"] not in PREFERENCES:
-        raise ValueError(f"prefer must be one of {', '.join(PREFERENCES)}; got {given['prefer']!r}")
+        raise ValueError(f"prefer must be one of {', '.join(PREFERENCES)}; got {shorten(repr(given['prefer']))}")

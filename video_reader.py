@@ -2,46 +2,45 @@
 
 A file is read twice. Its packets, not decoded, give the time of every frame and where decoding can start; then what the
 chosen frames depend on is decoded, in several threads that each start at key frames of their own, and no other frame is
-converted or held. Which frames to choose, and how large, is decided in `video_planner.py` and `processing_videonsa.py`.
+converted or held. Which frames to choose, and how large, is decided in `video_planner.py` and `processing_videonsa.py`;
+`video_source.py` opens paths and URLs.
 """
 
 import contextlib
 import gc
-import http.client
-import io
 import math
 import os
-import re
-import tempfile
 import threading
-import urllib.request
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from typing import BinaryIO
-from urllib.parse import quote, unquote
 
 import av
 import numpy as np
 import torch
 import torchvision.transforms.v2.functional as tvF
+from av.sidedata.sidedata import Type as SideData
 from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
 from transformers.utils import logging
 
-from .video_planner import ROUNDING
+from .video_planner import ROUNDING, shorten
+from .video_source import asf_seconds, movie_edits, open_source, refers_to_others
 
 logger = logging.get_logger(__name__)
 
-# Bytes that a server or a pipe may send.
-MAX_DOWNLOAD = 64 * 2**30
 # Packets. Leaving out fewer saves nothing: the decoder is emptied and starts anew.
 MIN_JUMP = 16
 # Codecs whose decoders know the frames that no other refers to. (What HEVC's takes for such may still be needed.)
 SKIP_UNREFERENCED = ("h264", "mpeg4", "mpeg2video", "mpeg1video")
-# Demuxers that draw text, or that open other files and sockets; and what the latter know their files by.
+# Demuxers that draw text, or that open other files and sockets.
 NO_VIDEOS = {"tty", "concat", "hls", "dash", "sdp"}
-REFERENCES = b"ffconcat version", b"#extm3u", b"<mpd", b"c=in ip"
+# Demuxers whose containers state no length: libav makes one up from the last packets.
+UNDECLARED = {"mpegts", "mpeg"}
+# Frames that a list of edits may show.
+MAX_FRAMES = 2**25
+# Transfer curves, as libav numbers them: PQ and HLG.
+HDR = (16, 18)
 # Packets. Less work for one of several decoders does not make up for opening the file once more, nor for starting anew.
 MIN_WORK = 128
 # Bytes that frames may take: those in flight between the threads of a decoder, and those that all decoders refer to.
@@ -63,8 +62,8 @@ class VideoFile:
         width, height: of a frame as it is shown, upright and with square pixels.
 
     Args:
-        source: path, URL, bytes or binary file object. What http(s) sends, or what cannot be read twice, is first
-            copied to a temporary file.
+        source: path, URL (`data:` too), bytes, binary file object, or what `open_source` makes of them. What http(s)
+            sends, or what cannot be read twice, is first copied to a temporary file.
         on_error: "raise", or "keep" to make do with what can be decoded: the frame before stands in for a damaged one.
         max_pixels, max_seconds: what a frame and a file may come to, against decompression bombs.
         timeout: seconds that a server may take to answer or to go on.
@@ -76,10 +75,11 @@ class VideoFile:
 
     def __init__(self, source, *, on_error="raise", max_pixels=2**26, max_seconds=24 * 3600, timeout=30.0):
         if on_error not in ("raise", "keep"):
-            raise ValueError(f"on_error must be 'raise' or 'keep', got {on_error!r}")
+            raise ValueError(f"on_error must be 'raise' or 'keep', got {shorten(repr(on_error))}")
         self.keep = on_error == "keep"
         self.max_pixels, self.max_seconds, self.timeout = max_pixels, max_seconds, timeout
-        self.name, self.source, self.temporary = open_source(source, timeout, self.keep)
+        self.opened = open_source(source, timeout, self.keep)
+        self.name, self.source = self.opened.name, self.opened.file
         try:
             self._scan()
         except BaseException:
@@ -96,8 +96,7 @@ class VideoFile:
         return len(self.times)
 
     def close(self) -> None:
-        if self.temporary:
-            self.source.close()
+        self.opened.close()
 
     def read(self, indices: list[int], height: int, width: int, resize: Callable | None = None) -> torch.Tensor:
         """The frames at `indices`, which ascend and may repeat: uint8 [len(indices), 3, height, width].
@@ -114,7 +113,7 @@ class VideoFile:
         resize, lock = resize or resize_bicubic, threading.Lock()
         slots = {}  # where each frame goes
         for slot, i in enumerate(indices):
-            slots.setdefault(i, []).append(slot)
+            slots.setdefault(int(self.same[i]), []).append(slot)
         sizes = [min(size, len(indices) - start) for start in range(0, max(len(indices), 1), size)]
         parts, name = [np.empty((n, 3, height, width), np.uint8) for n in sizes], os.path.basename(self.name)
 
@@ -144,24 +143,41 @@ class VideoFile:
     def _scan(self) -> None:
         """Read all packets; decode the first frame, which tells how frames are to be shown."""
         pts, dts, durations, flags = array("q"), array("q"), array("q"), array("b")
-        first, broken, damaged, end = None, None, None, 0.0
-        with self._open() as (container, stream):
-            self._check_size(stream.codec_context, "in its header")
+        first, fed, broken, damaged = None, 0, None, None
+        others = {}  # stream: its earliest and latest time, in its ticks
+        self.options, self.stream, self.edits = {}, None, None
+        with contextlib.ExitStack() as stack:
+            container, stream = stack.enter_context(self._open())
+            kind, self.stream = container.format.name, stream.index
+            movie = "mov" in kind
+            if movie and (edits := movie_edits(self.source, stream.id)):
+                # libav gets only simple lists right. Without them, frames have the times that edits refer to.
+                self.edits, self.options = edits, {"ignore_editlist": "1"}
+                stack.close()
+                container, stream = stack.enter_context(self._open())
+            context = stream.codec_context
+            self._check_size(context, "in its header")
             self.tick, rate = float(stream.time_base), float(stream.guessed_rate or stream.average_rate or 24)
             # Without presentation times, packets are timed as they are stored, which is not as they are shown.
-            kind = container.format.name
-            self.in_order = kind == "avi" or (kind == "asf" and stream.codec_context.name == "h264")
-            declared = (container.duration or 0) / av.time_base
-            self._check_duration(declared)
+            self.in_order = kind == "avi" or (kind == "asf" and context.name in ("h264", "hevc", "mpeg4"))
+            self.matroska = "matroska" in kind
+            declared = 0.0 if kind in UNDECLARED else (container.duration or 0) / av.time_base
+            if kind == "asf":
+                declared = declared or asf_seconds(self.source)
+            self._check_duration(declared - max(container.start_time or 0, 0) / av.time_base)
+            track = stream.start_time or 0, stream.duration or 0, stream.frames
             try:
                 for packet in container.demux():
-                    if packet.pts is not None:
-                        end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
                     if packet.stream.index != stream.index:
+                        if packet.pts is not None:
+                            begin, end = others.get(packet.stream, (packet.pts, packet.pts))
+                            end = max(end, packet.pts + (packet.duration or 0))
+                            others[packet.stream] = min(begin, packet.pts), end
                         continue
                     if packet.is_corrupt and damaged is None:
-                        damaged = end
-                    first = first or first_frame(packet)
+                        damaged = len(pts)
+                    if first is None:
+                        first, fed = first_frame(packet), fed + 1
                     if packet.size:
                         known = packet.pts is not None
                         pts.append(packet.pts if known else 0)
@@ -170,27 +186,57 @@ class VideoFile:
                         durations.append(packet.duration or 0)
                         flags.append(known + 2 * packet.is_keyframe + 4 * packet.is_discard + 8 * timed)
             except av.FFmpegError as error:
-                broken = error
-            shape = first or stream.codec_context
+                # libav takes the end of such a file for damage.
+                broken = error if kind != "mpjpeg" else None
+            spans = [(begin * float(s.time_base), end * float(s.time_base)) for s, (begin, end) in others.items()]
+            shape = first or context
+            if not shape.width or not shape.height:
+                raise ValueError(f"{self.name}: no frames in its video stream")
             self._check_size(shape, "in its first frame")
             aspect = stream.sample_aspect_ratio or 1
-        self._set_times(*map(np.asarray, (pts, dts, durations, flags)), rate)
-        # Streams may end a little before their container does.
-        if not self.keep and (broken or end + 1 < declared):
+            if context.color_trc in HDR:
+                logger.warning_once("HDR video is read without tone mapping: its colours are approximate")
+
+        pts, dts, durations, flags = map(np.asarray, (pts, dts, durations, flags))
+        known, timed = flags & 1 > 0, flags & 8 > 0
+        if known.any():
+            spans.append((pts[known].min() * self.tick, (pts + durations)[known].max() * self.tick))
+        begin, end = min((b for b, _ in spans), default=0.0), max((e for _, e in spans), default=0.0)
+        length, gone = end - begin, None
+        if movie and timed.any():
+            # Durations are from the decoding of one packet to that of the next; that of the last may be unknown (0).
+            # They add up to those of frames, the last of which goes when the track is over.
+            stored = np.ptp(dts[timed]) + (durations[timed][-1] or np.diff(dts[timed]).max(initial=0))
+            length = max(length, stored * self.tick)
+            start, duration, count = track
+            if 0 < count <= len(pts) or (stored - duration) * self.tick >= -1:
+                declared = min(declared, length)
+                gone = start + duration if duration else None
+        self._set_times(pts, dts, durations, flags, rate, delay=fed - 1, end=gone)
+
+        # What a file declares is its length or, if its clock starts late, sometimes where it ends. Streams may end a
+        # little before their container does.
+        length = max(length, self.duration)
+        short = length + 1 < declared and abs(end - declared) > 1
+        if (broken or short) and not self.keep:
             raise ValueError(
-                f"{self.name}: truncated after {end:.1f} of {declared:.1f} s ({len(self)} frames)"
-                f"{f': {broken}' if broken else ''}; on_error='keep' makes do with those"
+                f"{self.name}: truncated after {length:.1f}{f' of {declared:.1f}' if declared else ''} s "
+                f"({len(self)} frames){f': {reason(broken)}' if broken else ''}; on_error='keep' makes do with those"
             )
         if damaged is not None and not self.keep:
-            raise ValueError(f"{self.name}: damaged after {damaged:.1f} s; on_error='keep' makes do with the rest")
+            seconds = np.ptp(pts[: damaged + 1]) * self.tick
+            raise ValueError(f"{self.name}: damaged after {seconds:.1f} s; on_error='keep' makes do with the rest")
         self._check_duration(self.duration)
-        self.quarter_turns = round(first.rotation / 90) if first else 0  # counterclockwise; phones film sideways
+        self.quarter_turns, self.mirrored = orientation(first)
         self.pixels = max(shape.width * shape.height, 1)
         shown = max(round(shape.width * aspect), 1), shape.height
         self.width, self.height = shown[::-1] if self.quarter_turns % 2 else shown
 
-    def _set_times(self, pts, dts, durations, flags, rate: float) -> None:
-        """Of packets in the order of the file, int64 [packets] each, to the times of frames in the order shown."""
+    def _set_times(self, pts, dts, durations, flags, rate: float, delay: int, end: int | None) -> None:
+        """Of packets in the order of the file, int64 [packets] each, to the times of frames in the order shown.
+
+        `delay` is the number of packets that the decoder takes ahead; `end`, in ticks, is when the last frame goes.
+        """
         timed = np.flatnonzero(flags & 8)
         anew = timed[1:][np.diff(dts[timed]) * self.tick < -1]
         if len(anew):
@@ -202,10 +248,17 @@ class VideoFile:
             pts, dts, durations, flags = (values[: anew[0]] for values in (pts, dts, durations, flags))
             flags &= ~2  # no jumps to key frames: one of the same time may follow
         known, key, discard = (flags & bit > 0 for bit in (1, 2, 4))
+        untimed = np.flatnonzero(~known)
+        if self.matroska and 0 < 2 * len(untimed) <= len(known):
+            # libav knows no times before zero, so that these are the first frames, and only their order is known.
+            step = int(np.median(durations[untimed])) or round(1 / rate / self.tick)
+            pts[untimed] = pts[known].min() - step * np.arange(len(untimed), 0, -1)
+            known, self.in_order = known | True, True
         key &= known
-        if 2 * known.sum() < len(known):  # a raw stream, not in a container; or H.264 in an MPEG programme stream
+        if 2 * known.sum() < len(known):
+            # A raw stream, not in a container; or H.264 in an MPEG programme stream.
             pts, durations, known = np.arange(len(pts)), np.ones(len(pts)), known | True
-            self.tick, self.in_order = 1 / rate, True
+            self.tick, self.in_order, timed = 1 / rate, True, timed[:0]
         elif key.any():  # a recording may start anywhere, but what is shown before its first key frame is lost
             known &= pts >= pts[key][0]
         positions = np.flatnonzero(known & ~discard)
@@ -214,14 +267,51 @@ class VideoFile:
         positions = positions[np.argsort(pts[positions], kind="stable")]
         if not self.in_order:  # two packets of one time are two fields of one frame
             positions = positions[np.diff(pts[positions], prepend=pts[positions[0]] - 1) > 0]
-        self.positions, self.pts, self.dts, self.key = positions, pts, dts, key
+        # Frames that come in order are only counted; of some, libav makes up the same time.
+        self.pts = np.arange(len(pts)) if self.in_order else pts
+        self.positions, self.dts, self.key = positions, dts, key
+        self.same = range(len(positions))
 
-        times, count = (pts[positions] - pts[positions[0]]) * self.tick, len(positions)
-        last = durations[positions[-1]] * self.tick or (np.median(np.diff(times)) if count > 1 else 1 / rate)
-        duration = float(times[-1] + last)
+        ticks, count = pts[positions], len(positions)
+        if self.in_order and len(timed) == len(known):
+            # A frame is shown when the decoder gives it up: at the time of the packet that it has then got to.
+            ticks = np.sort(dts[positions])
+            delay = min(delay, count - 1)
+            ticks = np.append(ticks[delay:], ticks[-1] + (ticks[-1] - ticks[-2:][0]) * np.arange(1, delay + 1))
+        if end is None or end <= ticks[-1]:
+            end = ticks[-1] + (durations[positions[-1]] or (np.median(np.diff(ticks)) if count > 1 else 1 / rate))
+        times, duration = (ticks - ticks[0]) * self.tick, float((end - ticks[0]) * self.tick)
+        if self.edits:
+            times, duration = self._edit(ticks, end)
+            count = len(times)
         self.duration = count / rate if abs(duration - count / rate) < ROUNDING else duration
         constant = np.arange(count) * (self.duration / count)
         self.times = constant if np.abs(times - constant).max() < ROUNDING else times  # rid of the container's rounding
+
+    def _edit(self, ticks: np.ndarray, end: int) -> tuple[np.ndarray, float]:
+        """Put the frames in the order of `self.edits`, where they may be missing or repeated. Returns their times, in
+        seconds from the first, and the duration. `ticks` are the frames' own times, `end` is that of the last's end."""
+        shown, times, now, last = [], [], 0.0, 0.0
+        for edit in self.edits:
+            if edit.start is not None:
+                stop = end if edit.stop is None else edit.stop
+                first, after = np.searchsorted(ticks, (edit.start, stop))
+                if edit.rate == 0:
+                    after = np.searchsorted(ticks, edit.start, side="right").clip(1)
+                    first = after - 1
+                if sum(map(len, shown)) + after - first > MAX_FRAMES:
+                    raise ValueError(f"{self.name}: more than {MAX_FRAMES:,} frames by its edit list, the limit")
+                shown.append(np.arange(first, after))
+                times.append(now + (ticks[first:after] - edit.start) * self.tick / (edit.rate or math.inf))
+                last = now + ((stop - edit.start) * self.tick if edit.seconds is None else edit.seconds)
+            now = now + edit.seconds if edit.start is None else last
+        shown, times = np.concatenate(shown), np.concatenate(times)
+        if not len(shown):
+            raise ValueError(f"{self.name}: no frames in its video stream, by its edit list")
+        self.positions = self.positions[shown]
+        _, first, same = np.unique(self.positions, return_index=True, return_inverse=True)
+        self.same = first[same]
+        return times - times[0], last - times[0]
 
     def _decode(self, wanted: list[int], store: Callable[[int, np.ndarray], None]) -> set[int]:
         """Call `store(index, pixels)`, pixels uint8 [height, width, 3], for the frames wanted: in any order and from
@@ -352,7 +442,9 @@ class VideoFile:
     def _pixels(self, frame: av.VideoFrame, reformatter: VideoReformatter) -> np.ndarray:
         """uint8 [height, width, 3], upright."""
         try:
-            return np.ascontiguousarray(np.rot90(to_rgb(frame, reformatter), self.quarter_turns))
+            pixels = to_rgb(frame, reformatter)
+            pixels = pixels[:, ::-1] if self.mirrored else pixels
+            return np.ascontiguousarray(np.rot90(pixels, self.quarter_turns))
         except (av.FFmpegError, OSError) as error:
             colours = f"{frame.format.name} with matrix {frame.colorspace:d}"
             raise ValueError(f"{self.name}: its colours, {colours}, cannot be converted: {error}") from error
@@ -376,9 +468,10 @@ class VideoFile:
                 source.seek(0)
             elif not remote:
                 source = f"file:{source}"  # a colon in a path is no protocol
-            container = av.open(source, metadata_errors="replace", timeout=self.timeout if remote else None)
+            timeout = self.timeout if remote else None
+            container = av.open(source, options=self.options, metadata_errors="replace", timeout=timeout)
         except (av.FFmpegError, OSError) as error:
-            raise ValueError(f"{self.name}: cannot be read as a video: {error}") from error
+            raise ValueError(f"{self.name}: cannot be read as a video: {reason(error)}") from error
         with container:
             if not NO_VIDEOS.isdisjoint(container.format.name.split(",")):
                 raise ValueError(f"{self.name}: no video file, but {container.format.long_name}")
@@ -387,12 +480,18 @@ class VideoFile:
             if not streams:
                 kinds = sorted({stream.type for stream in container.streams} - {"video"})
                 raise ValueError(f"{self.name}: no video stream, only {', '.join(kinds) or 'pictures'}")
-            context = streams[0].codec_context
+            if self.stream is None:
+                # What libav takes for the best, by what is the default and how many frames there are.
+                best = container.streams.best("video")
+                stream = next((s for s in streams if best is not None and s.index == best.index), streams[0])
+            else:
+                stream = container.streams[self.stream]
+            context = stream.codec_context
             if context is None:
                 raise ValueError(f"{self.name}: no decoder for its video stream")
             context.options = {"max_pixels": str(self.max_pixels)} | ({} if self.keep else {"err_detect": "explode"})
             context.thread_count, context.thread_type = threads, "AUTO"
-            yield container, streams[0]
+            yield container, stream
 
     def _check_size(self, shape, where: str) -> None:
         if shape.width * shape.height > self.max_pixels:
@@ -405,18 +504,33 @@ class VideoFile:
             raise ValueError(f"{self.name}: {seconds:,.0f} seconds long, the limit is {self.max_seconds:,}")
 
 
+def reason(error: Exception) -> str:
+    """An error's text, without the name of the file, which libav puts at its end."""
+    return shorten(getattr(error, "strerror", None) or error)
+
+
 def frames_on_screen(times: np.ndarray, moments: np.ndarray) -> np.ndarray:
     """Indices of the frames on screen at the moments: `times` are those of all frames; seconds, both ascending."""
     late = 1e-8  # against the rounding of floats
     return np.searchsorted(times, moments + late, side="right").clip(1) - 1
 
 
-def refers_to_others(source: str | BinaryIO) -> bool:
-    """Whether libav would open what the file, or the one at a path, names: told from its text, up to a zero byte."""
-    with contextlib.nullcontext(source) if not isinstance(source, str) else open(source, "rb") as file:
-        file.seek(0)
-        text = file.read(2**20).partition(b"\0")[0].lower()  # as much as libav looks at
-    return any(mark in text for mark in REFERENCES)
+def orientation(frame: av.VideoFrame | None) -> tuple[int, bool]:
+    """(quarter turns counterclockwise, whether to mirror from left to right before) to show a frame upright, nearest to
+    its display matrix. One that cannot be inverted says nothing."""
+    try:
+        side = frame and frame.side_data.get(SideData.DISPLAYMATRIX)
+    except ValueError:  # PyAV knows no name for some other side data
+        return (round(frame.rotation / 90) % 4 if abs(frame.rotation) <= 360 else 0), False
+    if not side:
+        return 0, False
+    a, b, _, c, d = (int(x) for x in np.frombuffer(side, np.int32)[:5])
+    mirrored = a * d < b * c
+    if a * d == b * c:
+        return 0, False
+    if mirrored:
+        a, b = -a, -b
+    return -round(math.atan2(b - c, a + d) / (math.pi / 2)) % 4, mirrored
 
 
 def first_frame(packet: av.Packet) -> av.VideoFrame | None:
@@ -449,77 +563,3 @@ def to_rgb(frame: av.VideoFrame, reformatter: VideoReformatter) -> np.ndarray:
 
 def resize_bicubic(frame: torch.Tensor, height: int, width: int) -> torch.Tensor:
     return tvF.resize(frame, [height, width], interpolation=tvF.InterpolationMode.BICUBIC, antialias=True)
-
-
-def local_path(path: str | os.PathLike) -> str:
-    """A path as a str; `file://` becomes a plain path, other URLs stay as they are."""
-    path = os.fspath(path)
-    file = re.match(r"file://(localhost(?=/))?", path, re.IGNORECASE)
-    return unquote(path[file.end() :]) if file else path
-
-
-def open_source(source, timeout: float, keep: bool) -> tuple[str, str | BinaryIO, bool]:
-    """(name, what PyAV can open again and again, whether that is a temporary file)."""
-    if isinstance(source, (bytes, bytearray, memoryview)):
-        if not len(source):
-            raise ValueError("<bytes>: empty")
-        return "<bytes>", io.BytesIO(source), False
-    if hasattr(source, "read"):
-        name = str(getattr(source, "name", f"<{type(source).__name__}>"))
-        if not isinstance(source.read(0), bytes):
-            raise ValueError(f"{name}: the file must be opened in binary mode")
-        return (name, source, False) if source.seekable() else (name, copy_to_temporary(source, name, keep=keep), True)
-    path = local_path(source)
-    if "://" in path:
-        name = re.sub("(?<=://)[^/@]*@", "", re.split("[?#]", path)[0])  # without passwords and tokens
-        web = path.lower().startswith(("http://", "https://"))
-        return (name, download(path, name, timeout, keep), True) if web else (name, path, False)
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"{path}: no such video file")
-    if os.path.isdir(path):
-        raise ValueError(f"{path}: a directory, without images")
-    if os.path.getsize(path) == 0:
-        raise ValueError(f"{path}: the file is empty")
-    return path, path, False
-
-
-def download(url: str, name: str, timeout: float, keep: bool) -> BinaryIO:
-    """A temporary file of what a server sends."""
-    try:
-        request = urllib.request.Request(quote(url, safe="%/:=&?~#+!$,;'@()*[]"), headers={"User-Agent": "videonsa"})
-        response = urllib.request.urlopen(request, timeout=timeout)
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        raise ValueError(f"{name}: cannot be downloaded: {error}") from error
-    with response:
-        size = response.headers["Content-Length"] or ""
-        return copy_to_temporary(response, name, int(size) if size.isdecimal() else 0, keep)
-
-
-def copy_to_temporary(stream: BinaryIO, name: str, size: int = 0, keep: bool = False) -> BinaryIO:
-    """A temporary file, which the caller closes, of what a stream gives, or with `keep` gave until it broke off."""
-    file, problem = tempfile.TemporaryFile(), None  # noqa: SIM115
-    read = getattr(stream, "read1", stream.read)  # which gives what has come so far
-    try:
-        bar = {"desc": os.path.basename(name), "unit": "B", "unit_scale": True, "delay": 3, "leave": False}
-        with logging.tqdm(total=size or None, **bar) as progress:
-            while max(file.tell(), size) <= MAX_DOWNLOAD:
-                try:
-                    part = read(2**20)
-                except (OSError, http.client.HTTPException) as error:
-                    part, problem = b"", error
-                if not part:
-                    break
-                progress.update(file.write(part))
-        received = file.tell()
-        if max(received, size) > MAX_DOWNLOAD:
-            raise ValueError(f"{name}: more than {MAX_DOWNLOAD:,} bytes, the limit")
-        if (problem or received < size) and not (keep and received):
-            of = f" of {size:,}" if size else ""
-            raise ValueError(
-                f"{name}: truncated after {received:,}{of} bytes{f': {problem}' if problem else ''}; "
-                "on_error='keep' makes do with those"
-            ) from problem
-    except BaseException:
-        file.close()
-        raise
-    return file

@@ -15,6 +15,7 @@ from torch.nn.functional import pad
 from .nsa_released import Stream
 
 MAX_MASK = 2**26  # elements of the boolean mask of one chunk of text queries
+MAX_ROWS = 256  # text queries of such a chunk, so that few of their products are masked
 
 
 @dataclass
@@ -31,23 +32,24 @@ class Keys:
 
 
 @dataclass
-class TextQueries:
-    """The text queries of one sample."""
+class TextRun:
+    """Adjacent text queries of one sample."""
 
     queries: torch.Tensor  # int64 [T]
     row: int
     start: int  # first key of the sample
-    stop: int  # and the one after its last
+    stop: int  # the key after that of the last query
 
 
 @dataclass
 class TextChunk:
-    """Text queries of one sample, few enough for a dense mask against the keys they can see."""
+    """Some of a run of text queries, and the keys up to the last of them."""
 
     queries: torch.Tensor  # int64 [T]
     row: int
     keys: slice  # of the row
-    mask: torch.Tensor  # bool [T, keys], made anew by each use: see VisionLayout.text_chunks
+    # bool [T, keys], made anew by each use: see VisionLayout.text_chunks. None for the last T of the keys, all causal.
+    mask: torch.Tensor | None
 
 
 @dataclass
@@ -67,7 +69,7 @@ class VisionLayout:
     queries: torch.Tensor  # int64 [N], of vision
     cu_seqlens: torch.Tensor  # int32 [samples + 1], of `queries`
     keys: Keys  # of vision
-    text_queries: list[TextQueries]
+    text_runs: list[TextRun]
     text_keys: Keys
     text_seen: torch.Tensor  # int32 [N], how many text keys of its sample come before a vision query
     valid: torch.Tensor | None  # bool [batch, total], False for padding
@@ -121,9 +123,19 @@ class VisionLayout:
         text_before = is_text.cumsum(0).int()[new[queries]]  # of all samples
         text_seen = text_before - text_keys.cu_seqlens[sample[new[queries]]]
 
+        # Runs of adjacent text queries of a sample.
         text = is_text[new].nonzero().squeeze(1)
-        counts = sample[new[text]].bincount(minlength=len(samples)).tolist()
-        parts = zip(text.split(counts), samples, strict=True)
+        place, owner = new[text], sample[new[text]]
+        begins = torch.ones_like(text, dtype=torch.bool)
+        begins[1:] = (place.diff() != 1) | (owner.diff() != 0)
+        run_edges = [*begins.nonzero().squeeze(1).tolist(), len(text)]
+        last_places = place[begins.roll(-1)].tolist()
+        text_runs = []
+        for (first, end), owner_of_run, last in zip(
+            pairwise(run_edges), owner[begins].tolist(), last_places, strict=True
+        ):
+            row, start, _ = samples[owner_of_run]
+            text_runs.append(TextRun(text[first:end], row, start, last % total + 1))
 
         streams = []
         for row, start, stop in samples if make_stream else []:
@@ -139,7 +151,7 @@ class VisionLayout:
             queries=queries,
             cu_seqlens=cu_seqlens(new[queries]),
             keys=keys(is_vision),
-            text_queries=[TextQueries(part, *place) for part, place in parts if len(part)],
+            text_runs=text_runs,
             text_keys=text_keys,
             text_seen=text_seen,
             valid=valid,
@@ -156,15 +168,26 @@ class VisionLayout:
         return _moved(self, device=device, non_blocking=non_blocking)
 
     def text_chunks(self, heads_per_group: int) -> Iterator[TextChunk]:
-        """Yield the text queries as `TextChunk`s whose masks, repeated per head of a group, fit into `MAX_MASK`."""
-        for text in self.text_queries:
-            keys = slice(text.start, text.stop)
-            for part in text.queries.split(max(1, MAX_MASK // (heads_per_group * (text.stop - text.start)))):
-                position = part - text.row * self.length + self.total - self.length  # [T], in the row
-                mask = torch.arange(text.start, text.stop, device=part.device) <= position[:, None]
+        """Yield the text queries as `TextChunk`s.
+
+        Runs without padding stay whole where a fused kernel needs no mask: from the first token on, and on a GPU.
+        Masks, repeated per head of a group, fit into `MAX_MASK`.
+        """
+        for run in self.text_runs:
+            if self.valid is None and (run.queries.is_cuda or len(run.queries) == run.stop - run.start):
+                yield TextChunk(run.queries, run.row, slice(run.start, run.stop), None)
+                continue
+
+            rows = max(1, min(MAX_ROWS, MAX_MASK // (heads_per_group * (run.stop - run.start))))
+            stop = run.stop - len(run.queries)
+            for part in run.queries.split(rows):
+                stop += len(part)
+                keys = slice(run.start, stop)
+                position = torch.arange(stop - len(part), stop, device=part.device)  # [T], in the row
+                mask = torch.arange(run.start, stop, device=part.device) <= position[:, None]
                 if self.valid is not None:
-                    mask = mask & self.valid[text.row, keys]
-                yield TextChunk(part, text.row, keys, mask)
+                    mask = mask & self.valid[run.row, keys]
+                yield TextChunk(part, run.row, keys, mask)
 
 
 def _moved(x, **options):

@@ -3,6 +3,8 @@
     python benchmarks/attention.py                          # 4K ... 256K tokens in the shape of the 7B, forward
     python benchmarks/attention.py --backward               # also backward, and forward and backward together
     python benchmarks/attention.py --lengths 64K 128K --overlaps 0.8 0.9
+    python benchmarks/attention.py --lengths 64K --interleave        # whole and dense again in turns, cold and warm L2
+    python benchmarks/attention.py --lengths 64K --variants          # also the attention of `released` and `merged`
 
 What users call is what is measured: the functions of `nsa_triton.py` (on a GPU) and `nsa_torch.py` (on a CPU, and up
 to 8K tokens on a GPU), against every dense kernel there is, in the same run. README.md says what a figure includes.
@@ -15,23 +17,35 @@ import itertools
 import warnings
 
 import torch
-from common import DTYPES, add_options, announce, append_rows, environment, measure, parse_length, print_table
+from common import (
+    DTYPES,
+    add_options,
+    announce,
+    append_rows,
+    environment,
+    measure,
+    measure_in_turns,
+    parse_length,
+    print_table,
+)
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from videonsa import nsa_torch, nsa_triton
+from videonsa import nsa_released, nsa_torch, nsa_triton
 
 PASSES = ("forward", "backward", "forward+backward")
 SDPA_BACKENDS = ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
 FLASH_PACKAGES = {"FlashAttention-2": "flash_attn", "FlashAttention-3": "flash_attn_interface"}
 SMALL = 8192  # tokens up to which kernels run that are slow, or hold all scores: nsa_torch and SDPA's MATH
-TILE = 16  # adjacent queries whose blocks are united: what a tile of nsa_triton holds for 28 query and 4 KV heads
+TILE = 16  # adjacent queries whose blocks are united: nearly those of a tile of nsa_triton (18, of 7 heads per KV head)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=parse_length, nargs="+", help="tokens (4K ... 256K; --backward: also 36K)")
     parser.add_argument("--backward", action="store_true", help="measure backward and forward+backward, too")
+    parser.add_argument("--interleave", action="store_true", help="measure whole and dense in turns, too")
+    parser.add_argument("--variants", action="store_true", help="measure the other variants, too")
     parser.add_argument("--overlaps", type=float, nargs="*", default=[0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.96],
                         help="of the blocks of neighbouring queries, besides random queries (%(default)s)")  # fmt: skip
     for name, default in (
@@ -51,12 +65,15 @@ def main() -> None:
         rows = measure_length(tokens, device, args)
         for name in args.passes:
             timed = [row for row in rows if row["pass"] == name and "ms" in row]
-            dense_ms = min((row["ms"] for row in timed if row["part"] == "dense"), default=None)
-            if dense_ms is not None:
-                for row in timed:
-                    row["speedup"] = round(dense_ms / row["ms"], 3)  # over the fastest dense kernel of this run
+            for l2 in {row.get("l2") for row in timed}:
+                alike = [row for row in timed if row.get("l2") == l2]
+                dense_ms = min((row["ms"] for row in alike if row["part"] == "dense"), default=None)
+                if dense_ms is not None:
+                    for row in alike:
+                        row["speedup"] = round(dense_ms / row["ms"], 3)  # over the fastest dense kernel of this run
             print(f"\n{tokens:,} tokens, {name}")
             columns = ("part", "kernel", "selection", "overlap", "union", "ms", "ms_low", "ms_high", "peak_mb")
+            columns = (*columns, "l2") if args.interleave else columns
             print_table((*columns, "speedup"), timed)
         for row in rows:
             if "skipped" in row:
@@ -109,6 +126,13 @@ def measure_length(tokens: int, device: torch.device, args: argparse.Namespace) 
         rows += time_branches(module, q, lse, blocks, parts, random)
 
     module = modules[0]
+    if args.variants:
+        for part, call in variant_calls(module, queries(1.0), k, v, gates, args).items():
+            row = {"part": part, "kernel": module.__name__.split("_")[-1], "selection": "random", "pass": "forward"}
+            rows.append({**row, **timed(call)})
+    if args.interleave:
+        q = queries(1.0)
+        rows += interleaved_rows(module, q, k, v, gates, cu_seqlens, random, rows, args, device)
     for target in args.overlaps:
         if random["overlap"] is None or target <= random["overlap"]:
             continue  # there is no choice, or random selections overlap more than that
@@ -116,6 +140,8 @@ def measure_length(tokens: int, device: torch.device, args: argparse.Namespace) 
         lse, blocks = choose(module, q)
         correlated = {"selection": f"overlap {target}", **statistics_of(blocks)}
         rows += time_branches(module, q, lse, blocks, ("selected", "whole"), correlated)
+        if args.interleave:
+            rows += interleaved_rows(module, q, k, v, gates, cu_seqlens, correlated, rows, args, device)
     return rows
 
 
@@ -139,6 +165,45 @@ def branch_calls(module, q, k, v, gates, lse, blocks, cu_seqlens, sizes) -> dict
     }
 
 
+def variant_calls(module, q, k, v, gates, sizes) -> dict:
+    """Forward calls of the other variants, over the same vision tokens: `released` without text, `merged` after 64
+    tokens of it."""
+    blocking = {"block_size": sizes.block_size, "block_count": sizes.block_count}
+    vision = torch.ones(len(q), dtype=torch.bool, device=q.device)
+    stream = nsa_released.Stream.make(vision, len(q), **blocking)
+    lengths = (torch.tensor([0, n], dtype=torch.int32, device=q.device) for n in (len(q), min(64, len(k))))
+    seen = torch.full((len(q),), min(64, len(k)), dtype=torch.int32, device=q.device)
+    text = k[:64], v[:64], seen, *lengths
+    options = {**blocking, "window_size": sizes.window_size}
+    is_triton = module is nsa_triton
+    return {
+        "released": lambda: nsa_released.released_attention(q, k, v, gates, stream, triton=is_triton, **options),
+        "merged": lambda: module.merged_attention(q, k, v, *text, **options),
+    }
+
+
+def interleaved_rows(module, q, k, v, gates, cu_seqlens, selection, rows, sizes, device) -> list[dict]:
+    """The forward pass of the whole in turns with the dense kernels that have been measured, with a cold L2 cache and
+    with a warm one."""
+    blocking = {"block_size": sizes.block_size, "block_count": sizes.block_count, "window_size": sizes.window_size}
+    calls = {
+        ("whole", module.__name__.split("_")[-1]): lambda: module.nsa_attention(q, k, v, gates, cu_seqlens, **blocking)
+    }
+    possible = {row["kernel"] for row in rows if row["part"] == "dense" and "ms" in row}
+    for name, ways in dense_calls(q, k, v).items():
+        if name in possible:
+            noted = {row.get("note") for row in rows if row["kernel"] == name}
+            call, tensors = next((call, tensors) for note, call, tensors in ways if note in noted)
+            calls["dense", name] = functools.partial(call, *tensors)
+    found = []
+    for l2 in ("cold", "warm"):
+        times = measure_in_turns(calls, device, sizes.seconds, cold=l2 == "cold")
+        for (part, kernel), figures in times.items():
+            row = {"part": part, "kernel": kernel, "pass": "forward", "l2": l2, "order": "ABBA"}
+            found.append({**row, **selection, **figures})
+    return found
+
+
 def time_pass(name: str, call, tensors: tuple, timed) -> dict:
     """Time of one of `PASSES` through call(*tensors), which returns o in the shape of the first of them, with gradients
     for all of them, which are not added to others."""
@@ -159,6 +224,23 @@ def dense_rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, passes: tuple[
     Backends of SDPA get KV heads as they are where they can (enable_gqa), else repeated beforehand: the note says so,
     and neither time nor memory counts that.
     """
+    kernels = dense_calls(q, k, v)
+    rows = []
+    for (name, calls), which in itertools.product(kernels.items(), passes):
+        for note, call, tensors in calls:
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # what about these tensors a backend cannot do
+                    figures = {"note": note, **time_pass(which, call, tensors, timed)}
+                break
+            except (RuntimeError, ImportError) as error:
+                figures = {"skipped": str(error).split("\n")[0]}
+        rows.append({"part": "dense", "kernel": name, "pass": which, **figures})
+    return rows
+
+
+def dense_calls(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> dict[str, list[tuple]]:
+    """For each dense kernel the ways to call it, the best first: note, call and its tensors."""
     repeated = [x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v)]
     kernels = {}
     for name in SDPA_BACKENDS:
@@ -172,18 +254,7 @@ def dense_rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, passes: tuple[
         if q.is_cuda and importlib.util.find_spec(package):
             call = functools.partial(_flash_attention, package)
             kernels[name] = [(None, call, tuple(x[None] for x in (q, k, v)))]
-    rows = []
-    for (name, calls), which in itertools.product(kernels.items(), passes):
-        for note, call, tensors in calls:
-            try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # what about these tensors a backend cannot do
-                    figures = {"note": note, **time_pass(which, call, tensors, timed)}
-                break
-            except (RuntimeError, ImportError) as error:
-                figures = {"skipped": str(error).split("\n")[0]}
-        rows.append({"part": "dense", "kernel": name, "pass": which, **figures})
-    return rows
+    return kernels
 
 
 def _sdpa(backend, q, k, v):

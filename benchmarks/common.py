@@ -7,6 +7,7 @@ read them.
 
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import os
 import platform
@@ -182,10 +183,29 @@ def measure(fn, device: torch.device, seconds: float, least: int = 10) -> dict:
         times = (_event_times if cuda else _clock_times)(fn, device, max(least, min(200, int(seconds / estimate))))
     except torch.OutOfMemoryError:
         return {"skipped": "out of memory"}
-    times.sort()
-    low, high = times[len(times) // 10], times[-1 - len(times) // 10]
-    figures = {"ms": statistics.median(times), "ms_low": low, "ms_high": high}
-    return {**{name: round(x, 4) for name, x in figures.items()}, "runs": len(times), "peak_mb": peak}
+    return {**_figures(times), "peak_mb": peak}
+
+
+def measure_in_turns(calls: dict, device: torch.device, seconds: float, cold: bool = True, least: int = 6) -> dict:
+    """Times of calls that are to be compared, {name: figures as of `measure`, without memory}: one after another, then
+    in reverse (A B B A), and again, so that clocks that drift favour none. With `cold` each finds an L2 cache that was
+    overwritten, otherwise what the same call left there in an untimed run just before."""
+    cuda = device.type == "cuda"
+    times, failed = {name: [] for name in calls}, {}
+    start = time.perf_counter()
+    for round_ in itertools.count():
+        if round_ > least // 2 and (time.perf_counter() - start > seconds * len(calls) or round_ > 100):
+            break
+        for name in (*calls, *reversed(calls)):
+            if name not in failed:
+                try:
+                    if not cold or round_ == 0:
+                        calls[name]()
+                    timed = _event_times if cuda else _clock_times
+                    times[name] += timed(calls[name], device, 1, *([cold] if cuda else []))
+                except (RuntimeError, ImportError) as error:  # out of memory is one
+                    failed[name] = {"skipped": str(error).split("\n")[0]}
+    return {name: failed.get(name) or _figures(x[2:]) for name, x in times.items()}
 
 
 def announce(same: dict) -> None:
@@ -229,11 +249,19 @@ def _processor() -> str:
     return f"CPU ({model}, {os.cpu_count()} cores)"
 
 
-def _event_times(fn, device, runs) -> list[float]:
-    cold = torch.empty(2**28, dtype=torch.uint8, device=device)  # several times the L2 cache
+def _figures(times: list[float]) -> dict:
+    times = sorted(times)
+    low, high = times[len(times) // 10], times[-1 - len(times) // 10]
+    figures = {"ms": statistics.median(times), "ms_low": low, "ms_high": high}
+    return {**{name: round(x, 4) for name, x in figures.items()}, "runs": len(times)}
+
+
+def _event_times(fn, device, runs, cold=True) -> list[float]:
+    other = torch.empty(2**28, dtype=torch.uint8, device=device)  # several times the L2 cache
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(runs)]
     for start, stop in events:
-        cold.zero_()
+        if cold:
+            other.zero_()
         start.record()
         fn()
         stop.record()

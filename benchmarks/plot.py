@@ -55,7 +55,8 @@ def draw_attention(rows: list[dict]):
     size = {"figsize": (18, 6 * len(passes)), "layout": "constrained"}
     figure, axes = plt.subplots(len(passes), 3, squeeze=False, **size)
     for name, (whole, branch, overlap) in zip(passes, axes, strict=True):
-        measured = [row for row in rows if row["pass"] == name]
+        # Rows measured in turns say again what others say.
+        measured = [row for row in rows if row["pass"] == name and "l2" not in row]
         for part, style in (("dense", "--"), ("whole", "-")):
             chosen = (row for row in measured if row["part"] == part)
             lines(whole, chosen, ("part", "kernel", "selection"), "tokens", "ms", style)

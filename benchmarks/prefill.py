@@ -35,6 +35,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=28, help="(%(default)s)")
     parser.add_argument("--new-tokens", type=int, default=32, help="decoding steps (%(default)s)")
+    parser.add_argument("--runs", type=int, default=5, help="at least so many of each model (%(default)s)")
     add_model_options(parser, lengths=[2**i for i in range(13, 18)])
     add_options(parser)
     args = parse_model_options(parser)
@@ -51,7 +52,7 @@ def main() -> None:
         rows = []
         for name, model in models.items():
             row = {"model": name, "kernel": kernels[name], "tokens": tokens, "text_tokens": TEXT_BEFORE + args.question}
-            row |= measure(functools.partial(first_token, model, prompt), device, args.seconds, least=5)
+            row |= measure(functools.partial(first_token, model, prompt), device, args.seconds, least=args.runs)
             if "ms" in row:
                 row["decode_tokens_per_s"] = decoding_speed(model, prompt, args.new_tokens)
             rows.append(row)

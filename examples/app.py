@@ -43,8 +43,8 @@ from card import requirements
 from conversation import Conversation, VideoChat
 from folders import check_new, new_folder
 from make_needle_videos import make_sample
-from videonsa import video_reader
-from videonsa.processing_videonsa import file_metadata
+from videonsa import video_reader, video_source
+from videonsa.video_inputs import file_metadata
 
 HERE = Path(__file__).resolve().parent
 SETTINGS = ("fps", "max_pixels", "max_tokens", "prefer", "start", "end")  # of the processor, as the page offers them
@@ -95,7 +95,7 @@ class App:
         self.visitors: dict[str, Visitor] = {}
         self.lock = threading.Lock()
         self.pace = None  # seconds to the first token, per vision token, of the last video that was read
-        video_reader.MAX_DOWNLOAD = self.limits.megabytes * 10**6
+        video_source.MAX_DOWNLOAD = self.limits.megabytes * 10**6
 
     def take(self, visitor: str, path: str | Path, truth: str = "", questions: tuple[str, ...] = QUESTIONS) -> None:
         """Make an uploaded file the visitor's video, in place of another."""
@@ -125,7 +125,7 @@ class App:
         if not re.match(r"https?://[^/]", url, re.IGNORECASE):
             raise ValueError("An address must begin with http:// or https://.")
         name = re.sub(r"[^\w.-]+", "_", Path(unquote(urlsplit(url).path)).name).lstrip(".")[-100:] or "video.mp4"
-        with video_reader.download(url, urlsplit(url).hostname or name, self.limits.timeout, keep=False) as source:
+        with video_source.download(url, urlsplit(url).hostname or name, self.limits.timeout, keep=False) as source:
             source.seek(0)
             path = Path(tempfile.mkdtemp(dir=self.files)) / name
             with path.open("wb") as file:

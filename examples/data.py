@@ -26,7 +26,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers.video_utils import VideoMetadata
 
-from videonsa.processing_videonsa import CLIP_KEYS
+from videonsa.video_inputs import CLIP_KEYS
 
 logger = logging.getLogger(__name__)
 

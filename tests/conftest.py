@@ -1,6 +1,7 @@
 """Makes the flat files at the repository root importable as the package `videonsa`, ahead of any installed copy, and
 gives tests a miniature stock checkpoint and fresh processes."""
 
+import functools
 import importlib.util
 import logging
 import os
@@ -196,3 +197,46 @@ def run_fresh(tmp_path):
         return result.stdout
 
     return run
+
+
+@pytest.fixture(scope="session")
+def processor(tmp_path_factory):
+    """The processor of the miniature checkpoint."""
+    from transformers import AutoImageProcessor, AutoTokenizer
+
+    import tiny
+    from videonsa.processing_videonsa import VideoNSAProcessor, VideoNSAVideoProcessor
+
+    stock = tiny.make_stock_checkpoint(tmp_path_factory.mktemp("stock"), hidden_size=112, num_hidden_layers=1)
+    return VideoNSAProcessor(
+        image_processor=AutoImageProcessor.from_pretrained(stock),
+        tokenizer=AutoTokenizer.from_pretrained(stock),
+        video_processor=VideoNSAVideoProcessor(),
+        chat_template=tiny.CHAT_TEMPLATE,
+    )
+
+
+@pytest.fixture(scope="session")
+def clips(tmp_path_factory) -> Path:
+    """A folder with `clip.mp4`: H.264, 8 s of 64 frames, 224 x 224."""
+    import tiny
+
+    folder = tmp_path_factory.mktemp("clips")
+    tiny.make_clip(folder / "clip.mp4")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def corpus_clip(tmp_path_factory):
+    """The path of a clip of corpus.py, by name; made when first asked for."""
+    import corpus
+
+    folder = tmp_path_factory.mktemp("corpus")
+    return functools.cache(lambda name: corpus.make(folder, name))
+
+
+@pytest.fixture
+def threads():
+    """Sets the number of threads, which is 1 in other tests."""
+    yield torch.set_num_threads
+    torch.set_num_threads(1)

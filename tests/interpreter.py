@@ -1,9 +1,9 @@
 """Makes TRITON_INTERPRET=1 fit for testing kernels on a CPU (triton 3.6 to 3.9).
 
 As it comes, the interpreter multiplies the raw bits of bf16 in `tl.dot`, truncates where a GPU rounds, computes bf16
-sums on bits, and lets out-of-bounds accesses crash the process or pass. `install` replaces these parts: bf16 goes
-through fp32 in dots and casts, other bf16 arithmetic is refused, and every access is checked against the tensors of
-the launch.
+sums on bits, lets out-of-bounds accesses crash the process or pass, and hides races, as it runs programs one after
+another. `install` replaces these parts: bf16 goes through fp32 in dots and casts, other bf16 arithmetic is refused, and
+every access is checked against the tensors of the launch and the accesses of its other programs.
 """
 
 import numpy as np
@@ -74,16 +74,20 @@ def install() -> None:
         return result
 
     interpreter._patch_lang_tensor = _patch_lang_tensor
-    check_bounds(interpreter)
+    check_accesses(interpreter)
 
 
-def check_bounds(interpreter) -> None:
-    """Raise IndexError for an access outside of every tensor of the launch."""
-    starts = ends = np.zeros(0, np.uint64)
+def check_accesses(interpreter) -> None:
+    """Raise IndexError for an access outside of every tensor of the launch, and RuntimeError where a program writes
+    what another of the launch has read or written, or reads what another has written: on a GPU their order is open."""
+    starts = ends = first_slot = np.zeros(0, np.int64)
+    writer = reader = np.zeros(0, np.int32)  # of every two bytes of the tensors: a program, `nobody` or `several`
+    programs = {}
+    nobody, several = -1, -2
     init_args = interpreter.GridExecutor._init_args_hst
 
     def _init_args_hst(self, args, kwargs):
-        nonlocal starts, ends
+        nonlocal starts, ends, first_slot, writer, reader
         args, kwargs = init_args(self, args, kwargs)
         tensors = [x for x in (*args, *kwargs.values()) if hasattr(x, "data_ptr") and x.numel()]
         merged = []  # views of one storage overlap
@@ -92,27 +96,43 @@ def check_bounds(interpreter) -> None:
                 merged[-1][1] = max(merged[-1][1], end)
             else:
                 merged.append([start, end])
-        starts, ends = np.array(merged, np.uint64).T
+        starts, ends = np.array(merged, np.int64).T
+        slots = (ends - starts) // 2 + 1
+        first_slot = np.cumsum(slots) - slots
+        writer, reader = np.full((2, slots.sum()), nobody, np.int32)
+        programs.clear()
         return args, kwargs
 
-    def check(name, pointer, mask):
-        address = np.asarray(pointer.data).astype(np.uint64).reshape(-1)
+    def check(name, builder, pointer, mask):
+        address = np.asarray(pointer.data).astype(np.int64).reshape(-1)
         active = np.broadcast_to(np.asarray(mask.data, dtype=bool), np.shape(pointer.data)).reshape(-1)
         address = address[active]
-        size = np.uint64(max(pointer.get_element_ty().primitive_bitwidth // 8, 1))
-        tensor = np.searchsorted(starts, address, side="right").astype(np.int64) - 1
+        size = max(pointer.get_element_ty().primitive_bitwidth // 8, 1)
+        tensor = np.searchsorted(starts, address, side="right") - 1
         outside = (tensor < 0) | (address + size > ends[np.maximum(tensor, 0)])
         if outside.any():
             raise IndexError(f"{name}: {int(outside.sum())} of {address.size} active lanes out of bounds")
+        slot = first_slot[tensor] + (address - starts[tensor]) // 2
+        program = programs.setdefault(tuple(builder.grid_idx), len(programs))
+        for others in (writer,) if name == "load" else (writer, reader):
+            taken = (others[slot] != nobody) & (others[slot] != program)
+            if taken.any():
+                what = "written" if others is writer else "read"
+                raise RuntimeError(f"{name}: {int(taken.sum())} active lanes on what another program has {what}")
+        if name == "store":
+            writer[slot] = program
+        else:
+            before = reader[slot]
+            reader[slot] = np.where((before == nobody) | (before == program), program, several)
 
     load, store = (getattr(interpreter.InterpreterBuilder, f"create_masked_{name}") for name in ("load", "store"))
 
     def create_masked_load(self, pointer, mask, *rest, **options):
-        check("load", pointer, mask)
+        check("load", self, pointer, mask)
         return load(self, pointer, mask, *rest, **options)
 
     def create_masked_store(self, pointer, value, mask, *rest, **options):
-        check("store", pointer, mask)
+        check("store", self, pointer, mask)
         return store(self, pointer, value, mask, *rest, **options)
 
     interpreter.GridExecutor._init_args_hst = _init_args_hst

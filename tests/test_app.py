@@ -22,7 +22,7 @@ import tiny
 from app import App, Limits, plan_html, refuse_private_addresses, sheet_html, timing_text, write_space
 from card import requirements
 from conversation import VideoChat
-from videonsa import video_reader
+from videonsa import video_source
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -34,7 +34,7 @@ def chat(tmp_path_factory):
 
 @pytest.fixture
 def app(chat, tmp_path, monkeypatch):
-    monkeypatch.setattr(video_reader, "MAX_DOWNLOAD", video_reader.MAX_DOWNLOAD)  # an app sets it
+    monkeypatch.setattr(video_source, "MAX_DOWNLOAD", video_source.MAX_DOWNLOAD)  # an app sets it
     return App(chat, tmp_path / "files", examples=True)
 
 
@@ -229,7 +229,7 @@ def test_a_video_is_fetched_within_the_limits(app, server, clip):
         app.fetch("a", f"{server}/slow.mp4")
     with pytest.raises(ValueError, match="cannot be downloaded"):
         app.fetch("a", f"{server}/file.mp4")
-    video_reader.MAX_DOWNLOAD = 1000
+    video_source.MAX_DOWNLOAD = 1000
     with pytest.raises(ValueError, match="more than 1,000 bytes"):
         app.fetch("a", f"{server}/clip.mp4")
     assert app.visitors["a"].path == path and len(listing(app)) == 1  # what there was stays

@@ -820,8 +820,11 @@ def test_prompt_lookup_gives_greedy_tokens(model):
 def test_an_assistant_model_gives_greedy_tokens(model):
     inputs = make_inputs(VIDEO)
     greedy = generate(model, inputs, 12)
-    out = generate(model, inputs, 12, assistant_model=deepcopy(model))
+    calls, assistant = [], deepcopy(model)
+    model.register_forward_pre_hook(lambda *args: calls.append(1))
+    out = generate(model, inputs, 12, assistant_model=assistant)
     assert torch.equal(out.sequences, greedy.sequences)
+    assert len(calls) == 6  # each confirms a draft of the assistant, which is the same model and sees the video too
 
 
 TURNS = {
@@ -1520,7 +1523,7 @@ def test_layout_moves_every_tensor_to_another_device():
             assert new == old
 
     compare(layout, moved)
-    assert count == 10 + len(layout.text_queries) > 11  # ten of the layout, and the text of several samples
+    assert count == 10 + len(layout.text_runs) > 11  # ten of the layout, and the text of several samples
 
 
 def test_offloaded_model_computes_the_same(small, tmp_path):

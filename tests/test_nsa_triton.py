@@ -1,18 +1,16 @@
-"""The kernels against nsa_torch in fp64: on a GPU natively, elsewhere in triton's interpreter with bounds checked; and
-what ptxas makes of them for GPUs that are not here. The interpreter takes seconds per case, so cases do much at once.
+"""The kernels against nsa_torch in fp64: on a GPU natively, elsewhere in triton's interpreter with bounds checked and
+programs kept apart. The interpreter takes seconds per case, so cases do much at once. test_compiled_kernels.py tests
+what ptxas makes of the kernels.
 """
 
 import importlib.machinery
 import importlib.util
-import json
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
 from pathlib import Path
 
-import offline
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -27,7 +25,6 @@ GRADIENT_TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 
 needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU: too large for the interpreter, or about devices")
 
 LISTS = [[*range(16)], [*range(12, 28)], [*range(4, 20)], [*range(27, 19, -1)]]
-CAPABILITIES = [80, 89, 90]
 
 # lengths of the samples, query heads, KV heads, head dim, block size, block count, window, dtype, and where they differ
 # lengths of the keys, query heads of each KV head
@@ -50,6 +47,7 @@ LARGE = {
     "group 4": ([2000], 16, 4, 96, 128, 5, 100, torch.bfloat16),
     "group 16": ([2000], 32, 2, 128, 64, 16, 100, torch.bfloat16),
     "dim 16, chunks": ([77, 10], 7, 1, 16, 16, 7, 33, torch.bfloat16, [5000, 10]),
+    "thousands of blocks": ([3], 2, 1, 16, 16, 5, 9, torch.float32, [16 * 4100]),
     "lists of 16, 16, 16 and 8 heads": ([1500, 700], 28, 4, 128, 64, 8, 256, torch.bfloat16, None, LISTS),
 }
 CASES = [pytest.param(case, id=name) for name, case in SMALL.items()]
@@ -264,6 +262,45 @@ def test_any_blocks_can_be_given():
     assert_close(o, reference, 1e-5)
     assert_lse_close(lse, reference_lse, 1e-5)
     assert_gradients_close(o, (q, k, v), reference, doubles)
+
+
+def test_thousands_of_blocks_before_a_few_queries(monkeypatch):
+    """As after hours of video. A program per block takes the interpreter too long: means are given, and dk and dv of
+    the selection, which are added up block by block, are left to the large case of the same sizes, on a GPU."""
+    blocks, size = 4_100, 16
+    (q, k, v, _), cu, cu_k, _ = inputs([3], 2, 1, 16, size, 5, 9, torch.float32, [size * blocks])
+    doubles = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    means, double_means = ([x.detach().view(blocks, size, 1, 16).mean(1) for x in y[1:]] for y in ((q, k, v), doubles))
+    for x in (*means, *double_means):
+        x.requires_grad_()
+    first = {"first": blocks * size - 3, "block_size": size}
+    o, lse = nsa_triton.pooled_attention(q, *means, **first)
+    expected, expected_lse = nsa_torch.pooled_attention(doubles[0], *double_means, **first)
+    assert_close(o, expected, 1e-5)
+    assert_gradients_close(o, (q, *means), expected, (doubles[0], *double_means))
+
+    monkeypatch.setattr(nsa_triton._Call, "means", [x.detach() for x in means])
+    options = {"cu_seqlens_k": cu_k, "block_size": size}
+    chosen = nsa_triton.select_blocks(q, k, lse, cu, block_count=5, **options)
+    assert torch.equal(chosen, nsa_torch.select_blocks(*doubles[:2], expected_lse, cu, block_count=5, **options))
+    assert len(chosen.unique()) > 5 and chosen.max() == blocks - 1
+    o, _ = nsa_triton.selected_attention(q, k.detach(), v.detach(), chosen, cu, **options)
+    expected, _ = nsa_torch.selected_attention(*doubles, chosen, cu, **options)
+    assert_close(o, expected, 1e-5)
+    assert_gradients_close(o, (q,), expected, doubles[:1])
+
+
+@pytest.mark.parametrize(("tokens", "number"), [(8192, 7), (131072, 39)])
+def test_launches_of_a_forward_pass_are_few(tokens, number, monkeypatch):
+    """Means, compression, union, selection, window; importance and choice, for each chunk of tiles."""
+    names = []
+    monkeypatch.setattr(nsa_triton._Call, "launch", lambda self, kernel, *_, **__: names.append(kernel))
+    q, k = (torch.empty(tokens, heads, 128, dtype=torch.bfloat16, device="meta") for heads in (28, 4))
+    cu = torch.empty(2, dtype=torch.int32, device="meta")
+    lists = nsa_triton._head_lists(q, k, None)
+    gates = torch.empty(tokens, 28, 3, dtype=torch.bfloat16, device="meta")
+    nsa_triton._attend._init_fn(q, k, k, gates, None, cu, cu, *lists, "all", 64, 32, 256, None, False)
+    assert len(names) == number
 
 
 def test_importance_in_chunks_changes_nothing(monkeypatch):
@@ -560,68 +597,12 @@ def test_workspace_of_the_backward_pass_at_64k_stays_below_one_and_a_half_gigaby
     assert torch.cuda.max_memory_allocated() - before - sum(x.nbytes for x in grads) < 1.5e9
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compilations(request):
-    """{compute capability: future of the rows of offline.py}, which run while other tests do."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    options = {"env": environment, "cwd": Path(offline.__file__).parent, "capture_output": True, "text": True}
-
-    def compile_for(capability):
-        done = subprocess.run([sys.executable, offline.__file__, str(capability)], **options)
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
-
-    pool = ThreadPoolExecutor(2)
-    wanted = any("compiled" in getattr(item, "fixturenames", ()) for item in request.session.items)
-    yield {capability: pool.submit(compile_for, capability) for capability in CAPABILITIES if wanted}
-    pool.shutdown(cancel_futures=True)
-
-
-@pytest.fixture(params=CAPABILITIES, ids="sm_{}".format)
-def compiled(request, compilations):
-    """(compute capability, rows of offline.py)"""
-    return request.param, compilations[request.param].result()
-
-
-def test_all_kernels_compile_without_spilling_and_fit(compiled):
-    capability, rows = compiled
-    kernels = {name for name in vars(nsa_triton) if name.endswith("_kernel")}
-    for case in offline.CASES:
-        assert {row["kernel"] for row in rows if row["case"] == case} == kernels
-    for row in rows:
-        assert row["spills"] <= (0 if capability == 90 else 8), row  # a few words, outside of the loops
-        assert row["stack"] <= (8 if capability == 90 else 32), row
-        assert row["shared"] <= offline.SHARED_MEMORY[capability], row
-
-
-DOTS = {
-    "_band_kernel": 2,
-    "_importance_kernel": 2,  # with variances, as below
-    "_estimate_kernel": 2,
-    "_selected_kernel": 2,
-    "_band_dq_kernel": 3,
-    "_selected_dq_kernel": 3,
-    "_band_dkv_kernel": 4,
-    "_selected_dkv_kernel": 4,
-}
-
-
-def test_dots_use_wgmma_where_meant_and_do_not_wait_for_each_other(compiled):
-    capability, rows = compiled
-    for row in rows:
-        if capability == 90 and row["case"] == "7B bf16" and row["kernel"] in DOTS:
-            assert row["wgmma"] and row["arrivals"], row
-        assert max(row["arrivals"], default=0) <= DOTS.get(row["kernel"], 0), row
-        if capability < 90:
-            assert row["wgmma"] == 0
-
-
 def test_the_file_can_be_imported_without_triton():
     program = (
         "import sys; sys.modules['triton'] = None; import conftest, torch; from videonsa import nsa_triton;"
         "x = torch.zeros(1, 1, 16); assert not nsa_triton.available(x);"
         "nsa_triton.window_attention(x, x, x, torch.tensor([0, 1], dtype=torch.int32))"
     )
-    folder = Path(offline.__file__).parent
+    folder = Path(__file__).parent
     done = subprocess.run([sys.executable, "-c", program], cwd=folder, capture_output=True, text=True)
     assert "nsa_triton needs triton" in done.stderr

@@ -4,7 +4,6 @@ Frames of `corpus.py` carry their number, so that a test can tell which it got.
 """
 
 import contextlib
-import functools
 import gc
 import http.server
 import inspect
@@ -30,25 +29,11 @@ import torch
 from corpus import FRAMES, SIZE, numbers_of, picture, write
 from transformers.utils import logging
 
-from videonsa import video_reader
+from videonsa import video_reader, video_source
 from videonsa.video_reader import VideoFile
 
 HEIGHT, WIDTH = SIZE[::-1]
 REAL_CLIP = Path(__file__).resolve().parents[2] / "shared/clips/v_TpB_zMG3XBA.mp4"
-
-
-@pytest.fixture(scope="session")
-def clips(tmp_path_factory):
-    """The path of a clip of the corpus, by name; made when first asked for."""
-    folder = tmp_path_factory.mktemp("corpus")
-    return functools.cache(lambda name: corpus.make(folder, name))
-
-
-@pytest.fixture
-def threads():
-    """Sets the number of threads, which is 1 in other tests."""
-    yield torch.set_num_threads
-    torch.set_num_threads(1)
 
 
 @pytest.fixture
@@ -110,10 +95,10 @@ def stored(rgb, matrix, full, bits) -> list[int]:
 
 class TestFrames:
     @pytest.mark.parametrize("name", corpus.CORPUS)
-    def test_each_is_the_one_asked_for(self, clips, threads, monkeypatch, name):
+    def test_each_is_the_one_asked_for(self, corpus_clip, threads, monkeypatch, name):
         if name == "intra-refresh.mkv" and int(av.__version__.split(".")[0]) < 16:
             pytest.skip("decoders of PyAV 15 do not tell that a frame after a jump is incomplete")
-        with VideoFile(clips(name)) as file:
+        with VideoFile(corpus_clip(name)) as file:
             assert (len(file), file.width, file.height) == (FRAMES, *SIZE)
             assert file.times.tolist() == pytest.approx(corpus.times_of(name), abs=2e-3)
             everything = file.read(range(FRAMES), HEIGHT, WIDTH)
@@ -124,67 +109,67 @@ class TestFrames:
                     monkeypatch.setattr(video_reader, "MIN_WORK", least)
                     assert torch.equal(file.read(indices, HEIGHT, WIDTH), everything[list(indices)])
 
-    def test_only_those_are_converted(self, clips, monkeypatch):
+    def test_only_those_are_converted(self, corpus_clip, monkeypatch):
         converted, convert = [], video_reader.to_rgb
         monkeypatch.setattr(video_reader, "to_rgb", lambda *args: converted.append(1) or convert(*args))
-        read(clips("h264.mp4"), [3, 3, 20, 40])
+        read(corpus_clip("h264.mp4"), [3, 3, 20, 40])
         assert len(converted) == 3
 
     @pytest.mark.parametrize("name", ["h264.mp4", "h264.ts", "hevc.mp4", "open-gop.mp4", "vp9.webm", "variable.mkv"])
-    def test_decoding_starts_at_the_key_frame_before(self, clips, name):
-        with VideoFile(clips(name)) as file:
+    def test_decoding_starts_at_the_key_frame_before(self, corpus_clip, name):
+        with VideoFile(corpus_clip(name)) as file:
             (first, last), (start, stop) = file._stretches(file.positions[[2, 56]])
             assert first == 0 and last < 12 and start >= 36 and stop - start < 24
 
-    def test_streams_whose_key_frames_are_none_are_decoded_whole(self, clips, monkeypatch):
+    def test_streams_whose_key_frames_are_none_are_decoded_whole(self, corpus_clip, monkeypatch):
         # From any frame but the first on, frames come out damaged or not at all.
         monkeypatch.setattr(VideoFile, "_stretches", lambda self, positions, *_: [(17, int(max(positions)))])
-        assert numbers_of(read(clips("one-key-frame.mp4"), [20, 50])) == [20, 50]
+        assert numbers_of(read(corpus_clip("one-key-frame.mp4"), [20, 50])) == [20, 50]
 
     @pytest.mark.parametrize("name", ["open-gop.mp4", "open-gop.ts", "hevc-open-gop.mkv", "mpeg2.ts", "h264.mov"])
-    def test_one_jump_is_enough(self, clips, decoding, name):
+    def test_one_jump_is_enough(self, corpus_clip, decoding, name):
         for indices in ([40], [2, 33, 58], [59], [21, 22, 23, 24, 25], [34, 36, 59]):
-            assert numbers_of(read(clips(name), indices)) == indices
+            assert numbers_of(read(corpus_clip(name), indices)) == indices
         assert len(decoding) == 5
 
     @pytest.mark.parametrize(
         "name", ["h264.mp4", "open-gop.mp4", "hevc-open-gop.mkv", "vp9.webm", "av1.mp4", "late.ts"]
     )
-    def test_several_threads_decode_from_key_frames_of_their_own(self, clips, side_by_side, decoding, name):
+    def test_several_threads_decode_from_key_frames_of_their_own(self, corpus_clip, side_by_side, decoding, name):
         everything = None
         for _ in range(4):
-            frames = read(clips(name))
+            frames = read(corpus_clip(name))
             assert numbers_of(frames) == list(range(FRAMES))
             everything = frames if everything is None else everything
             assert torch.equal(frames, everything)
         assert len(decoding) == 12 and threading.get_ident() not in decoding  # none had to decode anything once more
 
     def test_one_thread_decodes_where_there_are_no_others_or_too_little_work(
-        self, clips, threads, decoding, monkeypatch
+        self, corpus_clip, threads, decoding, monkeypatch
     ):
         threads(3)
-        read(clips("h264.mp4"))  # less than two shares of work
+        read(corpus_clip("h264.mp4"))  # less than two shares of work
         monkeypatch.setattr(video_reader, "MIN_WORK", 1)
-        read(clips("h264.mp4"), [0, 3, 4])  # a single stretch
-        read(clips("h264.mp4"), [0, 12, 47])  # most of it one stretch
-        read(clips("one-key-frame.mp4"))
-        for source in (clips("h264.mp4").read_bytes(), clips("h264.mp4").open("rb")):
+        read(corpus_clip("h264.mp4"), [0, 3, 4])  # a single stretch
+        read(corpus_clip("h264.mp4"), [0, 12, 47])  # most of it one stretch
+        read(corpus_clip("one-key-frame.mp4"))
+        for source in (corpus_clip("h264.mp4").read_bytes(), corpus_clip("h264.mp4").open("rb")):
             read(source)  # of which there is one place to read at
         monkeypatch.setattr(video_reader, "DECODER_MEMORY", 2 * 28 * 128 * 64 - 1)
-        read(clips("h264.mp4"))
+        read(corpus_clip("h264.mp4"))
         monkeypatch.undo()
         threads(1)
-        read(clips("h264.mp4"), [0, 30, 59])
+        read(corpus_clip("h264.mp4"), [0, 30, 59])
         assert set(decoding) == {threading.get_ident()} and len(decoding) == 7
 
-    def test_a_recording_may_start_before_its_first_key_frame_and_refer_to_what_it_lacks(self, clips, tmp_path):
-        data = clips("open-gop.ts").read_bytes()
+    def test_a_recording_may_start_before_its_first_key_frame_and_refer_to_what_it_lacks(self, corpus_clip, tmp_path):
+        data = corpus_clip("open-gop.ts").read_bytes()
         (tmp_path / "cut.ts").write_bytes(data[12 * 188 :])
         numbers = numbers_of(read(tmp_path / "cut.ts"))
         assert 0 < numbers[0] <= 12 and numbers == list(range(numbers[0], 60))
 
-    def test_a_jump_that_lands_behind_its_frame_is_made_good(self, clips, decoders):
-        with VideoFile(clips("h264.mp4")) as file:
+    def test_a_jump_that_lands_behind_its_frame_is_made_good(self, corpus_clip, decoders):
+        with VideoFile(corpus_clip("h264.mp4")) as file:
             file.dts = file.dts + 10**9
             assert numbers_of(file.read([2, 56], HEIGHT, WIDTH)) == [2, 56]
 
@@ -230,13 +215,13 @@ class TestLooks:
             frame = read(path, [2], 28, 28)[0].float().mean((1, 2))
             assert frame.tolist() == pytest.approx(rgb, abs=4)
 
-    def test_colours_that_cannot_be_converted_are_named(self, clips, monkeypatch):
+    def test_colours_that_cannot_be_converted_are_named(self, corpus_clip, monkeypatch):
         def to_rgb(*_):
             raise OSError("Operation not supported")  # as newer versions of PyAV do for matrices that few files have
 
         monkeypatch.setattr(video_reader, "to_rgb", to_rgb)
         with pytest.raises(ValueError, match="h264.mp4: its colours, yuv420p with matrix 2, cannot be converted: Oper"):
-            read(clips("h264.mp4"))
+            read(corpus_clip("h264.mp4"))
 
     def test_what_is_transparent_is_white(self, tmp_path):
         image = np.full((HEIGHT, WIDTH, 4), (200, 100, 0, 255), np.uint8)
@@ -274,8 +259,8 @@ class TestLooks:
 
 class TestSources:
     @pytest.mark.parametrize("name", ["h264.mp4", "h264.mkv", "late.ts", "palette.gif"])
-    def test_bytes_and_files_are_read_as_paths_are(self, clips, name):
-        path = clips(name)
+    def test_bytes_and_files_are_read_as_paths_are(self, corpus_clip, name):
+        path = corpus_clip(name)
         data = path.read_bytes()
 
         class Pipe(io.RawIOBase):
@@ -293,8 +278,8 @@ class TestSources:
             assert numbers_of(read(file, [1, 33, 58])) == [1, 33, 58]
             assert not file.closed
 
-    def test_names_may_be_awkward(self, clips, tmp_path):
-        data = clips("h264.mp4").read_bytes()
+    def test_names_may_be_awkward(self, corpus_clip, tmp_path):
+        data = corpus_clip("h264.mp4").read_bytes()
         for name in (
             "a clip.mp4",
             "прогулка 漫步.mp4",
@@ -310,9 +295,9 @@ class TestSources:
         assert not (tmp_path / "owned").exists()
 
     @pytest.fixture
-    def server(self, clips, tmp_path, monkeypatch):
+    def server(self, corpus_clip, tmp_path, monkeypatch):
         monkeypatch.setenv("no_proxy", "127.0.0.1")
-        data = clips("faststart.mp4").read_bytes()
+        data = corpus_clip("faststart.mp4").read_bytes()
         requests = []
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -370,7 +355,7 @@ class TestSources:
         assert numbers_of(read(f"{server[0]}/{name}", [0, 30], on_error="keep")) == [0, 30]
 
     def test_a_server_may_not_send_without_end(self, server, monkeypatch):
-        monkeypatch.setattr(video_reader, "MAX_DOWNLOAD", 1000)
+        monkeypatch.setattr(video_source, "MAX_DOWNLOAD", 1000)
         for name in ("clip.mp4", "unsized.mp4"):
             with pytest.raises(ValueError, match=f"{name}: more than 1,000 bytes, the limit"):
                 read(f"{server[0]}/{name}")
@@ -385,11 +370,11 @@ class TestSources:
 
 
 class TestBadFiles:
-    def test_what_is_no_video_is_named(self, tmp_path, clips):
+    def test_what_is_no_video_is_named(self, tmp_path, corpus_clip):
         (tmp_path / "text.mp4").write_text("This is not a video. " * 100)
         (tmp_path / "empty.mp4").touch()
         (tmp_path / "folder").mkdir()
-        (tmp_path / "strange.mp4").write_bytes(clips("h264.mp4").read_bytes().replace(b"avc1", b"zzzz"))
+        (tmp_path / "strange.mp4").write_bytes(corpus_clip("h264.mp4").read_bytes().replace(b"avc1", b"zzzz"))
         for name, message in {
             "text.mp4": "text.mp4: cannot be read as a video: .*Invalid data",
             "empty.mp4": "empty.mp4: the file is empty",
@@ -409,7 +394,7 @@ class TestBadFiles:
         with (tmp_path / "text.mp4").open() as file, pytest.raises(ValueError, match="text.mp4: .* binary mode"):
             VideoFile(file)
         with pytest.raises(ValueError, match="on_error must be 'raise' or 'keep', got 'skip'"):
-            VideoFile(clips("h264.mp4"), on_error="skip")
+            VideoFile(corpus_clip("h264.mp4"), on_error="skip")
 
     def test_text_that_libav_would_draw_is_no_video(self, tmp_path):
         for name in ("notes.txt", "notes.nfo"):
@@ -426,16 +411,16 @@ class TestBadFiles:
             '<?xml version="1.0"?><MPD><Period><BaseURL>{}</BaseURL></Period></MPD>',
         ],
     )
-    def test_what_refers_to_others_does_not_get_them_opened(self, clips, tmp_path, text):
-        (tmp_path / "list.mp4").write_text(text.format(clips("h264.ts")))
+    def test_what_refers_to_others_does_not_get_them_opened(self, corpus_clip, tmp_path, text):
+        (tmp_path / "list.mp4").write_text(text.format(corpus_clip("h264.ts")))
         begin = time.monotonic()
         for source in (tmp_path / "list.mp4", (tmp_path / "list.mp4").read_bytes()):
             with pytest.raises(ValueError, match="(list.mp4|<bytes>): a list or description of other files or streams"):
                 VideoFile(source)
         assert time.monotonic() - begin < 5  # libav would wait for a stream
 
-    def test_a_clock_that_starts_anew_is_noticed(self, clips, tmp_path):
-        (tmp_path / "twice.ts").write_bytes(2 * clips("h264.ts").read_bytes())
+    def test_a_clock_that_starts_anew_is_noticed(self, corpus_clip, tmp_path):
+        (tmp_path / "twice.ts").write_bytes(2 * corpus_clip("h264.ts").read_bytes())
         with pytest.raises(ValueError, match="twice.ts: its clock starts anew after 60 of 120 frames"):
             VideoFile(tmp_path / "twice.ts")
         assert numbers_of(read(tmp_path / "twice.ts", on_error="keep")) == list(range(60))
@@ -458,9 +443,9 @@ class TestBadFiles:
             assert numbers_of(file.read([0, 0], HEIGHT, WIDTH)) == [77, 77]
 
     @pytest.mark.parametrize("name", ["faststart.mp4", "h264.mkv", "vp9.webm"])
-    def test_a_file_that_ends_early_keeps_what_there_is_when_asked(self, clips, tmp_path, decoders, name):
+    def test_a_file_that_ends_early_keeps_what_there_is_when_asked(self, corpus_clip, tmp_path, decoders, name):
         path = tmp_path / name
-        whole = faststart(clips(name), path) if name.endswith("mp4") else clips(name).read_bytes()
+        whole = faststart(corpus_clip(name), path) if name.endswith("mp4") else corpus_clip(name).read_bytes()
         path.write_bytes(whole[: len(whole) * 8 // 10])
         with pytest.raises(
             ValueError, match=rf"{name}: truncated after \d\.\d of 7\.5 s \(\d+ frames\).*on_error='keep'"
@@ -472,9 +457,9 @@ class TestBadFiles:
             assert numbers[:-2] == list(range(len(file) - 2))  # the last may be cut in the middle
 
     @pytest.mark.parametrize("name", ["h264.mp4", "hevc.mp4", "vp9.webm", "mpeg4.mp4", "mjpeg.mov", "h264.avi"])
-    def test_damaged_packets_keep_the_others_when_asked(self, clips, tmp_path, decoders, name):
-        data, path = bytearray(clips(name).read_bytes()), tmp_path / name
-        with av.open(str(clips(name))) as container:
+    def test_damaged_packets_keep_the_others_when_asked(self, corpus_clip, tmp_path, decoders, name):
+        data, path = bytearray(corpus_clip(name).read_bytes()), tmp_path / name
+        with av.open(str(corpus_clip(name))) as container:
             packets = [packet for packet in container.demux(video=0) if packet.size]
         for packet in packets[26:34]:
             data[packet.pos + 5 : packet.pos + packet.size] = bytes(packet.size - 5)
@@ -486,8 +471,8 @@ class TestBadFiles:
         assert all(0 <= i - number < 24 for i, number in enumerate(numbers) if number >= 0)
 
     @pytest.mark.parametrize("name", ["h264.ts", "mpeg2.ts"])
-    def test_lost_packets_of_a_transport_stream_are_noticed(self, clips, tmp_path, name):
-        data, path = bytearray(clips(name).read_bytes()), tmp_path / name
+    def test_lost_packets_of_a_transport_stream_are_noticed(self, corpus_clip, tmp_path, name):
+        data, path = bytearray(corpus_clip(name).read_bytes()), tmp_path / name
         middle = len(data) // 2 // 188 * 188
         del data[middle : middle + 10 * 188]
         path.write_bytes(data)
@@ -498,9 +483,9 @@ class TestBadFiles:
         numbers = numbers_of(read(path, on_error="keep"))
         assert 50 <= len(numbers) < 60 and numbers[:20] == list(range(20)) and numbers[-10:] == list(range(50, 60))
 
-    def test_a_file_of_noise_is_refused_also_when_asked_to_keep(self, clips, tmp_path, decoders):
-        data, path = bytearray(clips("h264.mp4").read_bytes()), tmp_path / "noise.mp4"
-        with av.open(str(clips("h264.mp4"))) as container:
+    def test_a_file_of_noise_is_refused_also_when_asked_to_keep(self, corpus_clip, tmp_path, decoders):
+        data, path = bytearray(corpus_clip("h264.mp4").read_bytes()), tmp_path / "noise.mp4"
+        with av.open(str(corpus_clip("h264.mp4"))) as container:
             for packet in container.demux(video=0):
                 if packet.size:
                     data[packet.pos : packet.pos + packet.size] = bytes(packet.size)
@@ -510,10 +495,10 @@ class TestBadFiles:
         with pytest.raises(ValueError, match="noise.mp4: none of its frames can be decoded"):
             read(path, on_error="keep")
 
-    def test_flipped_bytes_are_never_worse_than_an_error(self, clips, tmp_path, side_by_side):
+    def test_flipped_bytes_are_never_worse_than_an_error(self, corpus_clip, tmp_path, side_by_side):
         generator = random.Random(0)
         for name in ("h264.mp4", "h264.mkv", "h264.ts", "vp9.webm", "palette.gif", "mpeg4.avi"):
-            original = clips(name).read_bytes()
+            original = corpus_clip(name).read_bytes()
             for trial in range(8):
                 data = bytearray(original)
                 for _ in range(1 + trial * 4):
@@ -540,11 +525,11 @@ def faststart(path: Path, output: Path) -> bytes:
 
 
 class TestLimits:
-    def test_frames_that_are_too_large_are_refused(self, clips, tmp_path):
+    def test_frames_that_are_too_large_are_refused(self, corpus_clip, tmp_path):
         with pytest.raises(ValueError, match=r"h264.mp4: 128 × 64 pixels in its header, the limit is 8,000"):
-            VideoFile(clips("h264.mp4"), max_pixels=8000)
+            VideoFile(corpus_clip("h264.mp4"), max_pixels=8000)
         # A header that lies: of 10,000 × 10,000 pixels, where the frames are small.
-        data = bytearray(clips("h264.mp4").read_bytes())
+        data = bytearray(corpus_clip("h264.mp4").read_bytes())
         for box, offset in ((b"avc1", 28), (b"tkhd", 80)):
             where = data.index(box) + offset
             size = (10_000, 10_000)
@@ -567,9 +552,9 @@ class TestLimits:
         with pytest.raises(ValueError, match="bomb.mov: 9000 × 9000 pixels in its header, the limit is 67,108,864"):
             VideoFile(path)
 
-    def test_videos_that_are_too_long_are_refused(self, clips, tmp_path):
+    def test_videos_that_are_too_long_are_refused(self, corpus_clip, tmp_path):
         with pytest.raises(ValueError, match="h264.mp4: 8 seconds long, the limit is 7"):
-            VideoFile(clips("h264.mp4"), max_seconds=7)
+            VideoFile(corpus_clip("h264.mp4"), max_seconds=7)
         path = write(tmp_path / "days.mkv", map(picture, range(3)), times=[0, 1, 1e6])
         with pytest.raises(ValueError, match="days.mkv: 1,000,.* seconds long, the limit is 86,400"):
             VideoFile(path)
@@ -584,7 +569,7 @@ class TestResources:
         script = f"""
             import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import conftest
             import resource, torch
-            from videonsa import video_reader
+            from videonsa import video_reader, video_source
             from videonsa.video_reader import VideoFile
             peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
             torch.set_num_threads({threads})
@@ -600,9 +585,9 @@ class TestResources:
         assert int(done.stdout) < 200  # MB; 60 frames are 373 MB
 
     @pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker")
-    def test_four_workers_read_alike_and_leak_nothing(self, clips):
+    def test_four_workers_read_alike_and_leak_nothing(self, corpus_clip):
         # Each worker gets each of the five, as their number is coprime to that of the workers.
-        paths = [clips(name) for name in ("h264.mp4", "hevc.mp4", "vp9.webm", "late.ts", "mpeg4.avi")]
+        paths = [corpus_clip(name) for name in ("h264.mp4", "hevc.mp4", "vp9.webm", "late.ts", "mpeg4.avi")]
         loader = torch.utils.data.DataLoader(
             Clips(paths, 500), batch_size=None, num_workers=4, multiprocessing_context="fork"
         )
@@ -617,9 +602,9 @@ class TestResources:
             assert max(memory[25:]) < max(memory[:25]) + 20  # MB; 100 leaks of a decoder would be far more
 
     @pytest.mark.filterwarnings("ignore:.*fork")
-    def test_a_process_may_fork_after_threads_have_decoded(self, clips, tmp_path, threads):
+    def test_a_process_may_fork_after_threads_have_decoded(self, corpus_clip, tmp_path, threads):
         threads(2)
-        data = bytearray(clips("one-key-frame.mp4").read_bytes())
+        data = bytearray(corpus_clip("one-key-frame.mp4").read_bytes())
         data[len(data) // 3 : len(data) // 2] = bytes(len(data) // 2 - len(data) // 3)
         (tmp_path / "clip.mp4").write_bytes(data)
         gc.disable()  # else it may happen to be in time
@@ -637,21 +622,21 @@ class TestResources:
         child.kill()
         assert child.exitcode == 0
 
-    def test_files_are_closed_and_threads_end_after_errors_too(self, clips, tmp_path, decoders):
+    def test_files_are_closed_and_threads_end_after_errors_too(self, corpus_clip, tmp_path, decoders):
         (tmp_path / "text.mp4").write_text("This is not a video. " * 100)
         bad = tmp_path / "cut.mkv"
-        bad.write_bytes(clips("h264.mkv").read_bytes()[:2000])
+        bad.write_bytes(corpus_clip("h264.mkv").read_bytes()[:2000])
         before = os.listdir("/proc/self/fd")
         for _ in range(20):
             for path in (tmp_path / "text.mp4", bad):
                 with pytest.raises(ValueError):
                     read(path)
-            with pytest.raises(RuntimeError), VideoFile(clips("h264.mp4")) as file:
+            with pytest.raises(RuntimeError), VideoFile(corpus_clip("h264.mp4")) as file:
                 file.read([2, 50], HEIGHT, WIDTH, resize=lambda *_: torch.zeros(1).view(2))
         assert len(os.listdir("/proc/self/fd")) <= len(before) and not decoding_threads()
 
     @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-    def test_an_error_in_one_thread_ends_the_others(self, clips, side_by_side, error):
+    def test_an_error_in_one_thread_ends_the_others(self, corpus_clip, side_by_side, error):
         resized = []
 
         def resize(frame, height, width):
@@ -661,21 +646,21 @@ class TestResources:
             time.sleep(0.1)
             return video_reader.resize_bicubic(frame, height, width)
 
-        with pytest.raises(error, match="no more"), VideoFile(clips("h264.mp4")) as file:
+        with pytest.raises(error, match="no more"), VideoFile(corpus_clip("h264.mp4")) as file:
             file.read(range(FRAMES), HEIGHT, WIDTH, resize)
         assert len(resized) < 10 and not decoding_threads()
 
-    def test_reading_side_by_side_leaks_no_memory(self, clips, side_by_side):
+    def test_reading_side_by_side_leaks_no_memory(self, corpus_clip, side_by_side):
         used = []
         for _ in range(120):
-            read(clips("h264.mp4"), range(0, FRAMES, 4))
+            read(corpus_clip("h264.mp4"), range(0, FRAMES, 4))
             used.append(resident_mb())
         assert max(used[40:]) < max(used[:40]) + 20  # 80 times three decoders would be far more
 
-    def test_damage_is_reported_alike_by_any_number_of_threads(self, clips, tmp_path, threads, monkeypatch):
+    def test_damage_is_reported_alike_by_any_number_of_threads(self, corpus_clip, tmp_path, threads, monkeypatch):
         monkeypatch.setattr(video_reader, "MIN_WORK", 1)
-        data, path = bytearray(clips("h264.mp4").read_bytes()), tmp_path / "clip.mp4"
-        with av.open(str(clips("h264.mp4"))) as container:
+        data, path = bytearray(corpus_clip("h264.mp4").read_bytes()), tmp_path / "clip.mp4"
+        with av.open(str(corpus_clip("h264.mp4"))) as container:
             packets = [packet for packet in container.demux(video=0) if packet.size]
         for packet in (*packets[14:16], *packets[38:40]):
             data[packet.pos + 5 : packet.pos + packet.size] = bytes(packet.size - 5)
@@ -690,16 +675,16 @@ class TestResources:
         kept = [threads(count) or read(path, on_error="keep") for count in (1, 2, 3)]
         assert torch.equal(kept[0], kept[1]) and torch.equal(kept[0], kept[2])
 
-    def test_progress_is_shown_after_seconds_only_and_not_where_it_is_off(self, clips, capfd, monkeypatch):
-        read(clips("h264.mp4"))
+    def test_progress_is_shown_after_seconds_only_and_not_where_it_is_off(self, corpus_clip, capfd, monkeypatch):
+        read(corpus_clip("h264.mp4"))
         assert not capfd.readouterr().err
         bars, tqdm = [], logging.tqdm
         monkeypatch.setattr(logging, "tqdm", lambda *args, **kwargs: bars.append(tqdm(*args, **kwargs)) or bars[-1])
-        read(clips("h264.mp4"), [0, 3])
+        read(corpus_clip("h264.mp4"), [0, 3])
         assert (bars[0].total, bars[0].n, bars[0].desc, bars[0].delay) == (2, 2, "h264.mp4", 3)
         logging.disable_progress_bar()
         try:
-            read(clips("h264.mp4"), [0, 3])
+            read(corpus_clip("h264.mp4"), [0, 3])
             assert type(bars[1]).__name__ == "EmptyTqdm"
         finally:
             logging.enable_progress_bar()

@@ -1,0 +1,101 @@
+"""What ptxas makes of the kernels for GPUs that are not here, by benchmarks/compile_kernels.py."""
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from videonsa import nsa_triton
+
+pytest.importorskip("triton")
+FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
+sys.path.insert(0, str(FOLDER))
+import compile_kernels  # noqa: E402
+
+CAPABILITIES = [80, 89, 90]
+
+
+@pytest.fixture(scope="module")
+def compilations():
+    """{compute capability: future of the rows of compile_kernels.py}"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+
+    def compile_for(capability):
+        command = [sys.executable, compile_kernels.__file__, str(capability), "--json"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    pool = ThreadPoolExecutor(2)
+    yield {capability: pool.submit(compile_for, capability) for capability in CAPABILITIES}
+    pool.shutdown(cancel_futures=True)
+
+
+@pytest.fixture(params=CAPABILITIES, ids="sm_{}".format)
+def compiled(request, compilations):
+    """(compute capability, rows of compile_kernels.py)"""
+    return request.param, compilations[request.param].result()
+
+
+def test_all_kernels_compile_and_fit_and_no_loop_spills(compiled):
+    capability, rows = compiled
+    kernels = {name for name in vars(nsa_triton) if name.endswith("_kernel")}
+    for case in compile_kernels.CASES:
+        assert {row["kernel"] for row in rows if row["case"] == case} == kernels
+    for row in rows:
+        # The gradient of merged's remainder: a word per turn of 800 instructions, by triton 3.6 for sm_90.
+        assert row["spills_in_loops"] <= (row["kernel"] == "_band_dkv_kernel" and row["stages"] == 2), row
+        assert row["spills"] <= 48 and row["stack"] <= 96, row  # once, around the loops
+        assert row["shared"] <= compile_kernels.SHARED_MEMORY[capability], row
+
+
+DOTS = {
+    "_band_kernel": 2,
+    "_importance_kernel": 2,  # with variances, as below
+    "_estimate_kernel": 2,
+    "_selected_kernel": 2,
+    "_band_dq_kernel": 3,
+    "_selected_dq_kernel": 3,
+    "_band_dkv_kernel": 4,
+    "_selected_dkv_kernel": 4,
+}
+
+
+def test_dots_use_wgmma_where_meant_and_do_not_wait_for_each_other(compiled):
+    capability, rows = compiled
+    for row in rows:
+        arrivals = [loop["arrivals"] for loop in row["loops"]]
+        if capability == 90 and row["case"] == "7B bf16" and row["kernel"] in DOTS:
+            assert row["wgmma"] and all(arrivals), row
+        assert max(arrivals, default=0) <= DOTS.get(row["kernel"], 0), row
+        if capability < 90:
+            assert row["wgmma"] == 0
+
+
+# Loops that may wait for the copies that they issued last, since another program of the SM, which two stages leave room
+# for, can compute meanwhile.
+TWO_STAGES = {
+    "_estimate_kernel": "a third stage of means and variances would leave room for one program of two",
+    "_importance_kernel": "the same: with variances it shares the tiles of `_estimate_kernel`",
+    "_band_dkv_kernel": "of merged's remainder, which has no registers left for a third stage",
+}
+
+
+def test_loops_never_wait_for_the_copies_that_they_issued_last(compiled):
+    """They did: the index of a block was queued behind the keys of blocks before it. `released` still does in two loops
+    over heads (importance, and dk and dv of bands), which look up each head in a table in the turn that loads it."""
+    capability, rows = compiled
+    if capability < 90:
+        pytest.skip("tiles for 99 KB of shared memory have two stages")
+    for row in rows:
+        for loop in row["loops"]:
+            if (
+                row["case"] == "7B bf16"
+                and loop["copies"]
+                and not (row["stages"] == 2 and row["kernel"] in TWO_STAGES and row["programs"] >= 2)
+            ):
+                assert loop["in_flight"] and min(loop["in_flight"]) > 0, row
