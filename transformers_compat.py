@@ -175,7 +175,8 @@ class WholeCheckpoint:
         of submodules and of old layouts, for a model that was made from a configuration or loaded under ZeRO-3.
         """
         if getattr(self, "hf_quantizer", None) is None:
-            registered = get_checkpoint_conversion_mapping(type(self).__name__) or []
+            name = type(self).__name__.removeprefix("FSDP")  # what FSDP2 makes of it
+            registered = get_checkpoint_conversion_mapping(name) or []
             self._weight_conversions = registered[1:]  # without `repeated`
         return super().save_pretrained(*args, **kwargs)
 

@@ -422,6 +422,10 @@ def test_a_model_is_saved_with_the_same_keys_however_it_was_made(small, tmp_path
     assert keys(VideoNSAForConditionalGeneration(small.config)) == expected
     assert keys(VideoNSAModel(small.config)) == expected
 
+    sharded = VideoNSAForConditionalGeneration(small.config)
+    sharded.__class__ = type("FSDPVideoNSAForConditionalGeneration", (type(sharded),), {})  # as FSDP2 does
+    assert keys(sharded) == expected
+
     # Under ZeRO-3, from_pretrained keeps all renamings, and Trainer gathers the weights.
     small._weight_conversions = get_model_conversion_mapping(small)
     assert keys(small, state_dict=small.state_dict()) == expected
