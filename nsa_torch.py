@@ -610,21 +610,23 @@ class _Attention(torch.autograd.Function):
         """dv_j = Σ p_j do, dx_j = p_j (do·v_j - do·o), dq = scale Σ dx_j k_j, dk_j = scale Σ dx_j q."""
         q, k, v, o, lse = ctx.saved_tensors
         dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for queries, heads, g, parts in _with_heads(ctx.chunks, q.shape[1] // len(k)):
-            x, grad = q[queries, heads] * ctx.scale, do[queries, heads].contiguous()
-            own = (grad * o[queries, heads]).sum(-1, keepdim=True)
-            shift = lse[queries, heads].unsqueeze(-1)
-            shift = shift.masked_fill(shift == -torch.inf, 0)
-            out = torch.zeros_like(x)
-            for part in parts:
-                rows, keys, _ = part
-                p = _logits(x, k[g], part).sub_(shift.index_select(0, rows)).exp_()
-                grad_rows = grad.index_select(0, rows)
-                dx = _rows_times(grad_rows, v[g, keys].T).sub_(own.index_select(0, rows)).mul_(p)
-                out.index_add_(0, rows, _rows_times(dx, k[g, keys]))
-                dk[g, keys].addmm_(dx.flatten(0, 1).T, x.index_select(0, rows).flatten(0, 1))
-                dv[g, keys].addmm_(p.flatten(0, 1).T, grad_rows.flatten(0, 1))
-            dq[queries, heads] = out.mul_(ctx.scale)
+        # autograd runs this under the autocast of the loss.
+        with torch.autocast(q.device.type, enabled=False):
+            for queries, heads, g, parts in _with_heads(ctx.chunks, q.shape[1] // len(k)):
+                x, grad = q[queries, heads] * ctx.scale, do[queries, heads].contiguous()
+                own = (grad * o[queries, heads]).sum(-1, keepdim=True)
+                shift = lse[queries, heads].unsqueeze(-1)
+                shift = shift.masked_fill(shift == -torch.inf, 0)
+                out = torch.zeros_like(x)
+                for part in parts:
+                    rows, keys, _ = part
+                    p = _logits(x, k[g], part).sub_(shift.index_select(0, rows)).exp_()
+                    grad_rows = grad.index_select(0, rows)
+                    dx = _rows_times(grad_rows, v[g, keys].T).sub_(own.index_select(0, rows)).mul_(p)
+                    out.index_add_(0, rows, _rows_times(dx, k[g, keys]))
+                    dk[g, keys].addmm_(dx.flatten(0, 1).T, x.index_select(0, rows).flatten(0, 1))
+                    dv[g, keys].addmm_(p.flatten(0, 1).T, grad_rows.flatten(0, 1))
+                dq[queries, heads] = out.mul_(ctx.scale)
         return dq, dk.transpose(0, 1), dv.transpose(0, 1), None, None
 
 

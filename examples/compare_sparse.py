@@ -51,14 +51,14 @@ class Prefills:
             self.decoder.register_forward_hook(self.stop, with_kwargs=True),
             *(layer.self_attn.register_forward_hook(self.keep) for layer in self.decoder.layers),
         ]
-        self.select = nsa_torch.select_blocks
-        nsa_torch.select_blocks = self.count
+        self.select = nsa_torch._select
+        nsa_torch._select = self.count
         return self
 
     def __exit__(self, *_):
         for hook in self.hooks:
             hook.remove()
-        nsa_torch.select_blocks = self.select
+        nsa_torch._select = self.select
 
     def start(self, module, args, kwargs):
         self.began = time.perf_counter()
@@ -70,19 +70,27 @@ class Prefills:
     def keep(self, module, args, output):
         if output[0].shape[1] > 1:
             self.outputs.append(output[0][0])
-            self.chosen.append(statistics.fmean(self.counts) if self.counts else None)
+            # Queries before the first choice see all keys.
+            dense = min((first for first, _ in self.counts), default=0)
+            keys = dense * (dense + 1) / 2
+            for start in {first for first, _ in self.counts}:  # heads that choose for themselves are averaged
+                keys += statistics.fmean(count for first, count in self.counts if first == start)
+            self.chosen.append(keys if self.counts else None)
             self.counts = []
 
-    def count(self, q, k, lse, cu_seqlens, *, block_size, **kwargs):
-        """`select_blocks`, noting how many keys the choices come to, averaged over KV heads; a mean of the remainder is
-        one, too."""
-        blocks = self.select(q, k, lse, cu_seqlens, block_size=block_size, **kwargs)
-        i = torch.arange(len(q), device=q.device)[None, :, None]
-        keys = (i + 1 - blocks * block_size).clamp(0, block_size).masked_fill(blocks < 0, 0)
+    def count(self, q, k, *args, block_size, **kwargs):
+        """`_select`, noting the first query and the number of chosen keys, averaged over KV heads; a mean of the
+        remainder counts as a key."""
+        chosen = self.select(q, k, *args, block_size=block_size, **kwargs)  # bool [G, queries, blocks]
+        first = len(k) - len(q)
+        seen = torch.arange(first + 1, len(k) + 1, device=q.device)[:, None]
+        starts = torch.arange(chosen.shape[-1], device=q.device) * block_size
+        keys = (seen - starts).clamp(0, block_size) * chosen
+        total = keys.sum()
         if self.decoder.config.block_remainder:
-            keys = torch.cat([keys, (i + 1) // block_size - (keys == block_size).sum(-1, keepdim=True)], -1)
-        self.counts.append(float(keys.sum()) / len(blocks))
-        return blocks
+            total += len(chosen) * (seen // block_size).sum() - (keys == block_size).sum()
+        self.counts.append((first, float(total) / len(chosen)))
+        return chosen
 
 
 def merged_shares(prefill: Prefills, vision: torch.Tensor) -> list[float]:

@@ -160,7 +160,7 @@ class TestStreams:
 
 
 class TestMatrices:
-    @pytest.mark.parametrize(("turns", "mirrored"), itertools.product(range(4), (False, True)))
+    @pytest.mark.parametrize(("turns", "mirrored"), list(itertools.product(range(4), (False, True))))
     def test_frames_are_turned_and_mirrored_back(self, tmp_path, turns, mirrored):
         images = (np.rot90(picture(i), turns) for i in range(8))
         images = (np.ascontiguousarray(image[:, ::-1] if mirrored else image) for image in images)
