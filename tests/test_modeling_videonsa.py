@@ -1251,7 +1251,7 @@ def test_an_observer_sees_what_each_layer_attends_with_and_may_change_the_gates(
 
 def test_hidden_states_are_returned_as_in_stock(both):
     ours, theirs = (each(**make_inputs(VIDEO), output_hidden_states=True) for each in both)
-    assert set(ours.keys()) == set(theirs.keys())
+    assert set(ours.keys()) == set(theirs.keys()) - {"rope_deltas"}  # of transformers 5.17: ours are in the cache
     assert [x.shape for x in ours.hidden_states] == [x.shape for x in theirs.hidden_states]
 
 

@@ -118,12 +118,13 @@ def test_signatures_are_those_of_the_stock_class(small):
 def test_outputs_are_those_of_the_stock_class(both):
     ours, theirs = (each(**make_inputs(VIDEO, IMAGE), use_cache=True) for each in both)
     assert type(ours) is type(theirs)
-    assert set(ours.keys()) == set(theirs.keys())
+    names = set(theirs.keys()) - {"rope_deltas"}  # of transformers 5.17: ours are in the cache
+    assert set(ours.keys()) == names
     for name in {"image_outputs", "video_outputs"} & set(theirs.keys()):
         for a, b in zip(ours[name].pooler_output, theirs[name].pooler_output, strict=True):
             assert torch.equal(a, b)
     with_gates = both[0](**make_inputs(VIDEO, IMAGE), use_cache=True, output_gates=True)
-    assert set(with_gates.keys()) == {*theirs.keys(), "gates"}
+    assert set(with_gates.keys()) == {*names, "gates"}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
