@@ -10,8 +10,8 @@ TRANSFORMERS ?= transformers
 # Where `make tiny` keeps its data, checkpoints and results; it goes on where it was interrupted.
 TINY := build/tiny
 
-# A process per core, each with one thread, takes whole files of tests.
-PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile
+# A process per core, each with one thread, takes whole files of tests, slow ones with few tests among the first.
+PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 test test-oldest test-newest: export OMP_NUM_THREADS := 1
 
 .PHONY: help demo tiny test test-oldest test-newest lint constraints clean

@@ -472,9 +472,8 @@ def test_training_can_follow_inference_mode():
     assert all(grad.isfinite().all() for grad in gradients(out, tensors))
 
 
-@pytest.mark.filterwarnings(
-    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
-)  # torch's own check
+# torch's own check reads it.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 def test_operators_are_what_torch_expects_of_them():
     tensors, cu, _, _ = inputs(*TINY)
     lists = nsa_triton._head_lists(*tensors[:2], None)
