@@ -10,7 +10,8 @@ TRANSFORMERS ?= transformers
 # Where `make tiny` keeps its data, checkpoints and results; it goes on where it was interrupted.
 TINY := build/tiny
 
-# A process per core, each with one thread, takes whole files of tests, slow ones with few tests among the first.
+# A process per core, each with one thread, takes whole files of tests, in the order of their names: by number of tests,
+# slow files with few tests would come last.
 PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 test test-oldest test-newest: export OMP_NUM_THREADS := 1
 

@@ -260,7 +260,9 @@ class Substitute:
     reads the replaced attributes, and every other caller the true ones."""
 
     def __init__(self, target, **attributes):
-        self.__dict__.update(attributes, _target=target)
+        self._target = target
+        for name, value in attributes.items():
+            setattr(self, name, value)
 
     def __getattr__(self, name):
         return getattr(self._target, name)
