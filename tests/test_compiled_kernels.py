@@ -49,7 +49,8 @@ def test_all_kernels_compile_and_fit_and_no_loop_spills(compiled):
     for row in rows:
         # The gradient of merged's remainder: a word per turn of 800 instructions, by triton 3.6 for sm_90.
         assert row["spills_in_loops"] <= (row["kernel"] == "_band_dkv_kernel" and row["stages"] == 2), row
-        assert row["spills"] <= 48 and row["stack"] <= 96, row  # once, around the loops
+        # Once, around the loops; the most is of fp16 with a head dim of 80, by triton 3.6.
+        assert row["spills"] <= 64 and row["stack"] <= 128, row
         assert row["shared"] <= compile_kernels.SHARED_MEMORY[capability], row
 
 
