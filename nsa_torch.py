@@ -556,7 +556,7 @@ def _fused(q, k, v, scale, **mask):
 
 
 class _Part(NamedTuple):
-    """Some queries of a chunk, and keys that they all see but for a mask."""
+    """Some queries of a chunk, and the keys that they see, except where `bias` hides one."""
 
     rows: torch.Tensor  # int64 [m], of the chunk
     keys: slice

@@ -34,7 +34,7 @@ IMAGE_SIGNATURES = re.compile(
     rb"|....ftyp(avif|mif1|heic|heix)|\0\0\0\x0cjP  ",
     re.DOTALL,
 )
-# Formats whose files may hold several pictures, of which libav reads one.
+# Files of these formats may hold several pictures; libav reads only one.
 PAGED_FORMATS = ("WEBP", "TIFF")
 # Keys that a video of a conversation may have of its own, by their names in qwen_vl_utils too; then those it may not.
 CLIP_KEYS = {

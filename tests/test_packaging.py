@@ -23,7 +23,7 @@ TESTED = ("test", "ecosystem")
 
 
 def constraints(name: str) -> dict[str, Version]:
-    """The versions of a file of constraints, each line of which must be a name and a version."""
+    """The versions in a file of constraints. Each line must be a name and a version."""
     lines = [line for line in (ROOT / "constraints" / name).read_text().splitlines() if not line.startswith("#")]
     pairs = [re.fullmatch(r"([a-z0-9-]+)==([0-9][\w.]*)", line) for line in lines]
     assert all(pairs), [line for line, pair in zip(lines, pairs, strict=True) if not pair]

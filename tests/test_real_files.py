@@ -39,7 +39,7 @@ def slideshow(path, seconds, options=None):
 
 
 def two_streams(path, sizes, *, default, counts=(FRAMES, FRAMES)):
-    """Two video streams of other sizes, of which one is the default."""
+    """Two video streams of different sizes; one is the default."""
     with av.open(str(path), "w") as output:
         streams = []
         for i, width in enumerate(sizes):
