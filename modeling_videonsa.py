@@ -38,6 +38,7 @@ from .transformers_compat import (
     Substitute,
     WholeCheckpoint,
     cache_of,
+    cached_length,
     check_attention,
     check_cache_written,
     check_contract,
@@ -309,7 +310,7 @@ class VideoNSATextModel(WholeCheckpoint, Qwen2_5_VLTextModel):
         new = kwargs["inputs_embeds"] if kwargs.get("input_ids") is None else kwargs["input_ids"]
         batch, length = new.shape[:2]
         cache = kwargs.get(CACHE)
-        past = 0 if cache is None else int(cache.get_seq_length())
+        past = cached_length(cache)
         position_ids, attention_mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
         if vision_mask is not None:
             vision = torch.cat([cached_vision(cache, past, vision_mask), vision_mask], 1)
@@ -474,7 +475,7 @@ class VideoNSAModel(WholeCheckpoint, Qwen2_5_VLModel):
         if length == 1 and torch.compiler.is_compiling():
             return None  # compiled decoding steps must not wait for the device
         cache = kwargs.get(CACHE)
-        past = 0 if cache is None else int(cache.get_seq_length())
+        past = cached_length(cache)
 
         if input_ids is not None:
             mask = self.token_types(input_ids) > 0
@@ -643,7 +644,7 @@ class VideoNSAForConditionalGeneration(WholeCheckpoint, Qwen2_5_VLForConditional
         types, cache = model_kwargs.get("mm_token_type_ids"), model_kwargs.get(CACHE)
         if types is None and not ids.is_floating_point():
             types = self.model.token_types(ids)
-        past = 0 if cache is None else int(cache.get_seq_length())
+        past = cached_length(cache)
 
         grids = any(model_kwargs.get(name) is not None for name in ("image_grid_thw", "video_grid_thw"))
         position = position_after(cache, past)

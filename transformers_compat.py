@@ -236,6 +236,11 @@ def cache_of(outputs) -> Cache | None:
     return getattr(outputs, CACHE, None)
 
 
+def cached_length(cache: Cache | None) -> int:
+    """How many tokens a cache holds; waits for the device if the cache is static."""
+    return 0 if cache is None else int(cache.get_seq_length())
+
+
 def check_cache_written(cache: Cache | None, length: int) -> None:
     """Raise a RuntimeError if `cache` does not hold `length` tokens after a forward call that had to write it."""
     if cache is not None and int(cache.get_seq_length()) != length:
