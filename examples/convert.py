@@ -244,7 +244,7 @@ def main() -> None:
     parser.add_argument("--block-size", type=int, help="vision tokens per block (default: the source's, else 64)")
     parser.add_argument(
         "--block-count", type=lambda x: float(x) if "." in x else int(x),
-        help="blocks per vision query; of merged also a share of them, such as 0.25 (default: the source's, else 32)",
+        help="blocks per vision query (default: the source's, else 32)",
     )  # fmt: skip
     parser.add_argument("--window-size", type=int, help="vision tokens in the window (default: the source's, else 256)")
     parser.add_argument("--gate-temperature", type=float, help="of the gates (default: the source's, else 1)")
