@@ -26,8 +26,8 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
 
 from .cache_record import CacheRecord, cached_vision, following_positions, position_after
 from .configuration_videonsa import VideoNSAConfig, VideoNSATextConfig
+from .nsa_merged import merged_attention as merged_attention_torch
 from .nsa_released import Stream, released_attention
-from .nsa_torch import merged_attention as merged_attention_torch
 from .nsa_torch import nsa_attention as nsa_attention_torch
 from .nsa_triton import available as triton_available
 from .nsa_triton import merged_attention as merged_attention_triton

@@ -25,7 +25,8 @@ from itertools import pairwise
 
 import torch
 
-from .nsa_torch import check_arguments, check_block_count, check_text, head_by_head
+from .nsa_checks import check_arguments, check_block_count, check_text
+from .nsa_merged import head_by_head
 
 try:
     import triton

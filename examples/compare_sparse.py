@@ -28,7 +28,7 @@ from sparse_baselines import METHODS, Prefill
 
 from data import Drop, load_samples
 from evaluate import Prompts, answer, is_correct, list_questions, normalise
-from videonsa import nsa_torch
+from videonsa import nsa_merged
 from videonsa.configuration_videonsa import NSA_FIELDS
 from videonsa.modeling_videonsa import VideoNSAForConditionalGeneration
 from videonsa.processing_videonsa import VideoNSAProcessor
@@ -51,14 +51,14 @@ class Prefills:
             self.decoder.register_forward_hook(self.stop, with_kwargs=True),
             *(layer.self_attn.register_forward_hook(self.keep) for layer in self.decoder.layers),
         ]
-        self.select = nsa_torch._select
-        nsa_torch._select = self.count
+        self.select = nsa_merged.choose
+        nsa_merged.choose = self.count
         return self
 
     def __exit__(self, *_):
         for hook in self.hooks:
             hook.remove()
-        nsa_torch._select = self.select
+        nsa_merged.choose = self.select
 
     def start(self, module, args, kwargs):
         self.began = time.perf_counter()
