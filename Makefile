@@ -92,7 +92,7 @@ $(TINY)/%: PY := OMP_NUM_THREADS=1 $(VENV)/bin/python
 $(TINY)/%: MAKE_CLIPS = $(PY) examples/make_needle_videos.py $@
 
 $(TINY)/start: | $(VENV)/train.stamp
-	$(PY) examples/tiny.py $@
+	$(PY) examples/make_tiny.py $@
 
 $(TINY)/data-1: | $(VENV)/train.stamp
 	$(MAKE_CLIPS) --seed 1 --train 16000 --validation 256 --seconds 0.5 --questions describe

@@ -6,8 +6,8 @@
 
 FINDING is one of transfer, scaling, budget, gates, latency, sinks and looked-at; `analyze.py FINDING --help` says what
 it measures, by which equation, and what it writes to the folder --output: FINDING.json and figures, in place of older
-ones. DATA is a file as for `evaluate.py`, whose way of asking and counting is used. `observe.py` looks into the layers,
-`figures.py` draws. Needs matplotlib: pip install -e ".[analyze]".
+ones. DATA is a file as for `evaluate.py`, whose way of asking and counting is used. `lib/observe.py` looks into the layers,
+`lib/figures.py` draws. Needs matplotlib: pip install -e ".[analyze]".
 """
 
 import argparse
@@ -28,13 +28,12 @@ import torch
 import transformers
 from tqdm import tqdm
 
-import figures
-from conversation import count_choices, patch_frame
-from data import Drop, load_samples
-from demo import assemble_tiny_model, load, read
-from evaluate import Prompts, Question, accuracy, answer_all, list_questions
-from make_needle_videos import Settings, make_dataset
-from observe import (
+from lib import figures
+from lib.answering import Prompts, Question, accuracy, answer_all, list_questions
+from lib.data import Drop, load_samples
+from lib.loading import assemble_tiny_model, load, read
+from lib.needles import Settings, make_dataset
+from lib.observe import (
     BRANCHES,
     SINK_ATTENTION,
     SIZES,
@@ -42,9 +41,11 @@ from observe import (
     block_means,
     branch_functions,
     configured,
+    count_choices,
     dense_received,
     observing,
     only_branches,
+    patch_frame,
     received_by_branch,
     similarity,
     watch,

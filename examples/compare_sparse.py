@@ -10,7 +10,7 @@ each method and length of the prompt, up to the next power of two of vision toke
     accuracy   share of right answers
     error      of each layer's attention output against the dense model's, relative, over all tokens of the prompt
     seconds    of the decoder's prefill, median; here no method but dense and merged has code made to be fast
-The parameter of each baseline (`sparse_baselines.py`) is set per length, by bisection on a few prompts, so that it
+The parameter of each baseline (`lib/sparse_baselines.py`) is set per length, by bisection on a few prompts, so that it
 computes the share that the first of the settings computes. A later run with other settings adds its rows to OUTPUT.
 """
 
@@ -24,10 +24,10 @@ from pathlib import Path
 
 import torch
 import transformers
-from sparse_baselines import METHODS, Prefill
 
-from data import Drop, load_samples
-from evaluate import Prompts, answer, is_correct, list_questions, normalise
+from lib.answering import Prompts, answer, is_correct, list_questions, normalise
+from lib.data import Drop, load_samples
+from lib.sparse_baselines import METHODS, Prefill
 from videonsa import nsa_torch
 from videonsa.configuration_videonsa import NSA_FIELDS
 from videonsa.modeling_videonsa import VideoNSAForConditionalGeneration

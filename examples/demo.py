@@ -12,7 +12,6 @@ the code files of that repository (`trust_remote_code=True`), as users of it do;
 
 import argparse
 import shlex
-import shutil
 import sys
 import tempfile
 import time
@@ -20,17 +19,13 @@ import warnings
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModel, AutoProcessor, TextStreamer
+from transformers import TextStreamer
 from transformers.utils import logging
 
-import convert
-from make_needle_videos import Settings, make_sample
-from videonsa.configuration_videonsa import is_public
-from videonsa.modeling_videonsa import VideoNSAForConditionalGeneration
+from lib.loading import CLIP, UNSEEN, assemble_tiny_model, load, read, report
+from lib.needles import make_sample
 
 QUESTION = "What happens in this video?"
-CLIP = Settings(seconds=(8.0,), questions=("colour", "shape", "where", "when"))
-UNSEEN = 3  # the place of the split in the seeds of clips; training, validation and test have 0 to 2
 SEED = 1  # of the clip whose questions the tiny model answers on every machine
 TRUTH_COLUMN = 10  # characters of an answer before the truth stands beside it
 
@@ -51,52 +46,6 @@ class TimedStreamer(TextStreamer):
         # What follows an answer goes on in its line, so the end of the stream ends no line.
         self.text += text
         print(text, end="", flush=True)
-
-
-def assemble_tiny_model(folder: Path) -> Path:
-    """A repository, in the new folder `folder`, of the weights in `tiny/` and the code files of this project."""
-    shutil.copytree(Path(__file__).with_name("tiny"), folder)
-    convert.copy_code(folder)
-    return folder
-
-
-def load(model: str, variant: str | None, device: str):
-    """(model, processor) of a VideoNSA repository, or of a checkpoint in the layout of the public one."""
-    config = AutoConfig.from_pretrained(model, trust_remote_code=True)
-    if is_public(config.to_dict()):
-        report("layout", f"the public VideoNSA checkpoint's, so nsa_variant={variant or 'released'}")
-        options = {} if variant is None else {"nsa_variant": variant}
-        loaded = VideoNSAForConditionalGeneration.from_pretrained(model, dtype="auto", device_map=device, **options)
-        return loaded.eval(), convert.load_processor(model)
-    if config.model_type != "videonsa":
-        raise ValueError(
-            f"--model {model} is a {config.model_type} checkpoint, not a VideoNSA repository; "
-            f"make one with: python examples/convert.py {model} OUTPUT"
-        )
-    if variant is not None:
-        config.nsa_variant = variant
-    options = {"trust_remote_code": True, "dtype": "auto", "device_map": device}
-    loaded = AutoModel.from_pretrained(model, config=config, **options).eval()
-    return loaded, AutoProcessor.from_pretrained(model, trust_remote_code=True)
-
-
-def report(label: str, text: str) -> None:
-    print(f"{label:<10}{text}", flush=True)
-
-
-def read(processor, video: str, question: str, **settings):
-    """(model inputs of a question about a video, metadata of what was read of it)."""
-    messages = [{"role": "user", "content": [{"type": "video", "video": video}, {"type": "text", "text": question}]}]
-    inputs = processor.apply_chat_template(
-        messages,
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        processor_kwargs={"return_metadata": True, **settings},
-    )
-    del inputs["timestamps"]
-    return inputs, inputs.pop("video_metadata")[0]
 
 
 def report_reading(model, video: str, metadata, inputs) -> None:

@@ -7,7 +7,7 @@
 
 `--config` names a YAML or JSON file of options; the command line goes before it. All options of transformers'
 `TrainingArguments` are options here too. `--model` must be a VideoNSA repository (make one with `convert.py`), whose
-code files run and are saved with the result. `data.py` says what data may look like.
+code files run and are saved with the result. `lib/data.py` says what data may look like.
 
 OUTPUT_DIR becomes a repository that loads with `trust_remote_code=True`; with LoRA it holds the merged model, and
 `adapter/` the adapter. Beside it stand the checkpoints, the TensorBoard logs (`runs/`), and what was not used of the
@@ -16,7 +16,6 @@ data: `dropped.jsonl` from the checks at the start, `skipped.jsonl` from reading
 
 import argparse
 import contextlib
-import hashlib
 import json
 import logging
 import math
@@ -26,8 +25,6 @@ import shutil
 import statistics
 import sys
 import tempfile
-import time
-import zipfile
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,29 +34,22 @@ import torch
 import yaml
 from accelerate.utils import broadcast_object_list
 from huggingface_hub import HfApi
-from safetensors import SafetensorError, safe_open
-from torch import nn
-from torch.distributed.fsdp import FSDPModule
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
     HfArgumentParser,
-    PrinterCallback,
-    ProgressCallback,
-    Trainer,
-    TrainerCallback,
     TrainingArguments,
     set_seed,
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from card import write_card
-from data import IGNORED, Collator, ConversationDataset, Drop, Sample, load_samples, packed_positions
+from lib.card import write_card
+from lib.data import Collator, ConversationDataset, Drop, Sample, load_samples
+from lib.resuming import check_options, check_weights, describe_data, find_resume
+from lib.training import PARTS, VideoTrainer, part_of, unsharded_class
 from videonsa.configuration_videonsa import NSA_FIELDS
 
-PARTS = ("language", "merger", "vision", "gates")
-BRANCHES = ("compression", "selection", "window")
 LORA_TARGETS = {
     "language": r".*language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)",
     "vision": r".*visual\.blocks\.\d+\.(attn\.(qkv|proj)|mlp\.(gate|up|down)_proj)",
@@ -185,178 +175,6 @@ class FinetuneArguments(TrainingArguments):
                 f"finetune.py sees {self.n_gpu} GPUs: start it with accelerate launch --config_file "
                 "examples/accelerate/ddp.yaml (or fsdp2.yaml, ...), or set CUDA_VISIBLE_DEVICES=0"
             )
-
-
-class Meter(TrainerCallback):
-    """Measures between two logs: tokens, the seconds of training (without evaluation and saving), and mean gates."""
-
-    def __init__(self, layers: int):
-        self.layers = layers
-        self.step_seconds = []
-        self.reset()
-
-    def reset(self) -> None:
-        self.tokens = self.seconds = 0.0
-        self.gates = 0.0  # [layers, 4]: sums over vision tokens of the gates of each branch, and the number of these
-
-    def count(self, inputs) -> None:
-        """Note a batch; the layers of the model then call `observe`, first layer first."""
-        mask = inputs.get("attention_mask")
-        self.tokens += inputs["input_ids"].numel() if mask is None else mask.sum()
-        self.batch = []
-
-    def observe(self, attention, q, k, v, gates: torch.Tensor, layout) -> torch.Tensor:
-        """Note the gates [vision tokens, heads, 3] of a layer."""
-        if attention.layer_idx == len(self.batch):  # gradient checkpointing computes layers a second time
-            sums = gates.detach().float().mean(1).sum(0)
-            self.batch.append(torch.cat([sums, sums.new_tensor([len(gates)])]))
-            if len(self.batch) == self.layers:
-                self.gates = self.gates + torch.stack(self.batch)
-        return gates
-
-    def on_train_begin(self, *args, **kwargs):
-        self.mark = time.perf_counter()
-
-    on_evaluate = on_save = on_train_begin
-
-    def on_step_end(self, *args, **kwargs):
-        now = time.perf_counter()
-        self.step_seconds.append(now - self.mark)
-        self.seconds += now - self.mark
-        self.mark = now
-
-    def read(self, accelerator) -> dict[str, float]:
-        """Tokens per second of all processes and the mean gates, since the last call."""
-        gates = torch.as_tensor(self.gates, device=accelerator.device) + torch.zeros(
-            self.layers, 4, device=accelerator.device
-        )
-        tokens = torch.as_tensor(self.tokens, dtype=torch.float64, device=accelerator.device)
-        gates, tokens = accelerator.reduce(gates, "sum"), accelerator.reduce(tokens, "sum")
-        logs = {"tokens_per_second": round(tokens.item() / max(self.seconds, 1e-9), 1)}
-        if gates[:, 3].min() > 0:
-            means = gates[:, :3] / gates[:, 3:]  # [layers, branches]
-            for branch, values in zip(BRANCHES, means.T.tolist(), strict=True):
-                logs[f"gate_{branch}"] = sum(values) / len(values)
-                logs |= {f"gate_{branch}/layer_{i:02}": value for i, value in enumerate(values)}
-        self.reset()
-        return logs
-
-
-class VideoTrainer(Trainer):
-    """Trainer with learning rates per part, packed samples, logits where there is a loss only, and a `Meter`."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        # Qwen2.5-VL says it does not take `num_items_in_batch`, but it does: with it, every token of a step counts the
-        # same, however it is split into batches and processes.
-        self.model_accepts_loss_kwargs = True
-        self.meter = Meter(self.model.config.text_config.num_hidden_layers)
-        self.add_callback(self.meter)
-        for callback in (ProgressCallback, PrinterCallback):
-            if self.pop_callback(callback):
-                self.add_callback(short_logs(callback))
-
-    def create_optimizer(self, *args, **kwargs):
-        """The Trainer's optimizer, its groups split by part."""
-        if self.optimizer is not None:
-            return super().create_optimizer(*args, **kwargs)
-        optimizer = super().create_optimizer(*args, **kwargs)
-        model = args[0] if args else kwargs.get("model") or self.model
-        parts = {parameter: part_of(name) for name, parameter in model.named_parameters()}
-        groups = []
-        for group in optimizer.param_groups:
-            for part in PARTS:
-                parameters = [p for p in group["params"] if parts[p] == part]
-                rate = {
-                    "gates": self.args.gate_learning_rate,
-                    "merger": self.args.merger_learning_rate,
-                    "vision": self.args.vision_learning_rate,
-                }.get(part)
-                if parameters:
-                    groups.append({**group, "params": parameters, "lr": group["lr"] if rate is None else rate})
-        optimizer.param_groups[:] = groups
-        return optimizer
-
-    def _prepare_inputs(self, inputs):
-        inputs = super()._prepare_inputs(inputs)
-        if "lengths" in inputs:
-            model = next(m for m in self.model.modules() if hasattr(m, "get_rope_index"))
-            inputs["position_ids"] = packed_positions(inputs, model.get_rope_index)
-            inputs = {name: x for name, x in inputs.items() if name not in ("lengths", "second_per_grid_ts")}
-        return inputs
-
-    def compute_loss(self, model, inputs, *args, **kwargs):
-        # At 36K tokens the logits of a vocabulary of 152K would take 22 GB; few positions have a loss.
-        shifted = nn.functional.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORED)
-        keep = (shifted != IGNORED).any(0).nonzero().squeeze(1)
-        inputs = {**inputs, "logits_to_keep": keep, "shift_labels": shifted[:, keep], "use_cache": False}
-        if model.training:
-            self.meter.count(inputs)
-            inputs["observe"] = self.meter.observe
-        return super().compute_loss(model, inputs, *args, **kwargs)
-
-    def _run_epoch(self, *args, **kwargs):
-        if self.state.global_step >= self.state.max_steps:  # resumed at its end: Trainer would make one step more
-            self.control.should_training_stop = True
-            return None
-        return super()._run_epoch(*args, **kwargs)
-
-    def prediction_step(self, model, inputs, *args, **kwargs):
-        inputs = self._prepare_inputs(inputs)
-        tokens = (inputs["labels"][:, 1:] != IGNORED).sum()
-        with torch.no_grad(), self.compute_loss_context_manager():
-            loss = self.compute_loss(model, inputs)
-        loss = torch.where(tokens > 0, loss, 0.0)
-        self.evaluated += torch.stack([loss.double() * tokens, tokens])
-        return loss, None, None
-
-    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
-        """As in Trainer, but the loss is the mean over tokens, however they are split into batches."""
-        self.evaluated = torch.zeros(2, dtype=torch.float64, device=self.args.device)  # sum of losses, tokens
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        total, tokens = self.accelerator.reduce(self.evaluated, "sum").tolist()
-        output.metrics[f"{metric_key_prefix}_loss"] = total / max(tokens, 1)
-        return output
-
-    def _save(self, *args, **kwargs):
-        with unsharded_class(self.model):
-            super()._save(*args, **kwargs)
-
-    def log(self, logs, *args, **kwargs):
-        if "loss" in logs:
-            logs = {**logs, **self.meter.read(self.accelerator)}
-        super().log(logs, *args, **kwargs)
-
-
-@contextlib.contextmanager
-def unsharded_class(model):
-    """Give a model its own class back to be saved: FSDP2 changes it, and its code would be saved as the model's."""
-    sharded = type(model)
-    model.__class__ = next(c for c in sharded.__mro__ if not issubclass(c, FSDPModule))
-    try:
-        yield
-    finally:
-        model.__class__ = sharded
-
-
-def short_logs(callback: type[TrainerCallback]) -> type[TrainerCallback]:
-    """A callback that prints logs, without the gates of every layer."""
-
-    class ShortLogs(callback):
-        def on_log(self, args, state, control, logs=None, **kwargs):
-            logs = {name: value for name, value in (logs or {}).items() if "/" not in name}
-            super().on_log(args, state, control, logs=logs, **kwargs)
-
-    return ShortLogs
-
-
-def part_of(name: str) -> str:
-    """Which of PARTS a parameter belongs to."""
-    if ".g_proj_" in name:
-        return "gates"
-    if "visual." in name:
-        return "merger" if "visual.merger." in name else "vision"
-    return "language"
 
 
 def trained_parts(arguments: ModelArguments) -> set[str]:
@@ -506,87 +324,6 @@ def report_data(loaded, output: Path | None) -> None:
         (output / "dropped.jsonl").write_text("".join(lines))
 
 
-def find_resume(args: FinetuneArguments) -> str | None:
-    """The checkpoint to resume: the named one, or the last complete one.
-
-    Raises:
-        ValueError: there is none, it lacks something, or the folder holds checkpoints of another run.
-    """
-    output = Path(args.output_dir)
-    found = sorted(output.glob("checkpoint-*[0-9]"), key=lambda path: int(path.name.split("-")[-1]), reverse=True)
-    asked = args.resume_from_checkpoint
-    if asked is None or str(asked).lower() == "false":
-        if found:
-            raise ValueError(
-                f"--output_dir {output} holds {found[0].name}: resume it with "
-                "--resume_from_checkpoint last, or name another folder"
-            )
-        return None
-
-    last = str(asked).lower() in ("last", "true")
-    if not last:
-        if not Path(asked).is_dir():
-            raise ValueError(f"--resume_from_checkpoint must be a folder or last, got {asked}")
-        found = [Path(asked)]
-    refused = []
-    for folder in found:
-        reason = why_not_resumed(folder, args)
-        if reason is None:
-            if refused:
-                print(f"resumed from {folder.name}; " + "; ".join(refused))
-            return str(folder)
-        refused.append(f"{folder.name} {reason}")
-    if refused:
-        older = f"; nor are {len(refused) - 1} older ones" if len(refused) > 1 else ""
-        raise ValueError(f"--resume_from_checkpoint {asked}: {refused[0]}{older}")
-    raise ValueError(f"--resume_from_checkpoint {asked}: there is no checkpoint in {output}")
-
-
-def why_not_resumed(folder: Path, args: FinetuneArguments) -> str | None:
-    """What keeps a run from going on at a checkpoint, or None. Trainer would go on without what is missing."""
-    # DeepSpeed writes a file for each process. FSDP writes optimizer.bin or a folder.
-    shards = list(folder.glob("global_step*/*_optim_states.pt"))
-    deepspeed = args.deepspeed_plugin is not None
-    if shards and not deepspeed:
-        return "is of DeepSpeed: resume it with the same accelerate configuration"
-    if shards and len(shards) != args.world_size:
-        return f"is of {len(shards)} processes under DeepSpeed, and must be resumed by as many, not {args.world_size}"
-
-    weights = ["model.safetensors"]
-    if shards or list(folder.glob("pytorch_model_fsdp*")):
-        weights = []
-    elif (folder / "adapter_config.json").exists():
-        weights = ["adapter_model.safetensors"]
-    elif (index := folder / "model.safetensors.index.json").exists():
-        weights = sorted(set(json.loads(index.read_text())["weight_map"].values())) if is_whole(index) else [index.name]
-    missing = [name for name in (*weights, "scheduler.pt", "trainer_state.json") if not is_whole(folder / name)]
-    if deepspeed and not shards:
-        missing.append("global_step*/*_optim_states.pt")
-    elif not deepspeed and not any(is_whole(folder / f"optimizer{end}") for end in (".pt", ".bin", "_0")):
-        missing.append("optimizer.pt")
-    if not missing:
-        return None
-    hint = "" if "trainer_state.json" in missing else " (--save_only_model saves neither optimizer nor scheduler)"
-    return f"is not complete: {', '.join(missing)} missing or damaged{hint if 'scheduler.pt' in missing else ''}"
-
-
-def is_whole(path: Path) -> bool:
-    """Whether a file of a checkpoint is there to its end; a folder, whether it holds anything."""
-    try:
-        if path.suffix == ".json":
-            json.loads(path.read_text())
-        elif path.suffix == ".safetensors":
-            with safe_open(path, framework="pt"):
-                pass
-        elif path.is_dir():
-            return any(path.iterdir())
-        else:
-            return zipfile.is_zipfile(path)  # what torch.save writes; its directory stands at the end
-    except (OSError, ValueError, SafetensorError):
-        return False
-    return True
-
-
 def run_options(model: ModelArguments, config, args: FinetuneArguments) -> dict:
     """The options that make another run, or that Trainer would take from the checkpoint without a word."""
     names = ("method", "dtype", *(("lora_rank", "lora_alpha", "lora_dropout") if model.method == "lora" else ()))
@@ -597,72 +334,6 @@ def run_options(model: ModelArguments, config, args: FinetuneArguments) -> dict:
         **{name: getattr(config, name) for name in NSA_FIELDS if name != "nsa_backend"},
         **{name: getattr(args, name) for name in (*rates, "weight_decay", "optim")},
     }
-
-
-def describe_data(samples: list[Sample], settings: DataArguments, **options) -> dict:
-    """What the order of the data depends on."""
-    digest = hashlib.sha256(repr([(sample.id, sample.tokens) for sample in samples]).encode()).hexdigest()[:16]
-    described = {"samples": len(samples), "packing": settings.packing, "max_length": settings.max_length}
-    return {**described, "digest": digest, **options}
-
-
-def check_options(options: dict, data: dict, args: FinetuneArguments, resume: str | None) -> None:
-    """Refuse to resume with other options, or on other data, which would be in another order; keep what tells them in
-    data.json."""
-    now = json.loads(json.dumps({**options, **data}))  # lists for tuples, as in the file
-    if resume:
-        path = Path(resume).resolve().parent / "data.json"
-        if not path.is_file():
-            raise ValueError(
-                f"{path} is missing, which says how {Path(resume).name} was trained and on what: copy it from the "
-                "folder of that run"
-            )
-        before = {**now, **json.loads(path.read_text())}
-        changed = [name for name in now if before[name] != now[name]]
-        others = "; ".join(f"{name} {before[name]}, not {now[name]}" for name in changed if name in options)
-        if others:
-            raise ValueError(f"the checkpoint was trained with {others}")
-        if changed and not args.ignore_data_skip:
-            others = [name for name in changed if name not in ("samples", "digest")]
-            others = "".join(f"; {name} {before[name]} then, {now[name]} now" for name in others)
-            raise ValueError(
-                f"the data is not what the checkpoint was trained on ({before['samples']:,} samples then, "
-                f"{now['samples']:,} now{others}), so that the rest of it is not known; --ignore_data_skip "
-                "starts it over"
-            )
-    (Path(args.output_dir) / "data.json").write_text(json.dumps(now, indent=2) + "\n")
-
-
-def check_weights(model, folder: Path) -> None:
-    """Refuse a checkpoint whose weights are not those of the model, which Trainer would log and go on with.
-
-    Raises:
-        ValueError: names or shapes differ.
-    """
-    shapes = {}
-    for file in folder.glob("*model*.safetensors"):
-        with safe_open(file, framework="pt") as weights:
-            shapes |= {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118
-    wrong = f"{folder.name} does not hold the weights of this model"
-    if hasattr(model, "peft_config"):
-        from peft import get_peft_model_state_dict
-
-        expected = get_peft_model_state_dict(model).keys()
-        missing, unexpected = expected - shapes.keys(), shapes.keys() - expected
-    else:
-        # A model without memory takes the names as the true one will.
-        with torch.device("meta"):
-            skeleton = type(model)(model.config)
-            tensors = {name: torch.empty(shape) for name, shape in shapes.items()}
-        try:
-            result = skeleton.load_state_dict(tensors, strict=False)
-        except RuntimeError as error:
-            raise ValueError(f"{wrong}: {str(error).splitlines()[-1].strip()}") from error
-        missing = {name for name, _ in model.named_parameters()} & set(result.missing_keys)  # but tied ones
-        unexpected = result.unexpected_keys
-    for names, kind in ((missing, "not in it"), (unexpected, "not of the model")):
-        if names:
-            raise ValueError(f"{wrong}: {len(names)} are {kind}, such as {min(names)}")
 
 
 def publish(trainer: VideoTrainer, arguments: ModelArguments, saved: torch.dtype, note: str) -> None:
@@ -792,7 +463,9 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: Finetun
             options["skipped"].unlink(missing_ok=True)
     per_step = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
     if not args.dry_run:
-        described = describe_data(samples, data_args, seed=seed, batch=per_step)
+        described = describe_data(
+            samples, packing=data_args.packing, max_length=data_args.max_length, seed=seed, batch=per_step
+        )
         on_main_process(args, check_options, run_options(model_args, config, args), described, args, resume)
     else:
         args.max_steps, args.logging_steps, args.report_to, args.push_to_hub = DRY_RUN_STEPS, 1, [], False

@@ -1,4 +1,4 @@
-"""analyze.py, observe.py and figures.py: every finding on the tiny model, its numbers against direct computation."""
+"""analyze.py, what it looks with: every finding on the tiny model, its numbers against direct computation."""
 
 import json
 import sys
@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import analyze
-import observe
-from demo import assemble_tiny_model, load
 from evaluate import evaluate
-from make_needle_videos import Settings, make_dataset
+from lib import observe
+from lib.loading import assemble_tiny_model, load
+from lib.needles import Settings, make_dataset
 
 
 @pytest.fixture(scope="module")

@@ -16,12 +16,15 @@ import urllib.request
 import pytest
 import yaml
 
-import app as app_module
-import demo
-import tiny
-from app import App, Limits, plan_html, refuse_private_addresses, sheet_html, timing_text, write_space
-from card import requirements
-from conversation import VideoChat
+from lib import page, tiny
+from lib.card import requirements
+from lib.conversation import VideoChat
+from lib.loading import CLIP, UNSEEN, assemble_tiny_model, load
+from lib.needles import make_sample
+from lib.network import refuse_private_addresses
+from lib.page import plan_html, sheet_html, timing_text
+from lib.space import write_space
+from lib.visits import App, Limits
 from videonsa import video_source
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -29,7 +32,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 
 @pytest.fixture(scope="module")
 def chat(tmp_path_factory):
-    return VideoChat(*demo.load(str(demo.assemble_tiny_model(tmp_path_factory.mktemp("tiny") / "model")), None, "cpu"))
+    return VideoChat(*load(str(assemble_tiny_model(tmp_path_factory.mktemp("tiny") / "model")), None, "cpu"))
 
 
 @pytest.fixture
@@ -79,7 +82,7 @@ def test_the_plan_follows_the_settings_and_says_why_it_cannot(app):
 
 
 def test_answers_are_streamed_and_later_ones_find_the_video_in_the_cache(app):
-    sample = demo.make_sample(app.files / "known", demo.CLIP, (1, demo.UNSEEN, 0))
+    sample = make_sample(app.files / "known", CLIP, (1, UNSEEN, 0))
     app.make_example("a", seed=1)
     assert app.visitors["a"].questions == tuple(item["question"] for item in sample["questions"])
     assert sample["needles"][0]["colour"] in app.visitors["a"].truth
@@ -268,8 +271,8 @@ def test_a_written_space_runs_its_own_files(tmp_path, monkeypatch):
     with pytest.raises(FileExistsError):
         write_space(space)
     program = (
-        "import json, sys, app, demo, pathlib, videonsa.video_reader as reader\n"
-        "chat = app.VideoChat(*demo.load(str(demo.assemble_tiny_model(pathlib.Path('model'))), None, 'cpu'))\n"
+        "import json, app, pathlib, lib.loading as loading, videonsa.video_reader as reader\n"
+        "chat = app.VideoChat(*loading.load(str(loading.assemble_tiny_model(pathlib.Path('model'))), None, 'cpu'))\n"
         "page = app.App(chat, 'files')\n"
         "page.make_example('a', seed=1)\n"
         "print(json.dumps([app.__file__, reader.__file__, list(page.ask('a', 'What appeared?'))[-1]]))"
@@ -296,7 +299,7 @@ def served(chat, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         for name in ("GRADIO_TEMP_DIR", "GRADIO_ANALYTICS_ENABLED"):
             patch.setenv(name, "")  # launch() sets them
-        _, url, _ = app_module.launch(app, "<tiny>", prevent_thread_lock=True, quiet=True)
+        _, url, _ = page.launch(app, "<tiny>", prevent_thread_lock=True, quiet=True)
         yield app, url
         gradio.close_all(verbose=False)
     handle.remove()

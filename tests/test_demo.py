@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import demo
-import tiny
+from lib import tiny
 
 ROOT = Path(__file__).resolve().parents[1]
 LABELS = ("model", "video", "plan", "tokens", "budget", "question", "answer", "time")

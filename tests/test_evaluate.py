@@ -12,8 +12,10 @@ import torch
 from transformers import AutoProcessor
 
 import evaluate
-from data import load_samples
-from evaluate import Prompts, accuracy, format_table, is_correct, list_questions
+from evaluate import format_table
+from lib import answering
+from lib.answering import Prompts, accuracy, is_correct, list_questions
+from lib.data import load_samples
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -116,7 +118,7 @@ def test_an_interrupted_run_goes_on_where_it_was(run, tiny_repository, tmp_path,
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(evaluate, "answer", stop_at_the_second)
+    monkeypatch.setattr(answering, "answer", stop_at_the_second)
     with pytest.raises(KeyboardInterrupt):
         run()
     partial = tmp_path / "out.json.partial"
@@ -155,8 +157,8 @@ def test_right_answers_score_one_and_broken_media_are_dropped(run, needles, tmp_
     def know(model, processor, batch, max_new_tokens):
         return [next(expected) for _ in batch]
 
-    monkeypatch.setattr(evaluate, "answer", know)
-    original = evaluate.Prompts.__getitem__
+    monkeypatch.setattr(answering, "answer", know)
+    original = answering.Prompts.__getitem__
 
     def remember(self, index):
         nonlocal expected
@@ -165,7 +167,7 @@ def test_right_answers_score_one_and_broken_media_are_dropped(run, needles, tmp_
             expected = iter([*expected, *(question.expected.upper() for question, _ in prompts)])
         return prompts
 
-    monkeypatch.setattr(evaluate.Prompts, "__getitem__", remember)
+    monkeypatch.setattr(answering.Prompts, "__getitem__", remember)
     result = run(data=str(data), batch_size=1000)
     assert result["accuracy"]["all"]["all"]["accuracy"] == 1.0
     reasons = [drop["reason"] for drop in result["dropped"]]

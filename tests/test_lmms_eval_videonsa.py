@@ -10,9 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from demo import assemble_tiny_model, read
+from lib.loading import assemble_tiny_model, read
+from lib.needles import Settings, make_dataset
 from lmms_eval_videonsa import VideoNSA
-from make_needle_videos import Settings, make_dataset
 
 ROOT = Path(__file__).resolve().parents[1]
 TASK = """\

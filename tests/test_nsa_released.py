@@ -471,7 +471,7 @@ print(model.generate(**torch.load(sys.argv[2]), max_new_tokens=8, do_sample=Fals
 
 
 def test_the_converted_repository_generates_the_same_in_a_fresh_process(public, model, reference, tmp_path, run_fresh):
-    from convert import convert
+    from lib.conversion import convert
 
     repository = convert(public, tmp_path / "repository")
     card = (repository / "README.md").read_text()

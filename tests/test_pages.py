@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-import data
 import finetune
+from lib import data
 from videonsa.configuration_videonsa import NSA_FIELDS, VideoNSATextConfig
 from videonsa.processing_videonsa import VideoNSAVideoProcessor
 

@@ -204,7 +204,7 @@ def write_card(source: str | Path, folder: Path, config, *, base: str, name: str
 def requirements(*extras: str) -> list[str]:
     """What the package needs, with its extras, as setup.cfg says it."""
     setup = configparser.ConfigParser()
-    setup.read(Path(__file__).resolve().parents[1] / "setup.cfg")
+    setup.read(Path(__file__).resolve().parents[2] / "setup.cfg")
     lists = [setup["options"]["install_requires"], *(setup["options.extras_require"][extra] for extra in extras)]
     return list(dict.fromkeys(line for text in lists for line in text.splitlines() if line))
 
