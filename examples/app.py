@@ -2,7 +2,7 @@
 
     python examples/app.py                           # the tiny trained model
     python examples/app.py --model me/VideoNSA-7B
-    python examples/app.py --write-space my-space    # a folder to upload as a Hugging Face Space
+    python examples/app.py --write_space my-space    # a folder to upload as a Hugging Face Space
 
 A video is uploaded or named by its address. What would be read of it is shown before it is read; answers are streamed
 and can be stopped; later questions find the video in the model's cache. The files of visitors lie in one temporary
@@ -10,7 +10,6 @@ folder, which goes when the app ends, and go with them; no other file is served.
 `lib/conversation.py`. `--model` runs the code files of that repository (`trust_remote_code=True`).
 """
 
-import argparse
 import importlib.metadata
 import os
 import signal
@@ -21,40 +20,40 @@ from pathlib import Path
 import torch
 
 from lib.conversation import VideoChat
+from lib.fields import add_fields
 from lib.loading import assemble_tiny_model, load
 from lib.network import refuse_private_addresses
+from lib.options import OptionParser
 from lib.page import launch
 from lib.space import write_space
 from lib.visits import App, Limits
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OptionParser(description=__doc__)
     default = Limits()
     parser.add_argument(
         "--model",
         default=os.environ.get("MODEL"),
         help="folder or Hub id of a VideoNSA repository (default: the variable MODEL, or the tiny trained one)",
     )
-    parser.add_argument(
-        "--variant", help="what vision tokens compute: paper, released, merged or dense (default: the checkpoint's)"
-    )
+    add_fields(parser, "nsa_variant")
     parser.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help='or "auto" (default: %(default)s)'
     )
     parser.add_argument("--host", help="address to serve on; 0.0.0.0 is all of this machine's (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, help="(default: the first free one from 7860 on)")
-    parser.add_argument("--max-megabytes", type=int, default=default.megabytes, help="of a video (%(default)s)")
-    parser.add_argument("--max-seconds", type=float, default=default.seconds, help="of a video (%(default)s)")
-    parser.add_argument("--max-tokens", type=int, default=default.tokens, help="of a prompt (%(default)s)")
-    parser.add_argument("--max-new-tokens", type=int, default=default.new_tokens, help="of an answer (%(default)s)")
+    parser.add_argument("--max_megabytes", type=int, default=default.megabytes, help="of a video (%(default)s)")
+    parser.add_argument("--max_seconds", type=float, default=default.seconds, help="of a video (%(default)s)")
+    parser.add_argument("--max_tokens", type=int, default=default.tokens, help="of a prompt (%(default)s)")
+    parser.add_argument("--max_new_tokens", type=int, default=default.new_tokens, help="of an answer (%(default)s)")
     parser.add_argument(
         "--visitors", type=int, default=default.visitors, help="whose video and cache are kept at a time (%(default)s)"
     )
     parser.add_argument("--queue", type=int, default=default.queue, help="questions that may wait (%(default)s)")
     parser.add_argument("--timeout", type=float, default=default.timeout, help="seconds for a server (%(default)s)")
-    parser.add_argument("--private-urls", action="store_true", help="read from private networks and this machine, too")
-    parser.add_argument("--write-space", metavar="FOLDER", help="write a folder to upload as a Space, and end")
+    parser.add_argument("--private_urls", action="store_true", help="read from private networks and this machine, too")
+    parser.add_argument("--write_space", metavar="FOLDER", help="write a folder to upload as a Space, and end")
     args = parser.parse_args()
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # a polite kill must clean up as Ctrl-C does
@@ -65,11 +64,11 @@ def main() -> None:
     try:
         if args.write_space:
             folder = write_space(args.write_space)
-            print(f"wrote {folder}; upload it with: hf upload --repo-type space NAME {folder}")
+            print(f"wrote {folder}; upload it with: hf upload --repo_type space NAME {folder}")
             return
         with tempfile.TemporaryDirectory(prefix="videonsa-app-") as folder:
             source = args.model or str(assemble_tiny_model(Path(folder) / "tiny-videonsa"))
-            chat = VideoChat(*load(source, args.variant, args.device))
+            chat = VideoChat(*load(source, args.nsa_variant, args.device))
             limits = Limits(
                 args.max_megabytes, args.max_seconds, args.max_tokens, args.max_new_tokens, args.visitors, args.queue,
                 args.timeout,

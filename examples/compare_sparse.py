@@ -14,7 +14,6 @@ The parameter of each baseline (`lib/sparse_baselines.py`) is set per length, by
 computes the share that the first of the settings computes. A later run with other settings adds its rows to OUTPUT.
 """
 
-import argparse
 import json
 import statistics
 import sys
@@ -27,6 +26,7 @@ import transformers
 
 from lib.answering import Prompts, answer, is_correct, list_questions, normalise
 from lib.data import Drop, load_samples
+from lib.options import OptionParser
 from lib.sparse_baselines import METHODS, Prefill
 from videonsa import nsa_torch
 from videonsa.configuration_videonsa import NSA_FIELDS
@@ -298,7 +298,7 @@ def family(method: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OptionParser(description=__doc__)
     parser.add_argument("model", help="folder or Hub id of a VideoNSA or stock Qwen2.5-VL checkpoint")
     parser.add_argument("data", help=".json or .jsonl file of conversations")
     parser.add_argument("output", help="JSON file to write")
@@ -311,7 +311,7 @@ def main() -> None:
     parser.add_argument("--lengths", nargs="+", type=int, help="only these, powers of two of vision tokens")
     parser.add_argument("--clips", type=int, default=25, help="samples of each length (default: 25)")
     parser.add_argument("--tune", type=int, default=4, help="prompts to set a baseline's parameter on (default: 4)")
-    parser.add_argument("--max-new-tokens", type=int, default=12, help="longest answer (default: 12)")
+    parser.add_argument("--max_new_tokens", type=int, default=12, help="longest answer (default: 12)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     try:

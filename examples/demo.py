@@ -10,7 +10,6 @@ the code files of that repository (`trust_remote_code=True`), as users of it do;
 (Enxin/VideoNSA), which has none, those of this project.
 """
 
-import argparse
 import shlex
 import sys
 import tempfile
@@ -22,8 +21,10 @@ import torch
 from transformers import TextStreamer
 from transformers.utils import logging
 
+from lib.fields import SIZES, add_fields
 from lib.loading import CLIP, UNSEEN, assemble_tiny_model, load, read, report
 from lib.needles import make_sample
+from lib.options import OptionParser
 
 QUESTION = "What happens in this video?"
 SEED = 1  # of the clip whose questions the tiny model answers on every machine
@@ -66,7 +67,7 @@ def answer(model, processor, inputs, max_new_tokens: int, truth: str | None = No
     output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer)
     ends = model.generation_config.eos_token_id
     complete = int(output[0, -1]) in (ends if isinstance(ends, list) else [ends])
-    rest_of_line = "" if complete else " … (cut: --max-new-tokens)"
+    rest_of_line = "" if complete else " … (cut: --max_new_tokens)"
     right = None
     if truth is not None:
         right = complete and streamer.text.strip() == truth
@@ -95,18 +96,16 @@ def summarise(answers: list[bool], *, fixed: bool, seed: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OptionParser(description=__doc__)
     parser.add_argument("--model", help="folder or Hub id of a VideoNSA repository (default: the tiny trained one)")
     parser.add_argument("--video", help=f"file or URL (default: a clip of {CLIP.seconds[0]:g} s, made on the spot)")
     parser.add_argument("--question", help=f"(default: for a clip made on the spot, what it shows; else: {QUESTION})")
     parser.add_argument("--seed", type=int, help=f"of that clip (default: {SEED})")
-    parser.add_argument("--fps", type=float, help="frames per second to read (default: up to 4, within --max-tokens)")
-    parser.add_argument("--max-tokens", type=int, help="of video and text together (default: 131072)")
+    parser.add_argument("--fps", type=float, help="frames per second to read (default: up to 4, within --max_tokens)")
+    parser.add_argument("--max_tokens", type=int, help="of video and text together (default: 131072)")
     parser.add_argument("--prefer", help="if they do not suffice: pixels, frames or balanced (default: pixels)")
-    parser.add_argument("--max-new-tokens", type=int, help="(default: 128; 16 where the truth is known)")
-    parser.add_argument(
-        "--variant", help="what vision tokens compute: paper, released, merged or dense (default: the checkpoint's)"
-    )
+    parser.add_argument("--max_new_tokens", type=int, help="(default: 128; 16 where the truth is known)")
+    add_fields(parser, "nsa_variant")
     parser.add_argument(
         "--device",
         default="cuda" if torch.cuda.is_available() else "cpu",
@@ -136,10 +135,9 @@ def main() -> None:
 def ask(args, folder: Path, seed: int, settings: dict) -> list[bool]:
     """Ask what the command line says; returns which answers were right, if that is known."""
     source = args.model or str(assemble_tiny_model(folder / "tiny-videonsa"))
-    model, processor = load(source, args.variant, args.device)
+    model, processor = load(source, args.nsa_variant, args.device)
     size = f"{sum(p.numel() for p in model.parameters()) / 1e6:,.1f} M parameters"
-    fields = ("nsa_variant", "block_size", "block_count", "window_size")
-    values = ", ".join(f"{field}={getattr(model.config, field)}" for field in fields)
+    values = ", ".join(f"{field}={getattr(model.config, field)}" for field in ("nsa_variant", *SIZES))
     name = args.model or "tiny VideoNSA, trained on clips like the following"
     report("model", f"{name} ({size}, {model.dtype}, {model.device}; {values})")
 

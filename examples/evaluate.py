@@ -1,7 +1,7 @@
 """Measure how often a model answers questions about videos and images exactly right.
 
     python examples/evaluate.py VideoNSA-7B haystack/test.json results.json
-    python examples/evaluate.py VideoNSA-7B haystack/test.json dense.json --variant dense --batch-size 4
+    python examples/evaluate.py VideoNSA-7B haystack/test.json dense.json --nsa_variant dense --batch_size 4
 
 DATA is a file as for `finetune.py`. Every user turn of a sample is asked by itself, after the media that come up to it;
 the assistant turn is the right answer: a letter ("B", "(B) a boat") or words, compared without regard to case and
@@ -11,7 +11,6 @@ the length of the prompt in tokens, up to the next power of two.
 Answers are kept in OUTPUT.partial as they come, so that an interrupted run goes on where it was.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -22,7 +21,9 @@ from tqdm import tqdm
 
 from lib.answering import accuracy, answer_all, list_questions
 from lib.data import Drop, load_samples
+from lib.fields import MEANINGS, add_fields
 from lib.loading import load
+from lib.options import OptionParser
 
 
 def format_table(table: dict) -> str:
@@ -46,7 +47,7 @@ def evaluate(args) -> dict:
     output = Path(args.output)
     if output.exists():
         raise ValueError(f"output {output} exists already; name a new file")
-    model, processor = load(args.model, args.variant, args.device)
+    model, processor = load(args.model, args.nsa_variant, args.device)
     video = processor.video_processor
     if args.fps:
         video.fps = args.fps
@@ -64,7 +65,7 @@ def evaluate(args) -> dict:
 
     settings = {
         name: getattr(args, name)
-        for name in ("model", "data", "variant", "fps", "max_frames", "limit", "max_new_tokens")
+        for name in ("model", "data", "nsa_variant", "fps", "max_frames", "limit", "max_new_tokens")
     }
     settings["checkpoint"] = identify(args.model)
     partial = output.with_name(f"{output.name}.partial")
@@ -94,9 +95,7 @@ def evaluate(args) -> dict:
 
     result = {
         "settings": settings,
-        "nsa": {
-            name: getattr(model.config, name) for name in ("nsa_variant", "block_size", "block_count", "window_size")
-        },
+        "nsa": {name: getattr(model.config, name) for name in MEANINGS if hasattr(model.config, name)},
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "device": torch.cuda.get_device_name() if model.device.type == "cuda" else model.device.type,
         "accuracy": accuracy(answers),
@@ -131,18 +130,16 @@ def read_partial(path: Path, settings: dict) -> list[dict]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OptionParser(description=__doc__)
     parser.add_argument("model", help="folder or Hub id of a VideoNSA repository")
     parser.add_argument("data", help=".json or .jsonl file of conversations; FILE%%10 takes a random tenth of it")
     parser.add_argument("output", help="JSON file to write")
-    parser.add_argument("--media-root", help="folder that media paths are relative to (default: that of DATA)")
-    parser.add_argument(
-        "--variant", help="what vision tokens compute: paper, released, merged or dense (default: the checkpoint's)"
-    )
+    parser.add_argument("--media_root", help="folder that media paths are relative to (default: that of DATA)")
+    add_fields(parser, "nsa_variant")
     parser.add_argument("--fps", type=float, help="frames per second (default: the processor's)")
-    parser.add_argument("--max-frames", type=int, help="longer videos are sampled more sparsely")
-    parser.add_argument("--batch-size", type=int, default=1, help="questions at a time (default: 1)")
-    parser.add_argument("--max-new-tokens", type=int, default=32, help="longest answer (default: 32)")
+    parser.add_argument("--max_frames", type=int, help="longer videos are sampled more sparsely")
+    parser.add_argument("--batch_size", type=int, default=1, help="questions at a time (default: 1)")
+    parser.add_argument("--max_new_tokens", type=int, default=32, help="longest answer (default: 32)")
     parser.add_argument("--limit", type=int, help="samples to take, spread over the lengths (default: all)")
     parser.add_argument("--workers", type=int, default=2, help="processes that decode (default: 2)")
     parser.add_argument(

@@ -5,8 +5,8 @@
     accelerate launch --config_file examples/accelerate/fsdp2.yaml examples/finetune.py \\
         --config examples/recipes/paper.yaml --model VideoNSA-7B --train_data llava-video.json --output_dir tuned
 
-`--config` names a YAML or JSON file of options; the command line goes before it. All options of transformers'
-`TrainingArguments` are options here too. `--model` must be a VideoNSA repository (make one with `convert.py`), whose
+`--config` names a YAML or JSON file of options; the command line overrides it. All options of transformers'
+`TrainingArguments` are options here, too. `--model` must be a VideoNSA repository (make one with `convert.py`), whose
 code files run and are saved with the result. `lib/data.py` says what data may look like.
 
 OUTPUT_DIR becomes a repository that loads with `trust_remote_code=True`; with LoRA it holds the merged model, and
@@ -26,7 +26,7 @@ import statistics
 import sys
 import tempfile
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -42,10 +42,13 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.hf_argparser import HfArg
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from lib.card import write_card
 from lib.data import Collator, ConversationDataset, Drop, Sample, load_samples
+from lib.fields import MEANINGS, FieldArguments, given_fields
+from lib.options import Underscores
 from lib.resuming import check_options, check_weights, describe_data, find_resume
 from lib.training import PARTS, VideoTrainer, part_of, unsharded_class
 from videonsa.configuration_videonsa import NSA_FIELDS
@@ -56,101 +59,103 @@ LORA_TARGETS = {
 }
 DRY_RUN_STEPS = 4
 
+USAGE = "usage: finetune.py --model MODEL --train_data FILE [FILE ...] --output_dir FOLDER [options]"
+# Options in the order of --help. What is not here is of transformers' Trainer and comes last.
+TOPICS = {
+    "what to run": ("help", "config", "model", "output_dir", "dry_run", "resume_from_checkpoint"),
+    "data": (
+        *("train_data", "eval_data", "media_root", "max_length", "packing"),
+        *("fps", "max_pixels", "max_frames", "clip_frames", "check_threads"),
+    ),
+    "method: which weights are trained, and how": (
+        *("method", "train_language", "train_merger", "train_vision"),
+        *("lora_rank", "lora_alpha", "lora_dropout", "dtype"),
+    ),
+    "attention: fields of the configuration": (*MEANINGS, "attn_implementation"),
+    "learning rates": ("learning_rate", "gate_learning_rate", "merger_learning_rate", "vision_learning_rate"),
+    "options of the Trainer with another default": (
+        *("per_device_train_batch_size", "per_device_eval_batch_size", "logging_steps"),
+        *("dataloader_num_workers", "report_to", "hub_strategy"),
+    ),
+}
+TRAINER_TOPIC = "all other options of the Trainer"
 
-@dataclass
-class ModelArguments:
-    """What is trained."""
 
-    model: str = field(metadata={"help": "folder or Hub id of a VideoNSA repository"})
-    method: Literal["full", "lora", "gates"] = field(
+@dataclass(kw_only=True)
+class ModelArguments(FieldArguments):
+    """What is trained, and with which fields of the configuration."""
+
+    model: str = HfArg(help="folder or Hub id of a VideoNSA repository")
+    method: Literal["full", "lora", "gates"] = HfArg(
         default="full",
-        metadata={
-            "help": "full: all weights of the trained parts; lora: low-rank adapters for them; gates: the gates only. "
-            "The gates are trained and saved in every case"
-        },
+        help="full: all weights of the trained parts; lora: low-rank adapters for them; gates: the gates alone. "
+        "Every method trains and saves the gates",
     )
-    train_language: bool = field(default=True, metadata={"help": "train the language model (full, lora)"})
-    train_merger: bool = field(default=True, metadata={"help": "train what maps vision to language (full, lora)"})
-    train_vision: bool = field(default=False, metadata={"help": "train the vision tower (full, lora)"})
-    lora_rank: int = field(default=16, metadata={"help": "rank of the adapters"})
-    lora_alpha: int = field(default=32, metadata={"help": "their scale: alpha / rank"})
-    lora_dropout: float = field(default=0.05, metadata={"help": "dropout before the adapters"})
-    dtype: Literal["auto", "float32", "bfloat16"] = field(
+    train_language: bool = HfArg(default=True, help="train the language model (full, lora)")
+    train_merger: bool = HfArg(default=True, help="train the merger, which maps vision to language (full, lora)")
+    train_vision: bool = HfArg(default=False, help="train the vision tower (full, lora)")
+    lora_rank: int = HfArg(default=16, help="rank of the adapters")
+    lora_alpha: int = HfArg(default=32, help="adapter updates are scaled by lora_alpha / lora_rank")
+    lora_dropout: float = HfArg(default=0.05, help="dropout before the adapters")
+    dtype: Literal["auto", "float32", "bfloat16"] = HfArg(
         default="auto",
-        metadata={
-            "help": "of the weights in training. auto: float32 for what is trained, so that small updates count, and "
-            "with --bf16 the checkpoint's own for what is frozen under lora and gates. bfloat16 for all saves memory, "
-            "but loses updates below about 1/256 of a weight"
-        },
+        help="dtype of the weights in training. auto: float32 for trained weights, so that small updates count; "
+        "frozen weights keep the checkpoint's with --bf16 and --method lora or gates. bfloat16 saves memory, but "
+        "loses updates below about 1/256 of a weight",
     )
-    attn_implementation: str | None = field(
+    attn_implementation: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "attention of the vision tower and of what is dense: sdpa, flash_attention_2, ... (default: "
-            "transformers' choice); eager is twice as fast on a CPU with --bf16 and short samples"
-        },
+        help="attention of the vision tower and of text tokens: sdpa, flash_attention_2, ... (default: "
+        "transformers' choice). On a CPU with --bf16 and short samples, eager is twice as fast",
     )
-    nsa_variant: str | None = field(
-        default=None, metadata={"help": "paper, released, merged or dense (default: the model's)"}
-    )
-    block_size: int | None = field(default=None, metadata={"help": "vision tokens per block (default: the model's)"})
-    block_count: int | None = field(default=None, metadata={"help": "blocks per vision query (default: the model's)"})
-    window_size: int | None = field(default=None, metadata={"help": "tokens in the window (default: the model's)"})
-    gate_temperature: float | None = field(default=None, metadata={"help": "of the gates (default: the model's)"})
 
 
 @dataclass
 class DataArguments:
     """What it is trained on."""
 
-    train_data: list[str] = field(
-        metadata={"help": ".json or .jsonl files of conversations; FILE%%50 takes a random half of one"}
-    )
-    eval_data: list[str] | None = field(default=None, metadata={"help": "the same, for the loss during training"})
-    media_root: list[str] | None = field(
+    train_data: list[str] = HfArg(help=".json or .jsonl files of conversations; FILE%%50 takes a random half of one")
+    eval_data: list[str] | None = HfArg(default=None, help="data files for the loss during training")
+    media_root: list[str] | None = HfArg(
         default=None,
-        metadata={
-            "help": "folders that media paths are relative to: one for all files, or one for each file of train_data "
-            "and then of eval_data (default: the folder of each file)"
-        },
+        help="folders that media paths are relative to: one for all files, or one for each file of train_data "
+        "and then of eval_data (default: the folder of each file)",
     )
-    max_length: int = field(default=36864, metadata={"help": "most tokens of a sample, or of a pack"})
-    packing: bool = field(
-        default=False, metadata={"help": "put samples together into sequences of up to max_length tokens"}
+    max_length: int = HfArg(default=36864, help="most tokens of a sample or a pack; longer samples are dropped")
+    packing: bool = HfArg(default=False, help="put samples together into sequences of up to max_length tokens")
+    fps: float | None = HfArg(default=None, help="frames per second (default: the processor's)")
+    max_pixels: int | None = HfArg(default=None, help="most pixels per frame (default: the processor's)")
+    max_frames: int | None = HfArg(default=None, help="most frames of a video; longer videos are sampled more sparsely")
+    clip_frames: list[int] | None = HfArg(
+        default=None, help="fewest and most sampled frames of a video; samples with others are dropped"
     )
-    fps: float | None = field(default=None, metadata={"help": "frames per second (default: the processor's)"})
-    max_pixels: int | None = field(default=None, metadata={"help": "most pixels per frame (default: the processor's)"})
-    max_frames: int | None = field(default=None, metadata={"help": "longer videos are sampled more sparsely"})
-    clip_frames: list[int] | None = field(
-        default=None, metadata={"help": "fewest and most sampled frames: drop samples with other videos"}
-    )
-    check_threads: int = field(default=16, metadata={"help": "media files opened at a time by the check at the start"})
+    check_threads: int = HfArg(default=16, help="media files opened at a time by the check at the start")
 
 
 @dataclass
 class FinetuneArguments(TrainingArguments):
     """TrainingArguments with rates per part and with defaults that suit long samples."""
 
-    gate_learning_rate: float | None = field(
-        default=None, metadata={"help": "of the gates (default: that of the rest)"}
+    gate_learning_rate: float | None = HfArg(default=None, help="learning rate of the gates (default: --learning_rate)")
+    merger_learning_rate: float | None = HfArg(
+        default=None, help="learning rate of the merger (default: --learning_rate)"
     )
-    merger_learning_rate: float | None = field(default=None, metadata={"help": "of the merger (default: the same)"})
-    vision_learning_rate: float | None = field(
-        default=None, metadata={"help": "of the vision tower (default: the same)"}
+    vision_learning_rate: float | None = HfArg(
+        default=None, help="learning rate of the vision tower (default: --learning_rate)"
     )
-    dry_run: bool = field(
+    dry_run: bool = HfArg(
         default=False,
-        metadata={
-            "help": f"check the data, train {DRY_RUN_STEPS} steps, print tokens per sample, what was dropped and the "
-            "time an epoch would take; save nothing"
-        },
+        help=f"check the data, train {DRY_RUN_STEPS} steps, print the tokens per sample, the dropped samples and "
+        "the time of an epoch; save nothing",
     )
-    per_device_train_batch_size: int = field(default=1, metadata={"help": "samples, or packs, per process and step"})
-    per_device_eval_batch_size: int = field(default=1, metadata={"help": "the same in evaluation"})
-    logging_steps: float = field(default=10, metadata={"help": "steps between logs; below 1, a share of all steps"})
-    dataloader_num_workers: int = field(default=2, metadata={"help": "processes that decode videos"})
-    report_to: None | str | list[str] = field(default="tensorboard", metadata={"help": "trackers, or none"})
-    hub_strategy: str = field(default="end", metadata={"help": "when to push: at the end only"})
+    per_device_train_batch_size: int = HfArg(default=1, help="samples or packs per process and step")
+    per_device_eval_batch_size: int = HfArg(default=1, help="samples or packs per process and step in evaluation")
+    logging_steps: float = HfArg(default=10, help="steps between logs; a value below 1 is a share of all steps")
+    dataloader_num_workers: int = HfArg(default=2, help="processes that decode videos")
+    report_to: None | str | list[str] = HfArg(
+        default="tensorboard", help="trackers, such as tensorboard; none turns them off"
+    )
+    hub_strategy: str = HfArg(default="end", help="end: push after training")
 
     def __post_init__(self):
         for name, allowed in (
@@ -191,9 +196,8 @@ def load_config(arguments: ModelArguments):
             f"--model {arguments.model} is a {config.model_type} checkpoint, not a VideoNSA repository; "
             f"make one with: python examples/convert.py {arguments.model} OUTPUT"
         )
-    for name in ("nsa_variant", "block_size", "block_count", "window_size", "gate_temperature"):
-        if getattr(arguments, name) is not None:
-            setattr(config, name, getattr(arguments, name))
+    for name, value in given_fields(arguments).items():
+        setattr(config, name, value)
     if config.nsa_variant in ("merged", "dense") and trained_parts(arguments) == {"gates"}:
         raise ValueError(
             f"nothing would be trained: gates alone (--method gates) have no use in --nsa_variant {config.nsa_variant}"
@@ -384,17 +388,38 @@ def report_time(trainer: VideoTrainer, steps_per_epoch: int) -> None:
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Adds the default to the help of options that do not say it themselves."""
+    """Adds the default to the help of options that have one and do not say it themselves."""
 
     def _get_help_string(self, action):
-        return action.help if "(default:" in (action.help or "") else super()._get_help_string(action)
+        if action.option_strings[0].startswith("--no_"):
+            return f"the opposite of --{action.dest}"
+        said = action.default is None or "(default:" in (action.help or "")
+        return action.help if said else super()._get_help_string(action)
+
+
+class FinetuneParser(Underscores, HfArgumentParser):
+    """A parser whose help lists the options of `TOPICS` first."""
+
+    def format_help(self) -> str:
+        formatter = self._get_formatter()
+        formatter.add_text(USAGE)
+        formatter.add_text(self.description)
+
+        listed = {name for names in TOPICS.values() for name in names}
+        others = dict.fromkeys(action.dest for action in self._actions if action.dest not in listed)
+        for topic, names in {**TOPICS, TRAINER_TOPIC: others}.items():
+            formatter.start_section(topic)
+            for name in names:
+                formatter.add_arguments(action for action in self._actions if action.dest == name)
+            formatter.end_section()
+        return formatter.format_help()
 
 
 def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, FinetuneArguments]:
     """The three groups of options, of `--config FILE` and of the command line, which goes before it."""
     first = argparse.ArgumentParser(add_help=False)
     first.add_argument("--config", type=Path, help="YAML or JSON file of options")
-    parser = HfArgumentParser(
+    parser = FinetuneParser(
         (ModelArguments, DataArguments, FinetuneArguments),
         description=__doc__,
         parents=[first],
@@ -430,47 +455,24 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: Finetun
     resume = None if args.dry_run else on_main_process(args, find_resume, args)
     config = load_config(model_args)
     processor = load_processor(model_args.model, data_args)
-    seed = args.seed if args.data_seed is None else args.data_seed
-    loaded = on_main_process(args, load_data, data_args, processor, seed)
-    samples, held_out = loaded["train"][0], loaded["eval"][0]
-    if args.process_index == 0:
-        if not args.dry_run:
-            output.mkdir(parents=True, exist_ok=True)
-        report_data(loaded, None if args.dry_run else output)
-    if not samples:
-        raise ValueError("--train_data: no sample can be used")
-    if not held_out and args.eval_strategy != "no":
-        raise ValueError(f"--eval_strategy {args.eval_strategy} needs --eval_data with samples that can be used")
+    samples, held_out = open_data(data_args, args, processor)
 
     model, saved = load_model(model_args, config, args.bf16)
-    options = {
-        "max_length": data_args.max_length,
-        "capacity": data_args.max_length if data_args.packing else None,
-        "dtype": torch.bfloat16 if args.bf16 else torch.float32,
-        "skipped": None if args.dry_run else output / "skipped.jsonl",
-    }
-    train = ConversationDataset(samples, processor, **options)
-    multiple = args.world_size * args.per_device_eval_batch_size
-    evaluated = ConversationDataset(held_out, processor, multiple=multiple, **options) if held_out else None
+    skipped = None if args.dry_run else output / "skipped.jsonl"
+    train, evaluated = make_datasets(samples, held_out, processor, data_args, args, skipped)
     if args.process_index == 0:
-        if data_args.packing:
-            print(f"packing: {len(samples):,} samples in {len(train):,} sequences of up to {data_args.max_length:,}")
-        counts = Counter()
-        for name, parameter in model.named_parameters():
-            counts[part_of(name)] += (parameter.numel() or getattr(parameter, "ds_numel", 0)) * parameter.requires_grad
-        print("trained: " + ", ".join(f"{part} {count / 1e6:,.2f} M" for part, count in counts.items() if count))
-        if not args.dry_run and not resume:
-            options["skipped"].unlink(missing_ok=True)
+        report_training(model, samples, train, data_args)
+        if skipped and not resume:
+            skipped.unlink(missing_ok=True)
+
     per_step = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
-    if not args.dry_run:
+    if args.dry_run:
+        set_dry_run(args)
+    else:
         described = describe_data(
-            samples, packing=data_args.packing, max_length=data_args.max_length, seed=seed, batch=per_step
+            samples, packing=data_args.packing, max_length=data_args.max_length, seed=data_seed(args), batch=per_step
         )
         on_main_process(args, check_options, run_options(model_args, config, args), described, args, resume)
-    else:
-        args.max_steps, args.logging_steps, args.report_to, args.push_to_hub = DRY_RUN_STEPS, 1, [], False
-        args.save_strategy = args.eval_strategy = "no"
-        args.output_dir = tempfile.gettempdir()  # Trainer makes the folder
     trainer = VideoTrainer(
         model=model,
         args=args,
@@ -479,7 +481,8 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: Finetun
         processing_class=processor,
         data_collator=Collator(processor, packed=data_args.packing, always_vision=args.world_size > 1),
     )
-    if resume and not trainer.is_deepspeed_enabled and not trainer.is_fsdp_enabled:  # these load strictly
+    # DeepSpeed and FSDP load strictly themselves.
+    if resume and not trainer.is_deepspeed_enabled and not trainer.is_fsdp_enabled:
         on_main_process(args, check_weights, model, Path(resume))
     result = trainer.train(resume_from_checkpoint=resume)
     if args.dry_run:
@@ -493,13 +496,80 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: Finetun
     )
     publish(trainer, model_args, saved, note)
     if args.process_index == 0:
-        print(f"wrote {output}")
-        if options["skipped"].exists():
-            count = len({json.loads(line)["id"] for line in options["skipped"].read_text().splitlines()})
-            print(f"{count:,} samples could not be read and were skipped: see {options['skipped']}")
+        report_output(output, skipped)
         if args.push_to_hub:
             push(output, trainer.hub_model_id, args.hub_revision, args.hub_token)
     return trainer
+
+
+def data_seed(args: TrainingArguments) -> int:
+    return args.seed if args.data_seed is None else args.data_seed
+
+
+def open_data(data_args: DataArguments, args: FinetuneArguments, processor) -> tuple[list[Sample], list[Sample]]:
+    """The samples to train on and those for evaluation; reports what is dropped."""
+    loaded = on_main_process(args, load_data, data_args, processor, data_seed(args))
+    if args.process_index == 0:
+        output = None if args.dry_run else Path(args.output_dir)
+        if output:
+            output.mkdir(parents=True, exist_ok=True)
+        report_data(loaded, output)
+
+    samples, held_out = loaded["train"][0], loaded["eval"][0]
+    if not samples:
+        raise ValueError("--train_data: no sample can be used")
+    if not held_out and args.eval_strategy != "no":
+        raise ValueError(f"--eval_strategy {args.eval_strategy} needs --eval_data with samples that can be used")
+    return samples, held_out
+
+
+def make_datasets(
+    samples: list[Sample],
+    held_out: list[Sample],
+    processor,
+    data_args: DataArguments,
+    args: FinetuneArguments,
+    skipped: Path | None,
+) -> tuple[ConversationDataset, ConversationDataset | None]:
+    """The data sets of training and of evaluation."""
+    options = {
+        "max_length": data_args.max_length,
+        "capacity": data_args.max_length if data_args.packing else None,
+        "dtype": torch.bfloat16 if args.bf16 else torch.float32,
+        "skipped": skipped,
+    }
+    train = ConversationDataset(samples, processor, **options)
+    if not held_out:
+        return train, None
+    multiple = args.world_size * args.per_device_eval_batch_size
+    return train, ConversationDataset(held_out, processor, multiple=multiple, **options)
+
+
+def set_dry_run(args: FinetuneArguments) -> None:
+    """Have the Trainer make a few steps and write nothing."""
+    args.max_steps = DRY_RUN_STEPS
+    args.logging_steps = 1
+    args.report_to = []
+    args.push_to_hub = False
+    args.save_strategy = args.eval_strategy = "no"
+    args.output_dir = tempfile.gettempdir()  # Trainer makes the folder
+
+
+def report_training(model, samples: list[Sample], train: ConversationDataset, data_args: DataArguments) -> None:
+    """Print how samples are packed, and how many weights of each part are trained."""
+    if data_args.packing:
+        print(f"packing: {len(samples):,} samples in {len(train):,} sequences of up to {data_args.max_length:,}")
+    counts = Counter()
+    for name, parameter in model.named_parameters():
+        counts[part_of(name)] += (parameter.numel() or getattr(parameter, "ds_numel", 0)) * parameter.requires_grad
+    print("trained: " + ", ".join(f"{part} {count / 1e6:,.2f} M" for part, count in counts.items() if count))
+
+
+def report_output(output: Path, skipped: Path) -> None:
+    print(f"wrote {output}")
+    if skipped.exists():
+        count = len({json.loads(line)["id"] for line in skipped.read_text().splitlines()})
+        print(f"{count:,} samples could not be read and were skipped: see {skipped}")
 
 
 def push(folder: Path, repo_id: str, revision: str | None, token: str | None) -> None:

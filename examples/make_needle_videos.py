@@ -12,18 +12,18 @@ of Qwen-VL and `train.jsonl` as chat `messages`. Each clip follows from its seed
 splits share none. `finetune.py` and `evaluate.py` read both files.
 """
 
-import argparse
 import json
 import signal
 import sys
 import time
 
 from lib.needles import QUESTIONS, SPLITS, Settings, make_dataset
+from lib.options import OptionParser
 
 
 def main() -> None:
     default = Settings()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OptionParser(description=__doc__)
     parser.add_argument("output", help="folder to make")
     for split in SPLITS:
         parser.add_argument(f"--{split}", type=int, default=0, help=f"clips of the {split} split (default: 0)")
@@ -34,7 +34,7 @@ def main() -> None:
         shown = " ".join(map(str, value)) if many else value
         kind = type(value[0] if many else value)
         kwargs = {"nargs": "+" if many else None, "type": kind, **kwargs}
-        parser.add_argument(f"--{name.replace('_', '-')}", default=value, help=f"{help} (default: {shown})", **kwargs)
+        parser.add_argument(f"--{name}", default=value, help=f"{help} (default: {shown})", **kwargs)
 
     option("seconds", "lengths of clips, one of which is drawn for each")
     option("fps", "frames per second", type=float)

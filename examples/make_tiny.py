@@ -5,12 +5,12 @@
 It has the real architecture with a few million random weights, and a token per word of the questions about needles.
 """
 
-import argparse
 import sys
 import tempfile
 from pathlib import Path
 
 from lib.conversion import convert
+from lib.options import OptionParser
 from lib.tiny import make_stock_checkpoint
 
 # What it sees: block_count of 8 blocks in 4 s, of 64 in 32 s, and as many tokens as two blocks nearby.
@@ -18,7 +18,7 @@ NSA = {"block_size": 16, "block_count": 4, "window_size": 32}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OptionParser(description=__doc__)
     parser.add_argument("output", help="folder to make: a VideoNSA repository with random weights and a token per word")
     parser.add_argument("--seed", type=int, default=0, help="of the weights (default: 0)")
     args = parser.parse_args()

@@ -26,7 +26,14 @@ def run(tiny_repository, needles, tmp_path):
 
     def run(output="out.json", **changes):
         args = {"model": str(tiny_repository), "data": str(needles / "test.jsonl"), "output": str(tmp_path / output)}
-        args |= {"media_root": None, "variant": None, "fps": None, "max_frames": None, "batch_size": 3, "limit": None}
+        args |= {
+            "media_root": None,
+            "nsa_variant": None,
+            "fps": None,
+            "max_frames": None,
+            "batch_size": 3,
+            "limit": None,
+        }
         args |= {"max_new_tokens": 3, "workers": 0, "device": "cpu", **changes}
         result = evaluate.evaluate(SimpleNamespace(**args))
         assert json.loads((tmp_path / output).read_text()) == result
@@ -103,14 +110,14 @@ def test_a_limit_takes_samples_spread_over_the_lengths(run, tmp_path):
         for i in range(10)
     ]
     (tmp_path / "data.json").write_text(json.dumps(records))
-    result = run(data=str(tmp_path / "data.json"), variant="dense", limit=6)
+    result = run(data=str(tmp_path / "data.json"), nsa_variant="dense", limit=6)
     assert result["nsa"]["nsa_variant"] == "dense"
     assert [entry["id"] for entry in result["answers"]] == [f"data.json[{i}] 0" for i in (0, 1, 3, 5, 6, 8)]
 
 
 def test_an_interrupted_run_goes_on_where_it_was(run, tiny_repository, tmp_path, monkeypatch):
     whole = run("whole.json")
-    real, calls = evaluate.answer, []
+    real, calls = answering.answer, []
 
     def stop_at_the_second(*args):
         calls.append(len(args[2]))
@@ -123,8 +130,8 @@ def test_an_interrupted_run_goes_on_where_it_was(run, tiny_repository, tmp_path,
         run()
     partial = tmp_path / "out.json.partial"
     partial.write_text(partial.read_text() + '{"id": "cut')
-    with pytest.raises(ValueError, match="partial is of a run with another variant"):
-        run(variant="dense")
+    with pytest.raises(ValueError, match="partial is of a run with another nsa_variant"):
+        run(nsa_variant="dense")
     weights = next(tiny_repository.glob("*.safetensors"))
     before = weights.stat()
     os.utime(weights)  # another training may have written it
@@ -204,7 +211,7 @@ def test_the_script_prints_the_table_and_says_what_is_wrong(tiny_repository, nee
         needles / "test.json",
         tmp_path / "out.json",
     ]
-    done = subprocess.run([*map(str, command), "--limit", "1", "--max-new-tokens", "2"], capture_output=True, text=True)
+    done = subprocess.run([*map(str, command), "--limit", "1", "--max_new_tokens", "2"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split()[:2] == ["type", "all"] and "wrote" in done.stdout
     with pytest.raises(SystemExit, match="evaluate.py: data file .*gone.json does not exist"):

@@ -178,7 +178,7 @@ def test_convert_keeps_gates_and_settings_that_the_source_has(stock, tmp_path, m
     rewrite_config(source, lambda config: config.update(model_type="qwen2_5_vl", block_counts=5))
     rewrite_config(source, lambda config: config["text_config"].pop("block_count") and None)
     output = tmp_path / "out"
-    run_convert(monkeypatch, Hub(), source, output, "--window-size", 99)
+    run_convert(monkeypatch, Hub(), source, output, "--window_size", 99)
     converted = VideoNSAForConditionalGeneration.from_pretrained(output)
     assert converted.model.language_model.layers[1].self_attn.g_proj_2.bias.eq(3.0).all()
     assert (converted.config.block_count, converted.config.window_size) == (5, 99)
@@ -277,7 +277,7 @@ def test_convert_refuses_to_overwrite_and_bad_settings(stock, repository, tmp_pa
     done = run("convert.py", stock, repository)
     assert done.returncode == 1 and "exists already" in done.stderr and "Traceback" not in done.stderr
     assert sorted((path.name, path.stat().st_mtime_ns) for path in repository.iterdir()) == before
-    done = run("convert.py", stock, tmp_path / "out", "--block-size", 24)
+    done = run("convert.py", stock, tmp_path / "out", "--block_size", 24)
     assert done.returncode == 1 and "block_size must be a power of two, got 24" in done.stderr
     assert not list(tmp_path.iterdir())
 
@@ -336,7 +336,7 @@ def run_convert(monkeypatch, hub, *args):
 
 def test_convert_makes_the_hub_repository_first_and_fills_it_last(stock, tmp_path, monkeypatch, capsys):
     hub = Hub()
-    run_convert(monkeypatch, hub, stock, tmp_path / "out", "--push-to-hub", "new", "--private")
+    run_convert(monkeypatch, hub, stock, tmp_path / "out", "--push_to_hub", "new", "--private")
     assert [call[:2] for call in hub.calls] == [("create", "new"), ("upload", "me/new")]
     assert hub.calls[0][2] is True
     assert {"config.json", "modeling_videonsa.py", "README.md"} <= set(hub.calls[1][2])
@@ -346,7 +346,7 @@ def test_convert_makes_the_hub_repository_first_and_fills_it_last(stock, tmp_pat
 
 def test_convert_converts_nothing_for_a_hub_repository_that_exists(stock, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="409"):
-        run_convert(monkeypatch, Hub(), stock, tmp_path / "out", "--push-to-hub", "taken")
+        run_convert(monkeypatch, Hub(), stock, tmp_path / "out", "--push_to_hub", "taken")
     assert not list(tmp_path.iterdir())
 
 
@@ -354,13 +354,13 @@ def test_convert_leaves_no_empty_hub_repository_when_it_fails(tmp_path, monkeypa
     hub = Hub()
     (tmp_path / "empty").mkdir()
     with pytest.raises(SystemExit, match="must be a Qwen2.5-VL checkpoint"):
-        run_convert(monkeypatch, hub, tmp_path / "empty", tmp_path / "out", "--push-to-hub", "new")
+        run_convert(monkeypatch, hub, tmp_path / "empty", tmp_path / "out", "--push_to_hub", "new")
     assert hub.calls[-1] == ("delete", "me/new")
 
 
 def test_convert_says_how_to_resume_an_upload_that_failed(stock, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="hf upload me/new .*out"):
-        run_convert(monkeypatch, Hub(OSError("503")), stock, tmp_path / "out", "--push-to-hub", "new")
+        run_convert(monkeypatch, Hub(OSError("503")), stock, tmp_path / "out", "--push_to_hub", "new")
     assert (tmp_path / "out/config.json").exists()
 
 
@@ -423,7 +423,7 @@ def test_a_repository_loads_in_fresh_processes_saves_and_loads_again(repository,
 
 @pytest.mark.skipif(not REAL_CLIP.exists(), reason="the real clip lies beside the repository only on some machines")
 def test_the_demo_reads_a_real_clip(repository):
-    done = run("demo.py", "--model", repository, "--video", REAL_CLIP, "--max-new-tokens", 1)
+    done = run("demo.py", "--model", repository, "--video", REAL_CLIP, "--max_new_tokens", 1)
     assert done.returncode == 0, done.stderr
     assert "490 frames of 280 × 168, 2.99 per second" in done.stdout
     assert f"{245 * 6 * 10:,} vision" in done.stdout

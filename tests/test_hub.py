@@ -37,7 +37,8 @@ from lib.needles import make_sample
 from videonsa.modeling_videonsa import VideoNSAForConditionalGeneration
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks/README.md"]
+READMES = [ROOT / folder / "README.md" for folder in ("", "benchmarks", "examples")]
+PAGES = [*READMES, *sorted((ROOT / "docs").glob("*.md"))]
 SETUP = configparser.ConfigParser()
 SETUP.read(ROOT / "setup.cfg")
 
@@ -365,7 +366,7 @@ def test_weights_in_pickles_are_refused_and_none_are_written(trained, tmp_path):
 
 
 def test_no_code_of_ours_unpickles():
-    for path in [*ROOT.glob("*.py"), *(ROOT / "examples").rglob("*.py")]:
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("adapters/*.py"), *ROOT.glob("examples/**/*.py")]:
         assert not re.search(r"torch\.load|pickle\.load|import pickle|joblib|np\.load|eval\(|exec\(", path.read_text()
                              .replace(".eval()", "")), path  # fmt: skip
 
@@ -452,7 +453,8 @@ def test_the_wheel_holds_the_code_files_and_agrees_with_the_remote_code(
     with zipfile.ZipFile(wheel) as archive:
         packed = {name: archive.read(name) for name in archive.namelist() if name.startswith("videonsa/")}
         archive.extractall(tmp_path / "site")
-    assert packed == {f"videonsa/{path.name}": path.read_bytes() for path in ROOT.glob("*.py")}
+    code = [*ROOT.glob("*.py"), *ROOT.glob("adapters/*.py")]
+    assert packed == {f"videonsa/{path.relative_to(ROOT)}": path.read_bytes() for path in code}
     remote = {path.name: path.read_bytes() for path in trained.glob("*.py")}
     assert remote == {path.name: path.read_bytes() for path in conversion.code_files()}
     messages = json.dumps(conversation(sample))

@@ -162,7 +162,7 @@ def test_a_clip_without_a_question_is_no_sample(tmp_path):
         (["--train", "1", "--size", "33"], "--size must be an even number"),
         (["--train", "1", "--needles", "9"], "--needles must be 1 to 8"),
         (["--train", "1", "--repeats", "2"], "--repeats must be from 0 to 1"),
-        (["--train", "1", "--needle-seconds", "2", "1"], "--needle-seconds must be positive and ascending"),
+        (["--train", "1", "--needle_seconds", "2", "1"], "--needle_seconds must be positive and ascending"),
         (["--train", "1", "--seed", "-1"], "--seed must be from 0"),
         (["--train", "1", "--questions", "count", "first"], "--questions must be .* count needs --repeats, first"),
         ([], "--train, --validation or --test"),

@@ -491,7 +491,7 @@ def test_the_demo_picks_the_variant_of_a_public_checkpoint_and_says_so(public):
         public,
         "--device",
         "cpu",
-        "--max-new-tokens",
+        "--max_new_tokens",
         2,
     ]
     done = subprocess.run([*map(str, command), "--seed", "1"], capture_output=True, text=True)

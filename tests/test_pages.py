@@ -22,6 +22,7 @@ PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
     *DOCS,
     ROOT / "benchmarks/README.md",
+    ROOT / "examples/README.md",
     ROOT / "examples/tiny/README.md",
 ]
 

@@ -70,7 +70,7 @@ def accuracy(tmp_path_factory):
     settings = Settings(seconds=(4.0, 8.0), questions=("colour", "shape", "where", "when"))
     data = make_dataset(folder / "data", {"test": 25}, settings, seed=2026, workers=1) / "test.jsonl"
     args = {"model": str(assemble_tiny_model(folder / "tiny")), "data": str(data), "output": str(folder / "out.json")}
-    args |= {"media_root": None, "variant": None, "fps": None, "max_frames": None, "batch_size": 10, "limit": None}
+    args |= {"media_root": None, "nsa_variant": None, "fps": None, "max_frames": None, "batch_size": 10, "limit": None}
     args |= {"max_new_tokens": 4, "workers": 0, "device": "cpu"}
     return evaluate(SimpleNamespace(**args))["accuracy"]
 

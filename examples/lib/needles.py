@@ -57,7 +57,7 @@ class Settings:
     def __post_init__(self):
         def require(condition, name, allowed):
             if not condition:
-                raise ValueError(f"--{name.replace('_', '-')} must be {allowed}, got {getattr(self, name)}")
+                raise ValueError(f"--{name} must be {allowed}, got {getattr(self, name)}")
 
         require(self.fps > 0, "fps", "positive")
         require(all(s * self.fps >= 1 for s in self.seconds), "seconds", "at least one frame long")

@@ -17,8 +17,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from .fields import SIZES
+
 BRANCHES = ("compression", "selection", "window")
-SIZES = ("block_size", "block_count", "window_size")
 MAX_SCORES = 2**25  # attention scores held at a time
 SINK_ATTENTION = 0.1  # of `find_sinks`
 BINS = 20  # of positions, from the first token of a stream to the last
