@@ -18,8 +18,10 @@ MODULES = {
 
 __all__ = list(MODULES)
 
-# `import videonsa.qwen_vl_utils_reader`, the name of earlier releases, finds the module; it goes with the next one.
-__path__.append(str(Path(__file__).parent / "adapters"))
+# `videonsa.qwen_vl_utils_reader`, the name of earlier releases, is found in adapters/; it goes with the next one.
+# pytest imports this file as a module without a path, too.
+if "__path__" in globals():
+    __path__.append(str(Path(__file__).parent / "adapters"))
 
 
 def __getattr__(name: str):

@@ -24,9 +24,17 @@ from lib.fields import add_fields
 from lib.loading import assemble_tiny_model, load
 from lib.network import refuse_private_addresses
 from lib.options import OptionParser
-from lib.page import launch
 from lib.space import write_space
 from lib.visits import App, Limits
+
+
+def launch(app: App, name: str, **options):
+    """Serve the page of an app for the model `name`; returns what `Blocks.launch` returns."""
+    # Before Gradio is imported: its cache is the folder of the app, and it is to ask no server for news.
+    os.environ.update(GRADIO_TEMP_DIR=str(app.files), GRADIO_ANALYTICS_ENABLED="False")
+    from lib.page import serve
+
+    return serve(app, name, **options)
 
 
 def main() -> None:
@@ -64,7 +72,7 @@ def main() -> None:
     try:
         if args.write_space:
             folder = write_space(args.write_space)
-            print(f"wrote {folder}; upload it with: hf upload --repo_type space NAME {folder}")
+            print(f"wrote {folder}; upload it with: hf upload --repo-type space NAME {folder}")
             return
         with tempfile.TemporaryDirectory(prefix="videonsa-app-") as folder:
             source = args.model or str(assemble_tiny_model(Path(folder) / "tiny-videonsa"))

@@ -16,13 +16,14 @@ import urllib.request
 import pytest
 import yaml
 
-from lib import page, tiny
+import app as app_module
+from lib import tiny
 from lib.card import requirements
 from lib.conversation import VideoChat
+from lib.html import plan_html, sheet_html, timing_text
 from lib.loading import CLIP, UNSEEN, assemble_tiny_model, load
 from lib.needles import make_sample
 from lib.network import refuse_private_addresses
-from lib.page import plan_html, sheet_html, timing_text
 from lib.space import write_space
 from lib.visits import App, Limits
 from videonsa import video_source
@@ -299,7 +300,7 @@ def served(chat, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         for name in ("GRADIO_TEMP_DIR", "GRADIO_ANALYTICS_ENABLED"):
             patch.setenv(name, "")  # launch() sets them
-        _, url, _ = page.launch(app, "<tiny>", prevent_thread_lock=True, quiet=True)
+        _, url, _ = app_module.launch(app, "<tiny>", prevent_thread_lock=True, quiet=True)
         yield app, url
         gradio.close_all(verbose=False)
     handle.remove()
