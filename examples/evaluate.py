@@ -13,13 +13,14 @@ Answers are kept in OUTPUT.partial as they come, so that an interrupted run goes
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import transformers
 from tqdm import tqdm
 
-from lib.answering import accuracy, answer_all, list_questions
+from lib.answering import Question, accuracy, answer_all, list_questions
 from lib.data import Drop, load_samples
 from lib.fields import MEANINGS, add_fields
 from lib.loading import load
@@ -48,20 +49,7 @@ def evaluate(args) -> dict:
     if output.exists():
         raise ValueError(f"output {output} exists already; name a new file")
     model, processor = load(args.model, args.nsa_variant, args.device)
-    video = processor.video_processor
-    if args.fps:
-        video.fps = args.fps
-    if args.max_frames:
-        video.max_frames = args.max_frames
-    roots = [args.media_root] if args.media_root else []
-    samples, drops = load_samples([args.data], processor, roots=roots)
-    samples.sort(key=lambda sample: sample.tokens)  # prompts of a batch are then of about one length
-    questions = [list_questions(sample) for sample in samples]
-    if args.limit and args.limit < len(questions):
-        questions = [questions[i * len(questions) // args.limit] for i in range(args.limit)]
-    count = sum(map(len, questions))
-    if not count:
-        raise ValueError(f"data {args.data} has no question that can be asked; {len(drops)} samples were dropped")
+    questions, drops = open_questions(args, processor)
 
     settings = {
         name: getattr(args, name)
@@ -70,28 +58,17 @@ def evaluate(args) -> dict:
     settings["checkpoint"] = identify(args.model)
     partial = output.with_name(f"{output.name}.partial")
     answers = read_partial(partial, settings)
-    known = {entry["id"] for entry in answers}
-    todo = [[q for q in sample if q.id not in known] for sample in questions]
-    entries = answer_all(
-        model,
-        processor,
-        [sample for sample in todo if sample],
-        batch_size=args.batch_size,
-        max_new_tokens=args.max_new_tokens,
-        workers=args.workers,
-    )
     output.parent.mkdir(parents=True, exist_ok=True)
-    with partial.open("a") as file, tqdm(total=count, initial=len(answers), unit="question", disable=None) as bar:
+    with partial.open("a") as file:
         if not answers:
             print(json.dumps(settings), file=file, flush=True)
-        for entry in entries:
+        for entry in answer_rest(model, processor, questions, answers, args):
             if isinstance(entry, Drop):
                 drops.append(entry)
                 continue
             del entry["seconds"]
             answers.append(entry)
             print(json.dumps(entry), file=file, flush=True)
-            bar.update()
 
     result = {
         "settings": settings,
@@ -105,6 +82,47 @@ def evaluate(args) -> dict:
     output.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     partial.unlink()
     return result
+
+
+def open_questions(args, processor) -> tuple[list[list[Question]], list[Drop]]:
+    """The questions of each sample, the shortest sample first, and the samples that are dropped.
+
+    Videos are read as the arguments say: the processor is changed.
+    """
+    video = processor.video_processor
+    if args.fps:
+        video.fps = args.fps
+    if args.max_frames:
+        video.max_frames = args.max_frames
+    roots = [args.media_root] if args.media_root else []
+    samples, drops = load_samples([args.data], processor, roots=roots)
+
+    # Prompts of a batch are then of about one length.
+    samples.sort(key=lambda sample: sample.tokens)
+    questions = [list_questions(sample) for sample in samples]
+    if args.limit and args.limit < len(questions):
+        questions = [questions[i * len(questions) // args.limit] for i in range(args.limit)]
+    if not any(questions):
+        raise ValueError(f"data {args.data} has no question that can be asked; {len(drops)} samples were dropped")
+    return questions, drops
+
+
+def answer_rest(model, processor, questions: list[list[Question]], answers: list[dict], args) -> Iterator[dict | Drop]:
+    """See `answer_all`, for the questions that have no answer yet."""
+    known = {entry["id"] for entry in answers}
+    left = [[question for question in sample if question.id not in known] for sample in questions]
+    entries = answer_all(
+        model,
+        processor,
+        [sample for sample in left if sample],
+        batch_size=args.batch_size,
+        max_new_tokens=args.max_new_tokens,
+        workers=args.workers,
+    )
+    with tqdm(total=sum(map(len, questions)), initial=len(known), unit="question", disable=None) as bar:
+        for entry in entries:
+            bar.update(not isinstance(entry, Drop))
+            yield entry
 
 
 def identify(model: str) -> list:
