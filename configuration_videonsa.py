@@ -22,11 +22,7 @@ class VideoNSATextConfig(Qwen2_5_VLTextConfig):
     Args:
         block_size (`int`, defaults to 64): Vision tokens per block, a power of two of at least 16.
         block_count (`int`, defaults to 32): Blocks that a vision query selects, at least 3 (the first, the previous and
-            its own are always chosen). The public checkpoint's name for it, `block_counts`, is understood. `"merged"`
-            also takes the share of a query's blocks, a float in (0, 1], and a list of numbers or shares, one for each
-            layer; 1.0 is a dense layer.
-        block_mass (`float`, defaults to 1.0): `"merged"` stops choosing once the chosen blocks hold this share of the
-            estimated attention to blocks; `block_count` remains the bound.
+            its own are always chosen). The public checkpoint's name for it, `block_counts`, is understood.
         block_spread (`bool`, defaults to `True`): `"merged"` estimates the attention to a block from the means and the
             variances of its keys' channels, otherwise from the means alone as the paper does.
         block_per_head (`bool`, defaults to `False`): In `"merged"` each query head chooses blocks for itself, and not
@@ -57,8 +53,7 @@ class VideoNSATextConfig(Qwen2_5_VLTextConfig):
     base_model_tp_plan = {**Qwen2_5_VLTextConfig.base_model_tp_plan, "layers.*.self_attn.g_proj_2": "colwise"}
 
     block_size: int = 64
-    block_count: int | float | list[int | float] = 32
-    block_mass: float = 1.0
+    block_count: int = 32
     block_spread: bool = True
     block_per_head: bool = False
     block_remainder: bool = False
@@ -70,6 +65,7 @@ class VideoNSATextConfig(Qwen2_5_VLTextConfig):
     nsa_backend: str = "auto"
 
     def __post_init__(self, **kwargs):
+        _refuse_removed(kwargs)
         super().__post_init__(**kwargs)
         self.model_type = type(self).model_type  # a stock configuration brings its own
         self.validate_nsa()
@@ -79,18 +75,10 @@ class VideoNSATextConfig(Qwen2_5_VLTextConfig):
         for name, allowed in (("nsa_variant", NSA_VARIANTS), ("nsa_backend", NSA_BACKENDS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")
-        for name, least in (("block_size", 16), ("window_size", 1)):
+        for name, least in (("block_size", 16), ("block_count", 3), ("window_size", 1)):
             value = getattr(self, name)
             if not _is_count(value, least):
                 raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
-        counts = self.block_count if isinstance(self.block_count, list | tuple) else [self.block_count]
-        if not all(_is_count(x, 3) or (isinstance(x, float) and 0 < x <= 1) for x in counts):
-            raise ValueError(
-                'block_count must be an integer of at least 3 (for nsa_variant="merged" also a share, a float above 0 '
-                f"and at most 1, or a list of these for each layer), got {self.block_count!r}"
-            )
-        if not isinstance(self.block_mass, int | float) or not 0 < self.block_mass <= 1:
-            raise ValueError(f"block_mass must be a number above 0 and at most 1, got {self.block_mass!r}")
         for name in ("block_spread", "block_per_head", "block_remainder", "block_causal"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
@@ -124,29 +112,12 @@ class VideoNSATextConfig(Qwen2_5_VLTextConfig):
                 f"must be in {most // 2 - 7} ... {most // 2} for num_key_value_heads={self.num_key_value_heads}, got "
                 f"{self.num_attention_heads}"
             )
-        if self.nsa_variant in ("paper", "released") and not isinstance(self.block_count, int):
+        least = 3 + (self.window_size - 2) // self.block_size  # see nsa_torch.least_blocks
+        if self.nsa_variant == "merged" and self.block_count < least:
             raise ValueError(
-                f'block_count must be an integer for nsa_variant="{self.nsa_variant}", got {self.block_count!r}'
+                f'block_count must be at least {least} for nsa_variant="merged": block 0 and those that a window of '
+                f"{self.window_size} overlaps are always chosen; got {self.block_count}"
             )
-        if self.nsa_variant == "merged":
-            layers, least = self.num_hidden_layers, self._least_blocks()
-            if not isinstance(self.block_count, int | float) and len(self.block_count) != layers:
-                raise ValueError(
-                    f"block_count must have {layers} entries, one for each layer, got {self.block_count!r}"
-                )
-            counts = [self.layer_block_count(i) for i in range(layers)]
-            if any(isinstance(x, int) and x < least for x in counts):
-                raise ValueError(
-                    f'block_count must be at least {least} for nsa_variant="merged": block 0 and those that a window '
-                    f"of {self.window_size} overlaps are always chosen; got {self.block_count!r}"
-                )
-
-    def layer_block_count(self, layer: int) -> int | float:
-        """`block_count` of one layer."""
-        return self.block_count if isinstance(self.block_count, int | float) else self.block_count[layer]
-
-    def _least_blocks(self) -> int:
-        return 3 + (self.window_size - 2) // self.block_size
 
     def attention_budget(self, n_tokens: int, pooled_keys: bool = False) -> float:
         """Share of the n·(n + 1) / 2 query–key pairs of dense causal attention that vision queries compute.
@@ -156,8 +127,7 @@ class VideoNSATextConfig(Qwen2_5_VLTextConfig):
         tokens that is 3.6 % (5.1 % with the pooled keys; 3.5 % without the keys of the own block that are yet to
         come). Streams shorter than the selection exceed 100 %, since selection and window each read all of them.
         "released" computes every query head twice, over two KV heads.
-        The variant "merged" reads the window as part of the selection; of its layers this is the mean, without the
-        text, and with `block_mass` below 1 the most that it can come to.
+        The variant "merged" reads the window as part of the selection; text is not counted.
 
         Args:
             n_tokens: length of the vision stream in tokens, at least 1.
@@ -179,24 +149,10 @@ class VideoNSATextConfig(Qwen2_5_VLTextConfig):
         complete, rest = divmod(n_tokens, self.block_size)
         before = complete * (complete - 1) // 2 * self.block_size + complete * rest  # sum over i of i // block_size
 
-        def chosen(count):
-            if not isinstance(count, float):
-                return pairs(count * self.block_size)
-            total, share = 0, round(count * 10_000)  # see nsa_torch.blocks_per_query
-            for own in range(-(-n_tokens // self.block_size)):
-                first, stop = own * self.block_size, min((own + 1) * self.block_size, n_tokens)
-                most = max((own + 1) * share // 10_000, self._least_blocks()) * self.block_size
-                total += (first + 1 + stop) * (stop - first) // 2 if most >= stop else most * (stop - first)
-            return total
-
-        if self.nsa_variant == "merged":
-            counts = [self.layer_block_count(i) for i in range(self.num_hidden_layers)]
-            by_count = {
-                count: chosen(count) + (pooled_keys and count != 1.0) * (before + complete) for count in set(counts)
-            }
-            return sum(by_count[count] for count in counts) / len(counts) / pairs(n_tokens)
-        computed = pairs(self.block_count * self.block_size) + pairs(self.window_size)
         released = self.nsa_variant == "released"
+        computed = pairs(self.block_count * self.block_size)
+        if self.nsa_variant != "merged":
+            computed += pairs(self.window_size)
         if pooled_keys and not released:
             computed += before + complete  # sum over i of (i + 1) // block_size
         elif pooled_keys:
@@ -207,7 +163,6 @@ class VideoNSATextConfig(Qwen2_5_VLTextConfig):
 NSA_FIELDS = (
     "block_size",
     "block_count",
-    "block_mass",
     "block_spread",
     "block_per_head",
     "block_remainder",
@@ -218,6 +173,13 @@ NSA_FIELDS = (
     "block_causal",
     "nsa_backend",
 )
+
+
+def _refuse_removed(kwargs: dict) -> None:
+    """Drop a field that saved configurations have, and that no longer does anything, if it did nothing."""
+    mass = kwargs.pop("block_mass", 1.0)
+    if mass != 1.0:
+        raise ValueError(f"block_mass has been removed, set block_count instead; got {mass!r}")
 
 
 def _is_count(value, least: int) -> bool:
@@ -260,6 +222,7 @@ class VideoNSAConfig(Qwen2_5_VLConfig):
     attribute_map = {"block_counts": "block_count"}
 
     def __post_init__(self, **kwargs):
+        _refuse_removed(kwargs)
         nsa = {name: kwargs.pop(name) for name in (*NSA_FIELDS, *self.attribute_map) if name in kwargs}
         super().__post_init__(**kwargs)
         self.model_type = type(self).model_type

@@ -154,9 +154,8 @@ def select_blocks(
     *,
     cu_seqlens_k: torch.Tensor | None = None,
     block_size: int = 64,
-    block_count: int | float = 32,
+    block_count: int = 32,
     window_size: int | None = None,
-    mass: float = 1.0,
     spread: bool = False,
     own_importance: torch.Tensor | None = None,
     scale: float | None = None,
@@ -169,11 +168,8 @@ def select_blocks(
     Args:
         lse: [N, H] from `compressed_attention`; with `spread`, that of the other keys in the softmax, -inf where there
             are none. The others as in `nsa_attention`.
-        block_count: a number, or as a float in (0, 1] the share of the blocks 0 ... c, rounded down (in steps of 1 /
-            10,000, and never below the blocks that are always chosen).
         window_size: always choose the blocks that this many last tokens overlap, and block 0; default block_size + 1,
             which are the previous and the own block.
-        mass: choose no more of the others once all chosen hold this share of the importance of the blocks before c.
         spread: importance is what a block's tokens would get of one softmax over the blocks before c and the keys of
             `lse`, estimated from the mean and variance of each channel of its keys, see `_block_lse`. A mean alone
             hides a single strong key.
@@ -182,23 +178,23 @@ def select_blocks(
     Block means are not rounded here, as they are in `nsa_triton`: near ties of 16-bit inputs may fall otherwise.
 
     Returns:
-        int32 [G, N, `most_blocks`], ascending, padded with -1 where fewer blocks are chosen.
+        int32 [G, N, block_count], ascending, padded with -1 where fewer blocks are chosen.
     """
     sizes = {"block_size": block_size, "block_count": block_count, "window_size": window_size, "scale": scale}
-    check_arguments(q, k, None, cu_seqlens, cu_seqlens_k, lse=lse, own_importance=own_importance, mass=mass, **sizes)
+    check_arguments(q, k, None, cu_seqlens, cu_seqlens_k, lse=lse, own_importance=own_importance, **sizes)
     window_size = block_size + 1 if window_size is None else window_size
     sizes = {"block_size": block_size, "block_count": block_count, "window_size": window_size, "scale": scale}
-    width = most_blocks(len(k), block_size, block_count, window_size)
+    check_block_count(block_count, block_size, window_size)
 
     def choose(q, k, _, lse, own_importance=None):
-        chosen = _select(q, k, lse, own_importance, **sizes, mass=mass, spread=spread)  # [G, C, blocks so far]
+        chosen = _select(q, k, lse, own_importance, **sizes, spread=spread)  # [G, C, blocks so far]
         block = torch.arange(chosen.shape[-1], device=q.device)
-        blocks = block.where(chosen, len(block)).sort(-1).values[..., :width]
+        blocks = block.where(chosen, len(block)).sort(-1).values[..., :block_count]
         blocks = blocks.masked_fill(blocks == len(block), -1).int()
-        return (pad(blocks, (0, width - blocks.shape[-1]), value=-1).transpose(0, 1),)
+        return (pad(blocks, (0, block_count - blocks.shape[-1]), value=-1).transpose(0, 1),)
 
     per_query = (lse,) if own_importance is None else (lse, own_importance.T)
-    nothing = lse.new_empty(0, k.shape[1], width, dtype=torch.int32)
+    nothing = lse.new_empty(0, k.shape[1], block_count, dtype=torch.int32)
     (blocks,) = _by_pieces(choose, (nothing,), q, k, k, cu_seqlens, cu_seqlens_k, *per_query)
     return blocks.transpose(0, 1).contiguous()
 
@@ -291,9 +287,8 @@ def merged_attention(
     *,
     cu_seqlens_k: torch.Tensor | None = None,
     block_size: int = 64,
-    block_count: int | float = 32,
+    block_count: int = 32,
     window_size: int = 256,
-    mass: float = 1.0,
     spread: bool = True,
     per_head: bool = False,
     remainder: bool = False,
@@ -302,7 +297,7 @@ def merged_attention(
     """One softmax over the text tokens before a query and the chosen blocks of its stream, without gates.
 
     Chosen are block 0, those that the window overlaps, then the most important (see `select_blocks`): dense causal
-    attention where these are all, which `block_count` = 1.0 always gives.
+    attention where these are all.
 
     Args:
         text_k, text_v: [T, G, D] keys and values of the text tokens, sample by sample.
@@ -312,19 +307,19 @@ def merged_attention(
         per_head: let each query head choose for itself, and not together with the others of its KV head.
         remainder: let each complete block that is not chosen enter, too, as one key and value, the means of its own,
             whose logit is raised by log(block_size), as if it stood for them all.
-        block_count, mass, spread: as in `select_blocks`; the others, and errors, as in `nsa_attention`.
+        block_count, spread: as in `select_blocks`; the others, and errors, as in `nsa_attention`.
 
     Returns:
         [N, H, D] in the dtype of q. Differentiable in q, k, v, text_k and text_v; the choice carries no gradient.
     """
-    sizes = {"block_size": block_size, "block_count": block_count, "window_size": window_size, "mass": mass}
+    sizes = {"block_size": block_size, "block_count": block_count, "window_size": window_size}
     check_arguments(q, k, v, cu_seqlens, cu_seqlens_k, scale=scale, **sizes)
     check_text(q, k, text_k, text_v, text_seen, cu_seqlens, cu_seqlens_text)
     if per_head and q.shape[1] > k.shape[1]:
         places = (text_k, text_v, text_seen, cu_seqlens, cu_seqlens_text)
         options = {**sizes, "cu_seqlens_k": cu_seqlens_k, "spread": spread, "remainder": remainder, "scale": scale}
         return head_by_head(merged_attention, q, k, v, *places, **options)
-    most_blocks(len(k), block_size, block_count, window_size)  # raises if there are too few
+    check_block_count(block_count, block_size, window_size)
     counts = cu_seqlens_text.diff().tolist()
     texts = list(zip(*(accumulate(x).split(counts) for x in (text_k, text_v)), strict=True))
     sample = torch.arange(len(texts), device=q.device).repeat_interleave(cu_seqlens.diff())  # [N]
@@ -338,8 +333,7 @@ def merged_attention(
         def text_part(rows, g):
             return [_Part(_indices(q, rows), slice(0, last), text[rows])]
 
-        fits = block_count == 1.0 if isinstance(block_count, float) else n <= block_count * block_size
-        if fits and mass == 1:
+        if n <= block_count * block_size:
             chosen = text.new_ones(1, 1, (n - 1) // block_size + 1).expand(k.shape[1], len(q), -1)
         else:
             if spread:
@@ -400,9 +394,7 @@ def _see_means(q, k, v, first, block_size, scale):
 
 
 @torch.no_grad()
-def _select(
-    q, k, lse, own_importance=None, *, block_size, block_count, window_size=None, mass=1.0, spread=False, scale=None
-):
+def _select(q, k, lse, own_importance=None, *, block_size, block_count, window_size=None, spread=False, scale=None):
     """Which blocks each query chooses, bool [G, C, blocks]: see `select_blocks`; own_importance [C, G]."""
     window_size = block_size + 1 if window_size is None else window_size
     index = _stream_index(q, len(k) - len(q))
@@ -430,19 +422,9 @@ def _select(
             order = torch.where(block == own, own_importance[rows].T.unsqueeze(-1).to(importance.dtype), importance)
         order = order.masked_fill(block > own, -torch.inf)
 
-        if mass == 1 and isinstance(block_count, int):  # as the sort below, but faster; ties go to the lower index
-            least = order.topk(min(block_count, len(block)), -1).values[..., -1:]
-            above, ties = order > least, (order == least) & (order > -torch.inf)
-            return above | (ties & (ties.cumsum(-1) <= block_count - above.sum(-1, keepdim=True)))
-
-        best = order.sort(dim=-1, descending=True, stable=True)
-        chosen = (best.values > -torch.inf) & (block < blocks_per_query(own, block_size, block_count, window_size))
-        if mass < 1:
-            held = importance.gather(-1, best.indices)
-            before = held.cumsum(-1) - held  # of the more important ones
-            enough = before >= mass * importance.sum(-1, keepdim=True)
-            chosen &= ~enough | (best.values == torch.inf)
-        return torch.zeros_like(chosen).scatter_(-1, best.indices, chosen)
+        least = order.topk(min(block_count, len(block)), -1).values[..., -1:]
+        above, ties = order > least, (order == least) & (order > -torch.inf)
+        return above | (ties & (ties.cumsum(-1) <= block_count - above.sum(-1, keepdim=True)))
 
     return torch.cat([choose(rows) for rows in _slices(len(q), MAX_SCORES // (q.shape[1] * len(block)))], 1)
 
@@ -708,30 +690,14 @@ def _visible_keys(chosen, index, block_size):
     return chosen.repeat_interleave(block_size, -1)[..., : len(key)] & (key <= index[:, None])
 
 
-def blocks_per_query(own, block_size: int, block_count: int | float, window_size: int):
-    """How many blocks a query with the own block `own` (a number or a tensor) may choose, see `select_blocks`."""
-    if not isinstance(block_count, float):
-        return block_count
+def check_block_count(block_count: int, block_size: int, window_size: int) -> None:
+    """Raise a ValueError if `block_count` is below the number of blocks that are always chosen for a window."""
     least = 3 + (window_size - 2) // block_size  # the first block, and what a window overlaps at most
-    share = (own + 1) * round(block_count * 10_000) // 10_000  # in integers, the same on every device
-    return max(share, least) if isinstance(share, int) else share.clamp(min=least)
-
-
-def most_blocks(n_keys: int, block_size: int, block_count: int | float, window_size: int) -> int:
-    """How many blocks a choice has room for: `block_count`, or for a share a power of two.
-
-    Raises:
-        ValueError: `block_count` is below the number of blocks that are always chosen.
-    """
-    least = 3 + (window_size - 2) // block_size
-    if not isinstance(block_count, float) and block_count < least:
+    if block_count < least:
         raise ValueError(
             f"block_count must be at least {least}, the blocks that are always chosen for a window of {window_size}: "
             f"got {block_count}"
         )
-    last = max(0, n_keys - 1) // block_size
-    most = blocks_per_query(last, block_size, block_count, window_size)
-    return most if most is block_count else 1 << (most - 1).bit_length()
 
 
 def head_by_head(attention, q: torch.Tensor, k: torch.Tensor, *args, **options) -> torch.Tensor:
@@ -753,10 +719,9 @@ def check_arguments(
     own_importance: torch.Tensor | None = None,
     query_heads: Sequence[Sequence[int]] | None = None,
     block_size: int | None = None,
-    block_count: int | float | None = None,
+    block_count: int | None = None,
     window_size: int | None = None,
     first: int | None = None,
-    mass: float | None = None,
     scale: float | None = None,
     read_lengths: bool = True,
 ) -> None:
@@ -800,14 +765,12 @@ def check_arguments(
         raise ValueError(f"own_importance must be {[groups, n]} on {q.device}, got {got}")
     if block_size is not None and (block_size < 16 or block_size & (block_size - 1)):
         raise ValueError(f"block_size must be a power of two of at least 16, got {block_size}")
-    if isinstance(block_count, float) and not 0 < block_count <= 1:
-        raise ValueError(f"block_count as a share (a float) must be above 0 and at most 1, got {block_count}")
-    if isinstance(block_count, int) and block_count < 3:
-        raise ValueError(f"block_count must be at least 3 (first, previous and own block), got {block_count}")
+    if block_count is not None and (not isinstance(block_count, int) or block_count < 3):
+        raise ValueError(
+            f"block_count must be an integer of at least 3 (first, previous and own block), got {block_count}"
+        )
     if window_size is not None and window_size < 1:
         raise ValueError(f"window_size must be at least 1, got {window_size}")
-    if mass is not None and not 0 < mass <= 1:
-        raise ValueError(f"mass must be above 0 and at most 1, got {mass}")
     if scale is not None and not scale > 0:
         raise ValueError(f"scale must be positive, got {scale}")
     if first is not None:

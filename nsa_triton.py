@@ -25,7 +25,7 @@ from itertools import pairwise
 
 import torch
 
-from .nsa_torch import blocks_per_query, check_arguments, check_text, head_by_head, most_blocks
+from .nsa_torch import check_arguments, check_block_count, check_text, head_by_head
 
 try:
     import triton
@@ -68,18 +68,17 @@ def compressed_attention(q, k, v, cu_seqlens, *, cu_seqlens_k=None, query_heads=
 @torch.no_grad()
 def select_blocks(
     q, k, lse, cu_seqlens, *,
-    cu_seqlens_k=None, query_heads=None, block_size=64, block_count=32, window_size=None, mass=1.0, spread=False,
+    cu_seqlens_k=None, query_heads=None, block_size=64, block_count=32, window_size=None, spread=False,
     own_importance=None, scale=None,
 ):  # fmt: skip
     """See `nsa_torch.select_blocks`."""
-    sizes = {"block_size": block_size, "block_count": block_count, "window_size": window_size, "mass": mass}
+    sizes = {"block_size": block_size, "block_count": block_count, "window_size": window_size}
     given = {"query_heads": query_heads, "lse": lse, "own_importance": own_importance}
     _check(q, k, None, cu_seqlens, cu_seqlens_k, scale=scale, **given, **sizes)
     window_size = block_size + 1 if window_size is None else window_size
-    width = most_blocks(k.shape[0], block_size, block_count, window_size)
-    share = round(block_count * 10_000) if isinstance(block_count, float) else 0  # see nsa_torch.blocks_per_query
+    check_block_count(block_count, block_size, window_size)
     cu_seqlens_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
-    options = (block_size, width, share, window_size, float(mass), spread, scale)
+    options = (block_size, block_count, window_size, spread, scale)
     lists = _head_lists(q, k, query_heads)
     return _choose(q, k, lse, own_importance, cu_seqlens, cu_seqlens_k, *lists, *options)
 
@@ -107,12 +106,12 @@ def pooled_attention(q, k, v, *, first, query_heads=None, block_size=64, reverse
 
 def merged_attention(
     q, k, v, text_k, text_v, text_seen, cu_seqlens, cu_seqlens_text, *,
-    cu_seqlens_k=None, block_size=64, block_count=32, window_size=256, mass=1.0, spread=True, per_head=False,
+    cu_seqlens_k=None, block_size=64, block_count=32, window_size=256, spread=True, per_head=False,
     remainder=False, scale=None,
 ):  # fmt: skip
     """See `nsa_torch.merged_attention`. The softmax is put together from one over the blocks, one over the text, and
     one over the means of the `remainder`."""
-    sizes = {"block_size": block_size, "block_count": block_count, "window_size": window_size, "mass": mass}
+    sizes = {"block_size": block_size, "block_count": block_count, "window_size": window_size}
     _check(q, k, v, cu_seqlens, cu_seqlens_k, scale=scale, **sizes)
     check_text(q, k, text_k, text_v, text_seen, cu_seqlens, cu_seqlens_text, read_lengths=_reads_lengths(q))
     if per_head and q.shape[1] > k.shape[1]:
@@ -126,18 +125,16 @@ def merged_attention(
     if text_k.shape[0] > 0:
         part = (q, text_k, text_v, None, text_seen, cu_seqlens, cu_seqlens_text, *lists, "prefix", *options)
         text_out, text_lse, *_ = _attend(*part)
-    branch, blocks = "window", None
-    if block_count != 1.0 or isinstance(block_count, int):
-        with torch.no_grad():
-            lse = text_lse[0]
-            if not spread:
-                _, lse = compressed_attention(q, k, v, **lengths, block_size=block_size, scale=scale)
-            branch, blocks = "selected", select_blocks(q, k, lse, **lengths, **sizes, spread=spread, scale=scale)
+    with torch.no_grad():
+        lse = text_lse[0]
+        if not spread:
+            _, lse = compressed_attention(q, k, v, **lengths, block_size=block_size, scale=scale)
+        blocks = select_blocks(q, k, lse, **lengths, **sizes, spread=spread, scale=scale)
     cu_seqlens_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
-    out, lse, *_ = _attend(q, k, v, None, blocks, cu_seqlens, cu_seqlens_k, *lists, branch, *options)
+    out, lse, *_ = _attend(q, k, v, None, blocks, cu_seqlens, cu_seqlens_k, *lists, "selected", *options)
     if text_k.shape[0] > 0:
         out, lse = _merge(out, lse, text_out, text_lse)
-    if remainder and blocks is not None:
+    if remainder:
         part = (q, k, v, None, blocks, cu_seqlens, cu_seqlens_k, *lists, "remainder", *options)
         others, others_lse, *_ = _attend(*part)
         out, lse = _merge(out, lse, others, others_lse + math.log(block_size))
@@ -220,26 +217,26 @@ while hasattr(getattr(torch.ops, _namespace), "attend"):
     f"{_namespace}::choose",
     mutates_args=(),
     schema="(Tensor q, Tensor k, Tensor lse, Tensor? own_importance, Tensor cu_seqlens, Tensor cu_seqlens_k, "
-    "int[] heads, int[] starts, int block_size, int width, int share, int window_size, float mass, bool spread, "
-    "float? scale) -> Tensor",
+    "int[] heads, int[] starts, int block_size, int block_count, int window_size, bool spread, float? scale) "
+    "-> Tensor",
 )
 def _choose(
-    q, k, lse, own_importance, cu_seqlens, cu_seqlens_k, heads, starts, block_size, width, share, window_size, mass,
-    spread, scale,
+    q, k, lse, own_importance, cu_seqlens, cu_seqlens_k, heads, starts, block_size, block_count, window_size, spread,
+    scale,
 ):  # fmt: skip
-    """Chosen blocks int32 [G, N, width]."""
-    blocks = torch.empty(k.shape[1], q.shape[0], width, dtype=torch.int32, device=q.device)
+    """Chosen blocks int32 [G, N, block_count]."""
+    blocks = torch.empty(k.shape[1], q.shape[0], block_count, dtype=torch.int32, device=q.device)
     if blocks.numel():
         with torch.cuda.device_of(q):
             call = _Call(q, k, k, cu_seqlens, cu_seqlens_k, heads, starts, block_size, scale)
             own = None if own_importance is None else own_importance.float().contiguous()
-            call.choose(lse.float().contiguous(), blocks, own, window_size, share, mass, spread)
+            call.choose(lse.float().contiguous(), blocks, own, window_size, spread)
     return blocks
 
 
 @_choose.register_fake
-def _(q, k, lse, own_importance, cu_seqlens, cu_seqlens_k, heads, starts, block_size, width, *rest):
-    return q.new_empty(k.shape[1], q.shape[0], width, dtype=torch.int32)
+def _(q, k, lse, own_importance, cu_seqlens, cu_seqlens_k, heads, starts, block_size, block_count, *rest):
+    return q.new_empty(k.shape[1], q.shape[0], block_count, dtype=torch.int32)
 
 
 @torch.library.custom_op(
@@ -452,13 +449,13 @@ class _Call:
         config |= {**_share(out, None, 0, None), "SEEN": seen}
         self.launch(_band_kernel, grid, self.q, self.k, self.v, out, lse, self.n_keys, S=1, REVERSE=False, **config)
 
-    def choose(self, lse, blocks, own_importance=None, window_size=None, share=0, mass=1.0, spread=False):
+    def choose(self, lse, blocks, own_importance=None, window_size=None, spread=False):
         """Write the choice into blocks [G, N, count], from the importance of a chunk of tiles at a time."""
         count, window_size = blocks.shape[2], self.block_size + 1 if window_size is None else window_size
         n_blocks = (self.n_keys - 1) // self.block_size + 1  # of any sample, at most
         config, top = _config("estimate" if spread else "importance", self.q), _top_config(n_blocks)
         rows = config["BM"]
-        everything = n_blocks <= count and share == 0 and mass == 1  # then there is nothing to compare
+        everything = n_blocks <= count  # then there is nothing to compare
         stride = triton.cdiv(n_blocks, 16) * 16  # so that rows are aligned
         size = self.groups * rows * stride  # of a tile
         step = max(1, MAX_IMPORTANCE // size)
@@ -477,10 +474,8 @@ class _Call:
                 grid = (triton.cdiv(n_blocks, config["BN"]), tiles, self.groups)
                 self.launch(_importance_kernel, grid, *keys, lse, importance, start, stride, **config)
             sizes = {"COUNT": count, "COUNT_P2": triton.next_power_of_2(count), "BM": rows, "EVERYTHING": everything}
-            sizes |= {"SHARE": share, "MASS": mass < 1}
             grid = (tiles * rows // top["ROWS"], self.groups)
-            least = blocks_per_query(0, self.block_size, 1.0, window_size)
-            arguments = (importance, own_importance, blocks, start, stride, self.n, window_size, least, float(mass))
+            arguments = (importance, own_importance, blocks, start, stride, self.n, window_size)
             self.launch(_top_kernel, grid, *arguments, **sizes, **top)
 
     def skip(self, blocks):
@@ -1006,16 +1001,15 @@ def _importance_kernel(
 
 @_jit
 def _top_kernel(
-    IMPORTANCE, OWN, BLOCKS, tile0, stride, n, window, least, mass, CU_Q, CU_K, B,
+    IMPORTANCE, OWN, BLOCKS, tile0, stride, n, window, CU_Q, CU_K, B,
     G: tl.constexpr, B_P2: tl.constexpr, S: tl.constexpr, COUNT: tl.constexpr, COUNT_P2: tl.constexpr, BM: tl.constexpr,
-    EVERYTHING: tl.constexpr, SHARE: tl.constexpr, MASS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+    EVERYTHING: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """The COUNT most important blocks of ROWS queries, ascending, -1 padded: BLOCKS [G, n, COUNT].
 
     Floats that are not negative order as their bits do, so a bisection on the bits finds the importance of the last
     block to choose in at most 31 steps, exactly; blocks of equal importance there are taken from the lowest index on.
-    Block 0 and those that the last `window` tokens overlap are always chosen. With SHARE, a query chooses that many of
-    10,000 of its blocks, but `least`; with MASS, as few as hold `mass` of the importance.
+    Block 0 and those that the last `window` tokens overlap are always chosen.
     """
     chunk_row = tl.program_id(0) * ROWS
     g = tl.program_id(1)
@@ -1033,38 +1027,28 @@ def _top_kernel(
         x = tl.load(IMPORTANCE + rows[:, None] * stride + j[None, :], mask=before, other=0.0)
         x = tl.where(x >= 0.0, x, 0.0)  # a NaN would order as any bits do, and COUNT be exceeded
         key = tl.minimum(x.to(tl.int32, bitcast=True), 0x7F800000)
-        forced = (j[None, :] == 0) | (j[None, :] >= ((n_k - n_q + m + 1 - window) // S)[:, None])
         if OWN is None:
+            forced = (j[None, :] == 0) | (j[None, :] >= ((n_k - n_q + m + 1 - window) // S)[:, None])
             key = tl.where(forced, 0x7F800000, key)  # infinity
         else:
-            forced = forced & (j < 0)[None, :]  # none is
             mine = tl.load(OWN + (g * n + q0 + m).to(tl.int64), mask=row, other=0.0).to(tl.int32, bitcast=True)
             key = tl.where(j[None, :] == own[:, None], mine[:, None], key)
         key = tl.where(there, key, -1)
-        most = tl.full((ROWS,), COUNT, tl.int32)
-        if SHARE > 0:
-            most = tl.maximum((own + 1) * SHARE // 10000, least)
         low = tl.zeros((ROWS,), tl.int32)  # at least COUNT keys are >= low, unless there are fewer in all
         high = tl.max(key, 1) + 1  # fewer than COUNT, or exactly as many as needed, are >= high
         n_low = tl.sum((key >= 0).to(tl.int32), 1)
-        wanted = mass * tl.sum(x, 1)
-        while _is_searching(low, high, n_low, most, MASS):
+        while tl.max(((high - low > 1) & (n_low > COUNT)).to(tl.int32), 0) > 0:
             middle = low + (high - low) // 2
             n_middle = tl.sum((key >= middle[:, None]).to(tl.int32), 1)
-            enough = n_middle >= most
-            if MASS:
-                enough = enough | (tl.sum(tl.where(key >= middle[:, None], x, 0.0), 1) >= wanted)
+            enough = n_middle >= COUNT
             low = tl.where(enough, middle, low)
             n_low = tl.where(enough, n_middle, n_low)
             high = tl.where(enough, high, middle)
         above = key >= high[:, None]
         equal = (key >= low[:, None]) & (key < high[:, None])
-        left = most - tl.sum(above.to(tl.int32), 1)
+        left = COUNT - tl.sum(above.to(tl.int32), 1)
         rank = tl.cumsum(equal.to(tl.int32), 1)
         chosen = above | (equal & (rank <= left[:, None]))
-        if MASS:  # those of equal importance, as long as the ones before them hold less than is wanted
-            before_equal = tl.sum(tl.where(above, x, 0.0), 1)[:, None] + (rank - 1).to(tl.float32) * x
-            chosen = there & (forced | (chosen & (above | (before_equal < wanted[:, None]))))
     out = BLOCKS + ((g * n + q0 + m).to(tl.int64) * COUNT)[:, None]
     slot = tl.cumsum(chosen.to(tl.int32), 1) - 1
     tl.store(out + slot, tl.broadcast_to(j[None, :], (ROWS, WIDTH)), mask=chosen)
@@ -1072,15 +1056,6 @@ def _top_kernel(
     s = tl.arange(0, COUNT_P2)
     empty = row[:, None] & (s[None, :] >= number[:, None]) & (s < COUNT)[None, :]
     tl.store(out + s[None, :], tl.full((ROWS, COUNT_P2), -1, tl.int32), mask=empty)
-
-
-@_jit
-def _is_searching(low, high, n_low, most, MASS: tl.constexpr):
-    """Whether a row's bisection goes on: without a mass, until `low` has no more than `most` above it."""
-    searching = high - low > 1
-    if not MASS:
-        searching = searching & (n_low > most)
-    return tl.max(searching.to(tl.int32), 0) > 0
 
 
 @_jit

@@ -132,7 +132,7 @@ def compile_merged(nsa_triton, q, k, cu_seqlens, sizes) -> None:
     arguments = (q, k, k.clone(), text, text, seen, cu_seqlens, torch.tensor([0, 50], dtype=torch.int32))
     with torch.no_grad():
         nsa_triton.merged_attention(*arguments, **sizes, window_size=16, spread=False)
-    sizes = {**sizes, "block_count": 0.5, "mass": 0.9, "window_size": 16, "remainder": True}
+    sizes = {**sizes, "window_size": 16, "remainder": True}
     out = nsa_triton.merged_attention(*arguments, **sizes)
     out.backward(torch.zeros_like(out))
 

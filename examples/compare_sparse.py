@@ -306,9 +306,8 @@ def family(method: str) -> str:
     if not method.startswith("{"):
         return method
     setting = json.loads(method)
-    count = setting.pop("block_count", None)
-    kind = {float: "a share", list: "by layer"}.get(type(count))
-    return ", ".join(["merged", *([kind] if kind else []), *(f"{key}={value}" for key, value in setting.items())])
+    setting.pop("block_count", None)
+    return ", ".join(["merged", *(f"{key}={value}" for key, value in setting.items())])
 
 
 def main() -> None:
@@ -319,7 +318,7 @@ def main() -> None:
     parser.add_argument("--figure", help="PNG file to write (needs matplotlib)")
     parser.add_argument(
         "--settings", nargs="+", default=['{"block_count": 32}'], metavar="JSON",
-        help='fields of merged, such as \'{"block_count": 16, "block_remainder": true}\'; baselines match the first',
+        help='fields of merged, such as \'{"block_count": 8, "block_per_head": true}\'; baselines match the first',
     )  # fmt: skip
     parser.add_argument("--baselines", nargs="*", default=list(METHODS), choices=METHODS, help="(default: all)")
     parser.add_argument("--lengths", nargs="+", type=int, help="only these, powers of two of vision tokens")

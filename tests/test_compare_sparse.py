@@ -86,7 +86,7 @@ def test_fastv_drops_the_vision_tokens_that_the_last_token_attends_to_least():
 
 
 def test_a_method_that_computes_everything_is_dense_attention(stock_checkpoint):
-    options = {"nsa_variant": "merged", "block_size": 16, "block_count": 1.0}
+    options = {"nsa_variant": "merged", "block_size": 16, "block_count": 32}
     model = VideoNSAForConditionalGeneration.from_pretrained(stock_checkpoint, **options).eval()
     inputs = make_inputs(MIXED)
     vision = (inputs["mm_token_type_ids"] > 0)[0]
@@ -109,11 +109,9 @@ def test_comparison_of_a_tiny_model(tmp_path, monkeypatch, capsys):
     few = '"block_count": 3, "window_size": 1'
     settings = [
         f"{{{few}}}",
-        '{"block_count": 1.0}',
-        f'{{{few}, "block_mass": 0.5}}',
+        '{"block_count": 32}',
         f'{{{few}, "block_remainder": true}}',
         f'{{{few}, "block_per_head": true}}',
-        '{"block_count": [1.0, 3, 3, 3], "window_size": 1}',
     ]
     options = ["--settings", *settings, "--baselines", "Tri-shape", "--clips", "1", "--tune", "1", "--lengths", "128"]
     files = [tmp_path / "out.json", "--figure", tmp_path / "out.png"]
@@ -127,8 +125,7 @@ def test_comparison_of_a_tiny_model(tmp_path, monkeypatch, capsys):
     assert rows[settings[1]]["share"] == rows[settings[1]]["agreement"] == 1.0
     assert max(rows[settings[1]]["error"]) <= 1e-4 < min(rows[settings[0]]["error"])
     share = [rows[setting]["share"] for setting in settings]
-    assert share[2] <= share[0] == share[4] < share[3] < 1
-    assert share[5] == pytest.approx((1 + 3 * share[0]) / 4, abs=1e-3)
+    assert share[0] == share[3] < share[2] < 1
     assert abs(rows["Tri-shape"]["share"] - rows[settings[0]]["share"]) < 0.05
     assert (tmp_path / "out.png").stat().st_size > 10_000
     compare_sparse.main()  # again: rows are replaced, not repeated

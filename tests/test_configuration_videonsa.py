@@ -11,7 +11,6 @@ from videonsa.configuration_videonsa import NSA_FIELDS, VideoNSAConfig, VideoNSA
 DEFAULTS = {
     "block_size": 64,
     "block_count": 32,
-    "block_mass": 1.0,
     "block_spread": True,
     "block_per_head": False,
     "block_remainder": False,
@@ -25,7 +24,6 @@ DEFAULTS = {
 OTHERS = {
     "block_size": 16,
     "block_count": 5,
-    "block_mass": 0.5,
     "block_spread": False,
     "block_per_head": True,
     "block_remainder": True,

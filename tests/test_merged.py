@@ -2,7 +2,7 @@
 the model, its loading, and `convert.py`.
 
 Streams are laid out by runs, "v" vision and "t" text tokens of a sample in their order. Choices of blocks alone are
-tested here where `test_nsa_torch.py` does not: windows, shares and masses.
+tested here where `test_nsa_torch.py` does not: windows and estimates by variances.
 """
 
 import math
@@ -46,15 +46,15 @@ CASES = {
         ["t1 v1", "v63", "t2 v64 t1", "v30 t5 v35"], 7, 1, {"block_count": 3, "window_size": 1}),
     "group 1": (["t2 v100"], 2, 2, {"block_count": 5, "window_size": 33}),
     "group 16, blocks of 32": (["v70 t2 v60"], 16, 1, {"block_count": 3, "window_size": 30, "block_size": 32}),
-    "group 4, a share": (["t2 v150", "t9 v90"], 8, 2, {"block_count": 0.4, "window_size": 17}),
-    "group 7, a mass": (["t2 v200", "v20 t1 v16"], 14, 2, {"block_count": 10, "window_size": 17, "mass": 0.6}),
-    "a share and a mass": (["t2 v150"], 7, 1, {"block_count": 0.7, "window_size": 17, "mass": 0.5, "scale": 0.4}),
+    "group 4": (["t2 v150", "t9 v90"], 8, 2, {"block_count": 4, "window_size": 17}),
+    "group 7, two KV heads": (["t2 v200", "v20 t1 v16"], 14, 2, {"block_count": 10, "window_size": 17}),
+    "a scale": (["t2 v150"], 7, 1, {"block_count": 6, "window_size": 17, "scale": 0.4}),
     "the remainder": (["t2 v100 t1 v30", "v70"], 4, 2, {"block_count": 3, "window_size": 7, "remainder": True}),
     "importance by means": (["t3 v100 t1 v30", "v70"], 14, 2, {"block_count": 4, "window_size": 7, "spread": False}),
     "each head for itself": (
         ["t3 v100 t1 v30", "v70"], 14, 2, {"block_count": 4, "window_size": 7, "per_head": True, "remainder": True}),
     "strong logits, far and near": (["t3 v130"], 7, 1, {"block_count": 4, "window_size": 7, "scale": 1.5}),
-    "dense": (["t2 v50 t1 v30", "t1 v5"], 7, 1, {"block_count": 1.0, "window_size": 5}),
+    "dense": (["t2 v50 t1 v30", "t1 v5"], 7, 1, {"block_count": 32, "window_size": 5}),
 }  # fmt: skip
 BLOCK = {"block_size": 16}
 
@@ -87,7 +87,7 @@ def estimate(q, block, scale):
     return mean + (sigma**2 / 2 + math.log(n) if sigma < most else sigma * most)
 
 
-def choose(k, q, text, i, block_size, block_count, window_size, mass, spread, scale):
+def choose(k, q, text, i, block_size, block_count, window_size, spread, scale):
     """Blocks of the query q [r, D] at index i of a stream k [n, D] after text [T, D]: the definition, in floats."""
     own = i // block_size
     blocks = k[: (i + 1) // block_size * block_size].unflatten(0, (-1, block_size)) if i + 1 >= block_size else []
@@ -101,20 +101,15 @@ def choose(k, q, text, i, block_size, block_count, window_size, mass, spread, sc
             total = sum(share)
         importance = [x + y / total for x, y in zip(importance, share[:own], strict=True)]
     chosen = {0, *(t // block_size for t in range(max(0, i - window_size + 1), i + 1))}
-    most = block_count
-    if isinstance(block_count, float):
-        most = max(3 + (window_size - 2) // block_size, int((own + 1) * round(block_count * 10_000)) // 10_000)
-    held = sum(importance[j] for j in chosen if j < own)
     for j in sorted(range(own), key=lambda j: (-importance[j], j)):
-        if j not in chosen and len(chosen) < most and (mass == 1 or held < mass * sum(importance)):
+        if len(chosen) < block_count:
             chosen.add(j)
-            held += importance[j]
     return chosen
 
 
 def materialised(
-    tensors, kinds, block_size=16, block_count=32, window_size=256, mass=1.0, spread=True, per_head=False,
-    remainder=False, scale=None,
+    tensors, kinds, block_size=16, block_count=32, window_size=256, spread=True, per_head=False, remainder=False,
+    scale=None,
 ):  # fmt: skip
     """merged_attention with one mask per sample and head over its tokens in their order."""
     q, k, v, text_k, text_v = tensors
@@ -134,7 +129,7 @@ def materialised(
                 g = h // (heads // groups)
                 group = q[start - n + i, g * (heads // groups) : (g + 1) * (heads // groups)]
                 before = keys[:token][~vision[:token], g]
-                rule = (block_size, block_count, window_size, mass, spread, scale)
+                rule = (block_size, block_count, window_size, spread, scale)
                 choosing = group[h % len(group)][None] if per_head else group
                 blocks = choose(k[stream, g], choosing, before, i, *rule)
                 chosen = torch.tensor(sorted(blocks))
@@ -172,7 +167,7 @@ def test_attention_is_dense_where_all_blocks_are_chosen(texts):
     scores = torch.einsum("nhd,md->hnm", q, keys) / 4
     seen = torch.ones(len(vision), len(vision), dtype=torch.bool).tril()[vision]
     expected = torch.einsum("hnm,md->nhd", scores.masked_fill(~seen, -torch.inf).softmax(-1), values)
-    for count in (7, 50, 1.0):
+    for count in (7, 50):
         out = nsa_torch.merged_attention(*tensors, *where, **BLOCK, block_count=count, window_size=20)
         torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-10)
 
@@ -180,7 +175,7 @@ def test_attention_is_dense_where_all_blocks_are_chosen(texts):
 def test_later_tokens_and_other_samples_change_nothing():
     kinds, where = lay_out(["t3 v40 t2 v60 t4", "t1 v50"])
     tensors = make_tensors(where, 7, 1)
-    options = {**BLOCK, "block_count": 0.5, "window_size": 17, "mass": 0.8}
+    options = {**BLOCK, "block_count": 3, "window_size": 17}
     before = nsa_torch.merged_attention(*tensors, *where, **options)
     for query, (vision_key, text_key) in {20: (21, 3), 39: (40, 3), 63: (64, 5), 99: (100, 5)}.items():
         changed = [x.clone() for x in tensors]
@@ -193,7 +188,7 @@ def test_later_tokens_and_other_samples_change_nothing():
         assert not torch.equal(after[query + 1 :], before[query + 1 :])
 
 
-@pytest.mark.parametrize("options", [{"block_count": 4}, {"block_count": 0.5, "mass": 0.7}], ids=str)
+@pytest.mark.parametrize("options", [{"block_count": 4}, {"block_count": 5, "remainder": True}], ids=str)
 def test_queries_over_earlier_keys_get_what_they_get_at_once(options):
     _, (seen, cu, cu_text) = lay_out(["t3 v70 t2 v30", "t1 v50"])
     q, *rest = make_tensors((seen, cu, cu_text), 7, 1)
@@ -268,9 +263,7 @@ def test_a_wrong_argument_is_named(message):
     ("options", "message"),
     [
         ({"block_count": 3, "window_size": 20}, "block_count must be at least 4.*window of 20: got 3"),
-        ({"block_count": 1.5}, "block_count as a share.*got 1.5"),
-        ({"block_count": 0.0}, "block_count as a share.*got 0.0"),
-        ({"mass": 0.0}, "mass must be above 0 and at most 1, got 0.0"),
+        ({"block_count": 0.5}, "block_count must be an integer of at least 3.*got 0.5"),
     ],
 )
 def test_a_wrong_setting_is_named(options, message):
@@ -284,11 +277,11 @@ def test_a_wrong_setting_is_named(options, message):
 # ----------------------------------------------------------------------------------------------------------------------
 
 KERNEL_CASES = {  # name: case as above, dtype, queries of each sample if fewer than keys
-    "text between, packed, a share": (
-        (["t3 v20 t2 v44 t1", "v18"], 4, 2, {"block_count": 0.5, "window_size": 3}), torch.float32, None),
-    "a mass over a cache, bf16": (
-        (["t2 v60 t3 v50"], 7, 1, {"block_count": 0.9, "window_size": 17, "mass": 0.5}), torch.bfloat16, [20]),
-    "dense": ((["t2 v40 t1 v20"], 4, 2, {"block_count": 1.0, "window_size": 17}), torch.float32, None),
+    "text between, packed": (
+        (["t3 v20 t2 v44 t1", "v18"], 4, 2, {"block_count": 3, "window_size": 3}), torch.float32, None),
+    "over a cache, bf16": (
+        (["t2 v60 t3 v50"], 7, 1, {"block_count": 5, "window_size": 17}), torch.bfloat16, [20]),
+    "dense": ((["t2 v40 t1 v20"], 4, 2, {"block_count": 32, "window_size": 17}), torch.float32, None),
     "no text at all": ((["v70"], 2, 1, {"block_count": 4, "window_size": 20}), torch.float32, None),
     "the remainder": (
         (["t2 v70 t1 v20", "v18"], 4, 2, {"block_count": 3, "window_size": 3, "remainder": True}), torch.float32, None),
@@ -363,8 +356,8 @@ def test_kernels_choose_by_variances_that_fp16_cannot_hold(dtype):
 EXACT = {"nsa_variant": "merged", "block_size": 16, "block_count": 12, "window_size": 20}  # 192 tokens, as VIDEO has
 SPARSE = [
     {**EXACT, "block_count": 4},
-    {**EXACT, "block_count": [4, 0.5], "block_mass": 0.8, "block_per_head": True},
-    {**EXACT, "block_count": [1.0, 4]},
+    {**EXACT, "block_count": 5, "block_per_head": True},
+    {**EXACT, "block_count": 4, "block_remainder": True},
 ]
 
 
@@ -382,7 +375,7 @@ def exact(stock_checkpoint):
     return load(stock_checkpoint, **EXACT)
 
 
-@pytest.fixture(params=SPARSE, ids=["count", "shares and mass", "dense layer"])
+@pytest.fixture(params=SPARSE, ids=["shared choice", "by head", "remainder"])
 def sparse(request, stock_checkpoint):
     return load(stock_checkpoint, **request.param)
 
@@ -568,19 +561,9 @@ def test_a_converted_repository_answers_in_a_fresh_process(
     assert (torch.load(tmp_path / "logits.pt") - logits(stock, inputs)).abs().max() <= 1e-5
 
 
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"block_count": 5}, "block_count must be at least 6 .*window of 256"),
-        ({"block_count": [8, 8, 8]}, "block_count must have 2 entries, one for each layer"),
-        ({"block_count": [8, 5]}, "block_count must be at least 6"),
-        ({"nsa_variant": "paper", "block_count": 0.5}, 'an integer for nsa_variant="paper", got 0.5'),
-    ],
-    ids=str,
-)  # fmt: skip
-def test_fields_that_do_not_fit_the_variant_are_refused(fields, message):
-    config = VideoNSATextConfig(num_hidden_layers=2, **{"nsa_variant": "merged", **fields})
-    with pytest.raises(ValueError, match=message):
+def test_too_few_blocks_for_the_window_are_refused():
+    config = VideoNSATextConfig(nsa_variant="merged", block_count=5)
+    with pytest.raises(ValueError, match="block_count must be at least 6 .*window of 256"):
         config.validate_variant()
 
 
@@ -588,9 +571,9 @@ def test_fields_that_do_not_fit_the_variant_are_refused(fields, message):
     "bad",
     [
         {"block_count": 1.5},
-        {"block_count": [8, 0.0]},
+        {"block_count": [8, 8]},
         {"block_count": True},
-        {"block_mass": 0},
+        {"block_mass": 0.8},
         {"block_spread": None},
         {"block_per_head": 0},
         {"block_remainder": 1},
@@ -601,23 +584,11 @@ def test_bad_values_are_refused_and_named(bad):
         VideoNSATextConfig(**bad)
 
 
-@pytest.mark.parametrize("count", [6, 0.3, [6, 1.0]], ids=str)
-def test_attention_budget_is_the_sum_over_queries(count):
-    config = VideoNSAConfig(
-        text_config={"num_hidden_layers": 2, "block_count": count, "block_size": 16, "window_size": 40},
-        nsa_variant="merged",
-    )
-    n, pairs, pooled = 500, 0, 0
-    for layer in range(2):
-        layer_count = config.text_config.layer_block_count(layer)
-        for i in range(n):
-            most = (
-                layer_count
-                if isinstance(layer_count, int)
-                else max(5, (i // 16 + 1) * round(layer_count * 10_000) // 10_000)
-            )
-            pairs += min(i + 1, most * 16)
-            pooled += (i + 1) // 16 if layer_count != 1.0 else 0
-    dense = 2 * n * (n + 1) / 2
+def test_attention_budget_is_the_sum_over_queries():
+    config = VideoNSAConfig(nsa_variant="merged", block_count=6, block_size=16, window_size=40)
+    n = 500
+    pairs = sum(min(i + 1, 6 * 16) for i in range(n))
+    pooled = sum((i + 1) // 16 for i in range(n))
+    dense = n * (n + 1) / 2
     assert config.attention_budget(n) == pytest.approx(pairs / dense)
     assert config.attention_budget(n, pooled_keys=True) == pytest.approx((pairs + pooled) / dense)

@@ -78,7 +78,7 @@ def test_help_of_finetune_lists_our_options_first_by_topic(help_of):
         field.name for kind in (finetune.ModelArguments, finetune.DataArguments) for field in dataclasses.fields(kind)
     }
     own |= {*finetune.FinetuneArguments.__annotations__}
-    assert own - {"block_mass"} <= {*listed}
+    assert own <= {*listed}
     assert "--adam_beta1" in trainers and ours.index("--model") < ours.index("--max_length") < ours.index(
         "--nsa_variant"
     )
@@ -86,8 +86,7 @@ def test_help_of_finetune_lists_our_options_first_by_topic(help_of):
 
 
 def test_every_field_of_the_configuration_has_its_meaning_and_is_an_option():
-    # block_mass is about to go.
-    assert {*MEANINGS} == {*NSA_FIELDS} - {"block_mass"}
+    assert {*MEANINGS} == {*NSA_FIELDS}
     assert {*SIZES} <= {*NSA_FIELDS}
     assert all(variant in MEANINGS["nsa_variant"] for variant in NSA_VARIANTS)
 

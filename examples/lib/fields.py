@@ -32,6 +32,7 @@ SIZES = ("block_size", "block_count", "window_size")
 def field_type(name: str) -> type:
     """What a value of a field is, other than None."""
     hint = VideoNSATextConfig.__annotations__[name]
+    # bool, of `bool | None`.
     return next(iter(get_args(hint)), hint)
 
 
