@@ -17,13 +17,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-import torch
-
 from lib.conversation import VideoChat
 from lib.fields import add_fields
 from lib.loading import assemble_tiny_model, load
 from lib.network import refuse_private_addresses
-from lib.options import OptionParser
+from lib.options import OptionParser, add_device
 from lib.space import write_space
 from lib.visits import App, Limits
 
@@ -46,22 +44,18 @@ def main() -> None:
         help="folder or Hub id of a VideoNSA repository (default: the variable MODEL, or the tiny trained one)",
     )
     add_fields(parser, "nsa_variant")
-    parser.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help='or "auto" (default: %(default)s)'
-    )
+    add_device(parser)
     parser.add_argument("--host", help="address to serve on; 0.0.0.0 is all of this machine's (default: 127.0.0.1)")
-    parser.add_argument("--port", type=int, help="(default: the first free one from 7860 on)")
-    parser.add_argument("--max_megabytes", type=int, default=default.megabytes, help="of a video (%(default)s)")
-    parser.add_argument("--max_seconds", type=float, default=default.seconds, help="of a video (%(default)s)")
-    parser.add_argument("--max_tokens", type=int, default=default.tokens, help="of a prompt (%(default)s)")
-    parser.add_argument("--max_new_tokens", type=int, default=default.new_tokens, help="of an answer (%(default)s)")
-    parser.add_argument(
-        "--visitors", type=int, default=default.visitors, help="whose video and cache are kept at a time (%(default)s)"
-    )
-    parser.add_argument("--queue", type=int, default=default.queue, help="questions that may wait (%(default)s)")
-    parser.add_argument("--timeout", type=float, default=default.timeout, help="seconds for a server (%(default)s)")
-    parser.add_argument("--private_urls", action="store_true", help="read from private networks and this machine, too")
-    parser.add_argument("--write_space", metavar="FOLDER", help="write a folder to upload as a Space, and end")
+    parser.add_argument("--port", type=int, help="port to serve on (default: the first free one from 7860 on)")
+    parser.add_argument("--max_megabytes", type=int, default=default.megabytes, help="largest video in MB")
+    parser.add_argument("--max_seconds", type=float, default=default.seconds, help="longest video in seconds")
+    parser.add_argument("--max_tokens", type=int, default=default.tokens, help="most tokens of a prompt")
+    parser.add_argument("--max_new_tokens", type=int, default=default.new_tokens, help="most tokens of an answer")
+    parser.add_argument("--visitors", type=int, default=default.visitors, help="visitors whose videos are kept")
+    parser.add_argument("--queue", type=int, default=default.queue, help="questions that may wait")
+    parser.add_argument("--timeout", type=float, default=default.timeout, help="seconds to wait for a server")
+    parser.add_argument("--private_urls", action="store_true", help="also read from private networks and this machine")
+    parser.add_argument("--write_space", metavar="FOLDER", help="write a folder to upload as a Space, and stop")
     args = parser.parse_args()
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # a polite kill must clean up as Ctrl-C does

@@ -26,7 +26,7 @@ import transformers
 
 from lib.answering import Prompts, Question, answer, is_correct, list_questions, normalise
 from lib.data import Drop, Sample, load_samples
-from lib.options import OptionParser
+from lib.options import OptionParser, add_device
 from lib.sparse_baselines import METHODS, Prefill
 from videonsa import nsa_torch
 from videonsa.configuration_videonsa import NSA_FIELDS
@@ -320,12 +320,14 @@ def main() -> None:
         "--settings", nargs="+", default=['{"block_count": 32}'], metavar="JSON",
         help='fields of merged, such as \'{"block_count": 8, "block_per_head": true}\'; baselines match the first',
     )  # fmt: skip
-    parser.add_argument("--baselines", nargs="*", default=list(METHODS), choices=METHODS, help="(default: all)")
-    parser.add_argument("--lengths", nargs="+", type=int, help="only these, powers of two of vision tokens")
-    parser.add_argument("--clips", type=int, default=25, help="samples of each length (default: 25)")
-    parser.add_argument("--tune", type=int, default=4, help="prompts to set a baseline's parameter on (default: 4)")
-    parser.add_argument("--max_new_tokens", type=int, default=12, help="longest answer (default: 12)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--baselines", nargs="*", default=list(METHODS), choices=METHODS, help="methods to compare with (default: all)"
+    )
+    parser.add_argument("--lengths", nargs="+", type=int, help="lengths in vision tokens, powers of two (default: all)")
+    parser.add_argument("--clips", type=int, default=25, help="samples of each length")
+    parser.add_argument("--tune", type=int, default=4, help="prompts that the parameter of a baseline is set on")
+    parser.add_argument("--max_new_tokens", type=int, default=12, help="most tokens of an answer")
+    add_device(parser, auto=False)
     args = parser.parse_args()
     try:
         result = compare(args)

@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("output", help="folder to make")
     parser.add_argument("--revision", help="branch, tag or commit of the Hub repository")
     add_fields(parser, default="the source's, else {}")
-    parser.add_argument("--seed", type=int, default=0, help="of the new gates (default 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the new gates")
     parser.add_argument("--push_to_hub", metavar="REPO_ID", help="also upload the result as this new Hub repository")
     parser.add_argument("--private", action="store_true", help="make the Hub repository private")
     args = parser.parse_args()

@@ -17,14 +17,13 @@ import time
 import warnings
 from pathlib import Path
 
-import torch
 from transformers import TextStreamer
 from transformers.utils import logging
 
 from lib.fields import SIZES, add_fields
 from lib.loading import CLIP, UNSEEN, assemble_tiny_model, load, read, report
 from lib.needles import make_sample
-from lib.options import OptionParser
+from lib.options import OptionParser, add_device
 
 QUESTION = "What happens in this video?"
 SEED = 1  # of the clip whose questions the tiny model answers on every machine
@@ -99,18 +98,20 @@ def main() -> None:
     parser = OptionParser(description=__doc__)
     parser.add_argument("--model", help="folder or Hub id of a VideoNSA repository (default: the tiny trained one)")
     parser.add_argument("--video", help=f"file or URL (default: a clip of {CLIP.seconds[0]:g} s, made on the spot)")
-    parser.add_argument("--question", help=f"(default: for a clip made on the spot, what it shows; else: {QUESTION})")
-    parser.add_argument("--seed", type=int, help=f"of that clip (default: {SEED})")
-    parser.add_argument("--fps", type=float, help="frames per second to read (default: up to 4, within --max_tokens)")
-    parser.add_argument("--max_tokens", type=int, help="of video and text together (default: 131072)")
-    parser.add_argument("--prefer", help="if they do not suffice: pixels, frames or balanced (default: pixels)")
-    parser.add_argument("--max_new_tokens", type=int, help="(default: 128; 16 where the truth is known)")
-    add_fields(parser, "nsa_variant")
     parser.add_argument(
-        "--device",
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help='or "auto", which spreads a large model over all GPUs (default: %(default)s)',
+        "--question", help=f"what to ask (default: {QUESTION} Of a clip made on the spot: all questions about it)"
     )
+    parser.add_argument("--seed", type=int, help=f"seed of the clip made on the spot (default: {SEED})")
+    parser.add_argument("--fps", type=float, help="frames per second to read (default: up to 4, within --max_tokens)")
+    parser.add_argument("--max_tokens", type=int, help="most tokens of video and text together (default: 131072)")
+    parser.add_argument(
+        "--prefer", help="what to keep if these do not suffice: pixels, frames or balanced (default: pixels)"
+    )
+    parser.add_argument(
+        "--max_new_tokens", type=int, help="most tokens of an answer (default: 128; 16 if the right one is known)"
+    )
+    add_fields(parser, "nsa_variant")
+    add_device(parser)
     args = parser.parse_args()
     settings = {name: getattr(args, name) for name in ("fps", "max_tokens", "prefer")}
     settings = {name: value for name, value in settings.items() if value is not None}

@@ -24,7 +24,7 @@ from lib.answering import Question, accuracy, answer_all, list_questions
 from lib.data import Drop, load_samples
 from lib.fields import MEANINGS, add_fields
 from lib.loading import load
-from lib.options import OptionParser
+from lib.options import OptionParser, add_device
 
 
 def format_table(table: dict) -> str:
@@ -155,14 +155,14 @@ def main() -> None:
     parser.add_argument("--media_root", help="folder that media paths are relative to (default: that of DATA)")
     add_fields(parser, "nsa_variant")
     parser.add_argument("--fps", type=float, help="frames per second (default: the processor's)")
-    parser.add_argument("--max_frames", type=int, help="longer videos are sampled more sparsely")
-    parser.add_argument("--batch_size", type=int, default=1, help="questions at a time (default: 1)")
-    parser.add_argument("--max_new_tokens", type=int, default=32, help="longest answer (default: 32)")
-    parser.add_argument("--limit", type=int, help="samples to take, spread over the lengths (default: all)")
-    parser.add_argument("--workers", type=int, default=2, help="processes that decode (default: 2)")
     parser.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help='or "auto" (default: %(default)s)'
+        "--max_frames", type=int, help="most frames of a video; longer videos are sampled more sparsely"
     )
+    parser.add_argument("--batch_size", type=int, default=1, help="questions that are answered at a time")
+    parser.add_argument("--max_new_tokens", type=int, default=32, help="most tokens of an answer")
+    parser.add_argument("--limit", type=int, help="samples to take, spread over the lengths (default: all)")
+    parser.add_argument("--workers", type=int, default=2, help="processes that decode videos")
+    add_device(parser)
     args = parser.parse_args()
     try:
         result = evaluate(args)

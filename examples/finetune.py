@@ -48,7 +48,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from lib.card import write_card
 from lib.data import Collator, ConversationDataset, Drop, Sample, load_samples
 from lib.fields import MEANINGS, FieldArguments, given_fields
-from lib.options import Underscores
+from lib.options import HelpFormatter, Underscores
 from lib.resuming import check_options, check_weights, describe_data, find_resume
 from lib.training import PARTS, VideoTrainer, part_of, unsharded_class
 from videonsa.configuration_videonsa import NSA_FIELDS
@@ -385,16 +385,6 @@ def report_time(trainer: VideoTrainer, steps_per_epoch: int) -> None:
         f"time per epoch: {steps_per_epoch:,} steps × {statistics.median(steps):.2f} s = "
         f"{seconds / 3600:.2f} h ({len(steps)} steps measured, decoding included)"
     )
-
-
-class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Adds the default to the help of options that have one and do not say it themselves."""
-
-    def _get_help_string(self, action):
-        if action.option_strings[0].startswith("--no_"):
-            return f"the opposite of --{action.dest}"
-        said = action.default is None or "(default:" in (action.help or "")
-        return action.help if said else super()._get_help_string(action)
 
 
 class FinetuneParser(Underscores, HfArgumentParser):

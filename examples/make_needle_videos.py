@@ -26,15 +26,14 @@ def main() -> None:
     parser = OptionParser(description=__doc__)
     parser.add_argument("output", help="folder to make")
     for split in SPLITS:
-        parser.add_argument(f"--{split}", type=int, default=0, help=f"clips of the {split} split (default: 0)")
+        parser.add_argument(f"--{split}", type=int, default=0, help=f"clips of the {split} split")
 
     def option(name, help, **kwargs):
         value = getattr(default, name)
         many = isinstance(value, tuple)
-        shown = " ".join(map(str, value)) if many else value
         kind = type(value[0] if many else value)
         kwargs = {"nargs": "+" if many else None, "type": kind, **kwargs}
-        parser.add_argument(f"--{name}", default=value, help=f"{help} (default: {shown})", **kwargs)
+        parser.add_argument(f"--{name}", default=value, help=help, **kwargs)
 
     option("seconds", "lengths of clips, one of which is drawn for each")
     option("fps", "frames per second", type=float)
@@ -47,8 +46,8 @@ def main() -> None:
     option("stills", "share of samples that are one image")
     option("questions", "types of questions", choices=QUESTIONS, metavar="TYPE")
     option("turns", "most questions per clip")
-    parser.add_argument("--seed", type=int, default=0, help="another seed makes other clips throughout (default: 0)")
-    parser.add_argument("--workers", type=int, help="processes (default: one per CPU)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the data set")
+    parser.add_argument("--workers", type=int, help="processes that make clips (default: one per CPU)")
     args = parser.parse_args()
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # a polite kill must clean up as Ctrl-C does

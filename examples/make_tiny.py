@@ -20,7 +20,7 @@ NSA = {"block_size": 16, "block_count": 4, "window_size": 32}
 def main() -> None:
     parser = OptionParser(description=__doc__)
     parser.add_argument("output", help="folder to make: a VideoNSA repository with random weights and a token per word")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the weights")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         try:

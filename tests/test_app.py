@@ -342,6 +342,41 @@ def test_a_large_upload_is_refused_by_the_server(served):
     (app.files / path).unlink()
 
 
+def call(server, page: dict, name: str, session: str, **given) -> list:
+    """What an event of the page returns, as a browser would ask for it; controls have their first values or `given`."""
+    number, event = next((i, x) for i, x in enumerate(page["dependencies"]) if x["api_name"] == name)
+    values = {component["id"]: component["props"].get("value") for component in page["components"]}
+    ids = {component["props"].get("elem_id"): component["id"] for component in page["components"]}
+    values |= {ids[control]: value for control, value in given.items()}
+    data = {"data": [values[i] for i in event["inputs"]], "fn_index": number, "session_hash": session}
+    request = urllib.request.Request(
+        f"{server}gradio_api/queue/join", json.dumps(data).encode(), {"Content-Type": "application/json"}
+    )
+    urllib.request.urlopen(request).close()
+    with urllib.request.urlopen(f"{server}gradio_api/queue/data?session_hash={session}") as stream:
+        messages = (json.loads(line[5:]) for line in stream if line.startswith(b"data:"))
+        done = next(message for message in messages if message["msg"] == "process_completed")
+    assert done["success"], done
+    return done["output"]["data"]
+
+
+def test_the_events_of_the_page_reach_the_app(served):
+    app, url = served
+    with urllib.request.urlopen(f"{url}config") as response:
+        page = json.load(response)
+    assert "A video of up to" in call(url, page, "plan", "me")[0]
+
+    video, panel, _, _, _, questions = call(url, page, "example", "me")
+    assert video["orig_name"] == "clip.mp4" and "256 of" in panel and questions["visible"]
+    chat, question, sheet, status = call(url, page, "answer", "me", question="What appeared?")
+    assert question == "" and "first token after" in status and sheet.count("<figure>") == 8
+    assert [turn["role"] for turn in chat] == ["user", "assistant"] and len(app.messages("me")) == 2
+
+    assert "Type a question" in call(url, page, "answer", "me", question=" ")[3]
+    assert call(url, page, "fetch", "me", url="file:///etc/passwd")[1].startswith("<p class='vn-error'")
+    assert call(url, page, "clear", "me")[0] is None and "me" not in app.visitors
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
 @pytest.mark.skipif(not importlib.util.find_spec("playwright"), reason="needs Playwright: pip install playwright")
 def test_a_visit_in_a_browser(served, clip, tmp_path, monkeypatch):

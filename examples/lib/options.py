@@ -22,11 +22,33 @@ class Underscores:
         return super().parse_known_args([respell(arg) for arg in args], namespace)
 
 
-class OptionParser(Underscores, argparse.ArgumentParser):
-    """The parser of the scripts: it keeps the line breaks of their docstrings."""
+class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Keeps line breaks of docstrings, and adds defaults to the help of options that do not say theirs."""
 
-    def __init__(self, *args, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs):
+    def _get_help_string(self, action):
+        if action.option_strings and action.option_strings[0].startswith("--no_"):
+            return f"the opposite of --{action.dest}"
+        if action.default is None or action.default is False or "(default:" in (action.help or ""):
+            return action.help
+        if isinstance(action.default, list | tuple):
+            return f"{action.help} (default: {' '.join(map(str, action.default))})"
+        return super()._get_help_string(action)
+
+
+class OptionParser(Underscores, argparse.ArgumentParser):
+    """The parser of the scripts."""
+
+    def __init__(self, *args, formatter_class=HelpFormatter, **kwargs):
         super().__init__(*args, formatter_class=formatter_class, **kwargs)
+
+
+def add_device(parser: argparse.ArgumentParser, auto: bool = True) -> None:
+    """Give a parser the option for the device of a model."""
+    import torch  # here: scripts without a model start faster
+
+    others = 'or "auto", which spreads a large model over all GPUs' if auto else "or another one of torch"
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=default, help=f"device of the model: cuda, cpu, {others}")
 
 
 def respell(argument: str) -> str:
