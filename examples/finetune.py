@@ -48,6 +48,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from lib.card import write_card
 from lib.data import Collator, ConversationDataset, Drop, Sample, load_samples
 from lib.fields import MEANINGS, FieldArguments, given_fields
+from lib.loading import check_repository
 from lib.options import HelpFormatter, Underscores
 from lib.resuming import check_options, check_weights, describe_data, find_resume
 from lib.training import PARTS, VideoTrainer, part_of, unsharded_class
@@ -191,11 +192,7 @@ def trained_parts(arguments: ModelArguments) -> set[str]:
 def load_config(arguments: ModelArguments):
     """The model's configuration with the settings of the arguments."""
     config = AutoConfig.from_pretrained(arguments.model, trust_remote_code=True)
-    if config.model_type != "videonsa":
-        raise ValueError(
-            f"--model {arguments.model} is a {config.model_type} checkpoint, not a VideoNSA repository; "
-            f"make one with: python examples/convert.py {arguments.model} OUTPUT"
-        )
+    check_repository(arguments.model, config)
     for name, value in given_fields(arguments).items():
         setattr(config, name, value)
     if config.nsa_variant in ("merged", "dense") and trained_parts(arguments) == {"gates"}:

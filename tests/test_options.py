@@ -33,6 +33,11 @@ def help_of(monkeypatch, capsys):
     return show
 
 
+def test_no_script_is_imported_by_another_file():
+    for path in (ROOT / "examples").rglob("*.py"):
+        assert not {*SCRIPTS} & {*re.findall(r"^ *(?:from|import) (\w+)", path.read_text(), re.MULTILINE)}, path
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_shows_options_with_underscores(help_of, script):
     commands = [(), *((name,) for name in analyze.FINDINGS)] if script == "analyze" else [()]

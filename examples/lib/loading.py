@@ -33,16 +33,21 @@ def load(model: str, variant: str | None, device: str):
         options = {} if variant is None else {"nsa_variant": variant}
         loaded = VideoNSAForConditionalGeneration.from_pretrained(model, dtype="auto", device_map=device, **options)
         return loaded.eval(), load_processor(model)
-    if config.model_type != "videonsa":
-        raise ValueError(
-            f"--model {model} is a {config.model_type} checkpoint, not a VideoNSA repository; "
-            f"make one with: python examples/convert.py {model} OUTPUT"
-        )
+    check_repository(model, config)
     if variant is not None:
         config.nsa_variant = variant
     options = {"trust_remote_code": True, "dtype": "auto", "device_map": device}
     loaded = AutoModel.from_pretrained(model, config=config, **options).eval()
     return loaded, AutoProcessor.from_pretrained(model, trust_remote_code=True)
+
+
+def check_repository(model: str, config) -> None:
+    """Raise a ValueError if a configuration is not that of a VideoNSA repository."""
+    if config.model_type != "videonsa":
+        raise ValueError(
+            f"--model {model} is a {config.model_type} checkpoint, not a VideoNSA repository; "
+            f"make one with: python examples/convert.py {model} OUTPUT"
+        )
 
 
 def report(label: str, text: str) -> None:
