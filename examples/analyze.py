@@ -537,13 +537,9 @@ def make_parser() -> argparse.ArgumentParser:
             add("--frames", type=int, nargs="+", default=[8, 16, 32, 64], help="frames of a video")
             add("--frame_tokens", type=int, nargs="+", default=[4, 9, 16], help="tokens of two frames")
         if name == "budget":
-            add(
-                "--budgets", type=float, nargs="+", default=[0.5, 1, 2], help="budgets, as multiples of the trained one"
-            )
+            add("--budgets", type=float, nargs="+", default=[0.5, 1, 2], help="multiples of the trained budget")
             shares = [0.03, 0.12, 0.25, 0.5]
-            add(
-                "--window_shares", type=float, nargs="+", default=shares, help="shares of a budget that the window gets"
-            )
+            add("--window_shares", type=float, nargs="+", default=shares, help="shares that the window gets")
         if name == "latency":
             lengths = [2**i for i in range(10, 18 if cuda else 15)]
             add(
