@@ -547,8 +547,8 @@ with torch.no_grad():
 def test_a_converted_repository_answers_in_a_fresh_process(
     stock_checkpoint, stock, exact, tmp_path, run_fresh, monkeypatch
 ):
-    sizes = ("--block-size", 16, "--block-count", 12, "--window-size", 20)
-    arguments = ["convert.py", stock_checkpoint, tmp_path / "merged", "--variant", "merged", *sizes]
+    sizes = ("--block_size", 16, "--block_count", 12, "--window_size", 20)
+    arguments = ["convert.py", stock_checkpoint, tmp_path / "merged", "--nsa_variant", "merged", *sizes]
     monkeypatch.setattr(sys, "argv", list(map(str, arguments)))
     convert.main()
     assert 'nsa_variant="merged"' in (tmp_path / "merged" / "README.md").read_text()
