@@ -28,8 +28,8 @@ MAX_SCORES = 2**22
 # Queries that share the keys of a window.
 RUN = 64
 
-# Queries of a product with gathered rows. The number is fixed, since the rounding of a product depends on its shape: how
-# many later queries choose a block changes nothing for earlier ones.
+# Queries of a product with gathered rows. The number is fixed, since the rounding of a product depends on its shape:
+# how many later queries choose a block changes nothing for earlier ones.
 TILE = 16
 
 # Share of the keys before the queries that are chosen, below which gathering rows takes less time than a mask. Fused
