@@ -21,7 +21,6 @@ import functools
 import hashlib
 import math
 import os
-from itertools import pairwise
 
 import torch
 
@@ -53,55 +52,54 @@ def available(q: torch.Tensor) -> bool:
 
 def nsa_attention(
     q, k, v, gates, cu_seqlens, *,
-    cu_seqlens_k=None, query_heads=None, block_size=64, block_count=32, window_size=256, scale=None,
+    cu_seqlens_k=None, block_size=64, block_count=32, window_size=256, scale=None,
 ):  # fmt: skip
     """See `nsa_torch.nsa_attention`."""
     sizes = {"block_size": block_size, "block_count": block_count, "window_size": window_size}
-    return _call("all", q, k, v, cu_seqlens, cu_seqlens_k, query_heads, scale, gates=gates, **sizes)[0]
+    return _call("all", q, k, v, cu_seqlens, cu_seqlens_k, scale, gates=gates, **sizes)[0]
 
 
-def compressed_attention(q, k, v, cu_seqlens, *, cu_seqlens_k=None, query_heads=None, block_size=64, scale=None):
+def compressed_attention(q, k, v, cu_seqlens, *, cu_seqlens_k=None, block_size=64, scale=None):
     """See `nsa_torch.compressed_attention`. Block means are rounded to the dtype of k."""
-    return _call("compressed", q, k, v, cu_seqlens, cu_seqlens_k, query_heads, scale, block_size=block_size)
+    return _call("compressed", q, k, v, cu_seqlens, cu_seqlens_k, scale, block_size=block_size)
 
 
 @torch.no_grad()
 def select_blocks(
     q, k, lse, cu_seqlens, *,
-    cu_seqlens_k=None, query_heads=None, block_size=64, block_count=32, window_size=None, spread=False,
+    cu_seqlens_k=None, block_size=64, block_count=32, window_size=None, spread=False,
     own_importance=None, scale=None,
 ):  # fmt: skip
     """See `nsa_torch.select_blocks`."""
     sizes = {"block_size": block_size, "block_count": block_count, "window_size": window_size}
-    given = {"query_heads": query_heads, "lse": lse, "own_importance": own_importance}
+    given = {"lse": lse, "own_importance": own_importance}
     _check(q, k, None, cu_seqlens, cu_seqlens_k, scale=scale, **given, **sizes)
     window_size = block_size + 1 if window_size is None else window_size
     check_block_count(block_count, block_size, window_size)
     cu_seqlens_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
     options = (block_size, block_count, window_size, spread, scale)
-    lists = _head_lists(q, k, query_heads)
-    return _choose(q, k, lse, own_importance, cu_seqlens, cu_seqlens_k, *lists, *options)
+    return _choose(q, k, lse, own_importance, cu_seqlens, cu_seqlens_k, *options)
 
 
-def selected_attention(q, k, v, blocks, cu_seqlens, *, cu_seqlens_k=None, query_heads=None, block_size=64, scale=None):
+def selected_attention(q, k, v, blocks, cu_seqlens, *, cu_seqlens_k=None, block_size=64, scale=None):
     """See `nsa_torch.selected_attention`."""
     sizes = {"blocks": blocks, "block_size": block_size}
-    return _call("selected", q, k, v, cu_seqlens, cu_seqlens_k, query_heads, scale, **sizes)
+    return _call("selected", q, k, v, cu_seqlens, cu_seqlens_k, scale, **sizes)
 
 
-def window_attention(q, k, v, cu_seqlens, *, cu_seqlens_k=None, query_heads=None, window_size=256, scale=None):
+def window_attention(q, k, v, cu_seqlens, *, cu_seqlens_k=None, window_size=256, scale=None):
     """See `nsa_torch.window_attention`."""
-    return _call("window", q, k, v, cu_seqlens, cu_seqlens_k, query_heads, scale, window_size=window_size)
+    return _call("window", q, k, v, cu_seqlens, cu_seqlens_k, scale, window_size=window_size)
 
 
-def pooled_attention(q, k, v, *, first, query_heads=None, block_size=64, reverse=False, scale=None):
+def pooled_attention(q, k, v, *, first, block_size=64, reverse=False, scale=None):
     """See `nsa_torch.pooled_attention`."""
-    _check(q, k, v, None, None, first=first, query_heads=query_heads, block_size=block_size, scale=scale)
+    _check(q, k, v, None, None, first=first, block_size=block_size, scale=scale)
     cu_seqlens, cu_seqlens_k = (
         torch.arange(2, dtype=torch.int32, device=q.device) * n for n in (len(q), first + len(q))
     )
     branch = "reversed" if reverse else "pooled"
-    return _launch(branch, q, k, v, cu_seqlens, cu_seqlens_k, query_heads, scale, block_size=block_size)
+    return _launch(branch, q, k, v, cu_seqlens, cu_seqlens_k, scale, block_size=block_size)
 
 
 def merged_attention(
@@ -120,10 +118,9 @@ def merged_attention(
         return head_by_head(merged_attention, q, k, v, *places, **options)
     lengths = {"cu_seqlens": cu_seqlens, "cu_seqlens_k": cu_seqlens_k}
     options = (block_size, 0, max(1, k.shape[0]), scale, False)
-    lists = _head_lists(q, k, None)
     text_lse = q.new_full((1, *q.shape[:2]), -torch.inf, dtype=torch.float32)
     if text_k.shape[0] > 0:
-        part = (q, text_k, text_v, None, text_seen, cu_seqlens, cu_seqlens_text, *lists, "prefix", *options)
+        part = (q, text_k, text_v, None, text_seen, cu_seqlens, cu_seqlens_text, "prefix", *options)
         text_out, text_lse, *_ = _attend(*part)
     with torch.no_grad():
         lse = text_lse[0]
@@ -131,37 +128,36 @@ def merged_attention(
             _, lse = compressed_attention(q, k, v, **lengths, block_size=block_size, scale=scale)
         blocks = select_blocks(q, k, lse, **lengths, **sizes, spread=spread, scale=scale)
     cu_seqlens_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
-    out, lse, *_ = _attend(q, k, v, None, blocks, cu_seqlens, cu_seqlens_k, *lists, "selected", *options)
+    out, lse, *_ = _attend(q, k, v, None, blocks, cu_seqlens, cu_seqlens_k, "selected", *options)
     if text_k.shape[0] > 0:
         out, lse = _merge(out, lse, text_out, text_lse)
     if remainder:
-        part = (q, k, v, None, blocks, cu_seqlens, cu_seqlens_k, *lists, "remainder", *options)
+        part = (q, k, v, None, blocks, cu_seqlens, cu_seqlens_k, "remainder", *options)
         others, others_lse, *_ = _attend(*part)
         out, lse = _merge(out, lse, others, others_lse + math.log(block_size))
     return out
 
 
 def _merge(o, lse, other, other_lse):
-    """Of two softmaxes over different keys, o [N, E, D] and lse [1, N, E], the one over all of them."""
+    """Of two softmaxes over different keys, o [N, H, D] and lse [1, N, H], the one over all of them."""
     weight = torch.sigmoid(other_lse - lse)[0].unsqueeze(-1)
     return torch.lerp(o, other, weight.to(o.dtype)), torch.logaddexp(lse, other_lse)
 
 
-def _call(branch, q, k, v, cu_seqlens, cu_seqlens_k, query_heads, scale, *, gates=None, blocks=None, **sizes):
+def _call(branch, q, k, v, cu_seqlens, cu_seqlens_k, scale, *, gates=None, blocks=None, **sizes):
     """Check the arguments of `_launch` first."""
-    optional = {"query_heads": query_heads, "scale": scale, "gates": gates, "blocks": blocks}
+    optional = {"scale": scale, "gates": gates, "blocks": blocks}
     _check(q, k, v, cu_seqlens, cu_seqlens_k, **optional, **sizes)
-    return _launch(branch, q, k, v, cu_seqlens, cu_seqlens_k, query_heads, scale, gates=gates, blocks=blocks, **sizes)
+    return _launch(branch, q, k, v, cu_seqlens, cu_seqlens_k, scale, gates=gates, blocks=blocks, **sizes)
 
 
-def _launch(branch, q, k, v, cu_seqlens, cu_seqlens_k, query_heads, scale, *, gates=None, blocks=None, **sizes):
+def _launch(branch, q, k, v, cu_seqlens, cu_seqlens_k, scale, *, gates=None, blocks=None, **sizes):
     """o and lse of a branch ("compressed", "selected", "window", "pooled", "reversed"), or the gated sum of "all" of
     the first three."""
     cu_seqlens_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
-    lists = _head_lists(q, k, query_heads)
     sizes = [sizes.get(name, default) for name, default in (("block_size", 64), ("block_count", 0), ("window_size", 0))]
     save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, gates))
-    out, lse, *_ = _attend(q, k, v, gates, blocks, cu_seqlens, cu_seqlens_k, *lists, branch, *sizes, scale, save)
+    out, lse, *_ = _attend(q, k, v, gates, blocks, cu_seqlens, cu_seqlens_k, branch, *sizes, scale, save)
     return out, lse[0].detach()
 
 
@@ -196,16 +192,6 @@ def _can_launch(device: torch.device) -> bool:
     return device.type != "cpu" or os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _head_lists(q, k, query_heads) -> tuple[list[int], list[int]]:
-    """The query head of each row of the output, and the row at which those of each KV head start, and end."""
-    if query_heads is None:
-        return list(range(q.shape[1])), list(range(0, q.shape[1] + 1, q.shape[1] // k.shape[1]))
-    starts = [0]
-    for heads in query_heads:
-        starts.append(starts[-1] + len(heads))
-    return [head for heads in query_heads for head in heads], starts
-
-
 # Operators, so that torch.compile sees one node. Remote code may be imported next to an installed package, and again:
 # each import registers under a name of its own.
 _namespace = "videonsa_" + hashlib.sha1(__name__.encode(), usedforsecurity=False).hexdigest()[:8]
@@ -217,25 +203,25 @@ while hasattr(getattr(torch.ops, _namespace), "attend"):
     f"{_namespace}::choose",
     mutates_args=(),
     schema="(Tensor q, Tensor k, Tensor lse, Tensor? own_importance, Tensor cu_seqlens, Tensor cu_seqlens_k, "
-    "int[] heads, int[] starts, int block_size, int block_count, int window_size, bool spread, float? scale) "
+    "int block_size, int block_count, int window_size, bool spread, float? scale) "
     "-> Tensor",
 )
 def _choose(
-    q, k, lse, own_importance, cu_seqlens, cu_seqlens_k, heads, starts, block_size, block_count, window_size, spread,
+    q, k, lse, own_importance, cu_seqlens, cu_seqlens_k, block_size, block_count, window_size, spread,
     scale,
 ):  # fmt: skip
     """Chosen blocks int32 [G, N, block_count]."""
     blocks = torch.empty(k.shape[1], q.shape[0], block_count, dtype=torch.int32, device=q.device)
     if blocks.numel():
         with torch.cuda.device_of(q):
-            call = _Call(q, k, k, cu_seqlens, cu_seqlens_k, heads, starts, block_size, scale)
+            call = _Call(q, k, k, cu_seqlens, cu_seqlens_k, block_size, scale)
             own = None if own_importance is None else own_importance.float().contiguous()
             call.choose(lse.float().contiguous(), blocks, own, window_size, spread)
     return blocks
 
 
 @_choose.register_fake
-def _(q, k, lse, own_importance, cu_seqlens, cu_seqlens_k, heads, starts, block_size, block_count, *rest):
+def _(q, k, lse, own_importance, cu_seqlens, cu_seqlens_k, block_size, block_count, *rest):
     return q.new_empty(k.shape[1], q.shape[0], block_count, dtype=torch.int32)
 
 
@@ -243,26 +229,26 @@ def _(q, k, lse, own_importance, cu_seqlens, cu_seqlens_k, heads, starts, block_
     f"{_namespace}::attend",
     mutates_args=(),
     schema="(Tensor q, Tensor k, Tensor v, Tensor? gates, Tensor? blocks, Tensor cu_seqlens, Tensor cu_seqlens_k, "
-    "int[] heads, int[] starts, str branch, int block_size, int block_count, int window_size, float? scale, bool save) "
+    "str branch, int block_size, int block_count, int window_size, float? scale, bool save) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _attend(
-    q, k, v, gates, blocks, cu_seqlens, cu_seqlens_k, heads, starts, branch, block_size, block_count, window_size,
+    q, k, v, gates, blocks, cu_seqlens, cu_seqlens_k, branch, block_size, block_count, window_size,
     scale, save,
 ):  # fmt: skip
-    """o [N, E, D] for the E entries of `heads`, and lse [branches, N, E], of one branch or of "all", gated.
+    """o [N, H, D], and lse [branches, N, H], of one branch or of "all", gated.
 
     The branch "prefix" is attention over the first keys of a sample, as many as `blocks`, here [N], says of each query;
     "remainder" is that of "compressed" without the blocks given.
 
-    With `save`, what the backward pass of "all" needs, too: the outputs of its branches [3, N, E, D] and the chosen
+    With `save`, what the backward pass of "all" needs, too: the outputs of its branches [3, N, H, D] and the chosen
     blocks [G, N, block_count]; empty otherwise.
     """
-    out, lse, branches, chosen = _results(q, k, len(heads), branch, block_count, save)
+    out, lse, branches, chosen = _results(q, k, branch, block_count, save)
     if out.numel() == 0:
         return out, lse, branches, chosen
     with torch.cuda.device_of(q):
-        call = _Call(q, k, v, cu_seqlens, cu_seqlens_k, heads, starts, block_size, scale)
+        call = _Call(q, k, v, cu_seqlens, cu_seqlens_k, block_size, scale)
         if branch in _POOLED:
             call.means = call.k, call.v
         if branch in ("compressed", *_POOLED):
@@ -286,41 +272,42 @@ def _attend(
     return out, lse, branches, chosen
 
 
-def _results(q, k, entries, branch, block_count, save):
+def _results(q, k, branch, block_count, save):
     """Empty results for `_attend`."""
-    n, dim, whole = q.shape[0], q.shape[2], branch == "all"  # a compiler fixes len(q)
+    n, heads, dim = q.shape  # a compiler fixes len(q)
+    whole = branch == "all"
     return (
-        q.new_empty(n, entries, dim),
-        q.new_empty(3 if whole else 1, n, entries, dtype=torch.float32),
-        q.new_empty(3 if whole and save else 0, n, entries, dim),
+        q.new_empty(n, heads, dim),
+        q.new_empty(3 if whole else 1, n, heads, dtype=torch.float32),
+        q.new_empty(3 if whole and save else 0, n, heads, dim),
         q.new_empty(k.shape[1], n if whole and save else 0, block_count, dtype=torch.int32),
     )
 
 
 @_attend.register_fake
-def _(q, k, v, gates, blocks, cu_seqlens, cu_seqlens_k, heads, starts, branch, block_size, block_count, *rest):
-    return _results(q, k, len(heads), branch, block_count, save=rest[-1])
+def _(q, k, v, gates, blocks, cu_seqlens, cu_seqlens_k, branch, block_size, block_count, *rest):
+    return _results(q, k, branch, block_count, save=rest[-1])
 
 
 @torch.library.custom_op(
     f"{_namespace}::attend_backward",
     mutates_args=(),
     schema="(Tensor d_out, Tensor? d_lse, Tensor q, Tensor k, Tensor v, Tensor? gates, Tensor? blocks, "
-    "Tensor cu_seqlens, Tensor cu_seqlens_k, Tensor outputs, Tensor lse, int[] heads, int[] starts, str branch, "
+    "Tensor cu_seqlens, Tensor cu_seqlens_k, Tensor outputs, Tensor lse, str branch, "
     "int block_size, int window_size, float? scale, bool need_q, bool need_kv) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _attend_backward(
-    d_out, d_lse, q, k, v, gates, blocks, cu_seqlens, cu_seqlens_k, outputs, lse, heads, starts, branch, block_size,
+    d_out, d_lse, q, k, v, gates, blocks, cu_seqlens, cu_seqlens_k, outputs, lse, branch, block_size,
     window_size, scale, need_q, need_kv,
 ):  # fmt: skip
-    """Gradients of q, k, v, empty where not needed, and fp32 of the gates [N, E, 3] (of a single branch: [N, E, 1],
-    its d_out · o), from the outputs [branches, N, E, D] and lse [branches, N, E] of the branches. d_lse is that of a
-    single branch, [1, N, E]."""
+    """Gradients of q, k, v, empty where not needed, and fp32 of the gates [N, H, 3] (of a single branch: [N, H, 1],
+    its d_out · o), from the outputs [branches, N, H, D] and lse [branches, N, H] of the branches. d_lse is that of a
+    single branch, [1, N, H]."""
     dq, dk, dv, d_gates = _gradients(d_out, q, k, outputs, need_q, need_kv)
     if d_out.numel() == 0:
         return dq, dk.zero_(), dv.zero_(), d_gates
     with torch.cuda.device_of(q):
-        inputs = (q, k, v, cu_seqlens, cu_seqlens_k, heads, starts, block_size, scale)
+        inputs = (q, k, v, cu_seqlens, cu_seqlens_k, block_size, scale)
         _Backward(inputs, branch, d_out, d_lse, gates, blocks, outputs, lse, window_size).run(dq, dk, dv, d_gates)
     return dq, dk, dv, d_gates
 
@@ -338,18 +325,18 @@ def _(d_out, d_lse, q, k, v, gates, blocks, cu_seqlens, cu_seqlens_k, outputs, *
 
 
 def _save(ctx, inputs, output):
-    q, k, v, gates, blocks, cu_seqlens, cu_seqlens_k, *lists, branch, block_size, _, window_size, scale, _ = inputs
+    q, k, v, gates, blocks, cu_seqlens, cu_seqlens_k, branch, block_size, _, window_size, scale, _ = inputs
     out, lse, branches, chosen = output
     ctx.set_materialize_grads(False)
     whole = branch == "all"
     outputs, blocks = (branches, chosen) if whole else (out, blocks)
     ctx.save_for_backward(q, k, v, gates, blocks, cu_seqlens, cu_seqlens_k, outputs, lse)
-    ctx.options = (*lists, branch, block_size, window_size, scale)
+    ctx.options = (branch, block_size, window_size, scale)
 
 
 def _backward(ctx, d_out, d_lse, *_):
     if d_out is None and d_lse is None:
-        return (None,) * 15
+        return (None,) * 13
     *tensors, outputs, lse = ctx.saved_tensors
     d_out = torch.zeros_like(outputs) if d_out is None else d_out  # a single branch of which lse alone is used
     need_q, need_k, need_v, need_gates = ctx.needs_input_grad[:4]
@@ -357,32 +344,29 @@ def _backward(ctx, d_out, d_lse, *_):
     options = (*ctx.options, need_q, need_k or need_v)
     dq, dk, dv, d_gates = _attend_backward(d_out, d_lse, *tensors, outputs, lse, *options)
     d_gates = d_gates.to(tensors[3].dtype) if need_gates else None
-    return dq if need_q else None, dk if need_k else None, dv if need_v else None, d_gates, *(None,) * 11
+    return dq if need_q else None, dk if need_k else None, dv if need_v else None, d_gates, *(None,) * 9
 
 
 _attend.register_autograd(_backward, setup_context=_save)
 
 
 class _Call:
-    """Kernel launches over one set of inputs: q [N, H, D]; k, v [M, G, D]; E query heads, KV head by KV head."""
+    """Kernel launches over one set of inputs: q [N, H, D]; k, v [M, G, D]."""
 
-    def __init__(self, q, k, v, cu_seqlens, cu_seqlens_k, heads, starts, block_size, scale):
+    def __init__(self, q, k, v, cu_seqlens, cu_seqlens_k, block_size, scale):
         (self.n, n_heads, dim), (self.n_keys, self.groups, _) = q.shape, k.shape
         self.q, self.k, self.v = q.contiguous(), k.contiguous(), v.contiguous()
         cu_seqlens_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
         self.cu_seqlens, self.cu_seqlens_k = cu_seqlens.contiguous(), cu_seqlens_k.contiguous()
-        self.heads, self.starts, self.block_size = heads, starts, block_size
+        self.block_size = block_size
         self.samples = len(cu_seqlens) - 1
-        self.most_heads = max(stop - start for start, stop in pairwise(starts))
         self.common = {  # arguments of every kernel that has a parameter of the name
             "CU_Q": self.cu_seqlens,
             "CU_K": self.cu_seqlens_k,
             "B": self.samples,
-            "HEADS": _head_table(tuple(heads), tuple(starts), n_heads, q.device),
             "scale": (dim**-0.5 if scale is None else scale) * LOG2_E,
             "S": block_size,
             "H": n_heads,
-            "E": len(heads),
             "G": self.groups,
             "D": dim,
             "D_P2": triton.next_power_of_2(dim),
@@ -426,26 +410,26 @@ class _Call:
         self.launch(_means_kernel, grid, self.k, self.k, means, variances, VARIANCE=True, num_warps=4)
         return means, variances
 
-    # A branch writes o [N, E, D] to `out`; with gates [N, E, 3] it adds its share of the gated sum to what branches of
+    # A branch writes o [N, H, D] to `out`; with gates [N, H, 3] it adds its share of the gated sum to what branches of
     # lower number have written there, and writes o to `keep`, if given.
 
     def compressed(self, out, lse, gates=None, branch=0, keep=None, reverse=False):
         config = _config("compressed" if self.common["SKIP"] is None else "remainder", self.q)
         k_means, v_means = self.means
-        grid = (self.tiles(config["BM"]), self.common["E"])
+        grid = (self.tiles(config["BM"]), self.common["H"])
         config |= _share(out, gates, branch, keep)
         self.launch(_band_kernel, grid, self.q, k_means, v_means, out, lse, len(k_means), REVERSE=reverse, **config)
 
     def window(self, out, lse, window_size, gates=None, branch=0, keep=None):
         config = _config("window", self.q)
-        grid = (self.tiles(config["BM"]), self.common["E"])
+        grid = (self.tiles(config["BM"]), self.common["H"])
         config |= _share(out, gates, branch, keep)
         arguments = (self.q, self.k, self.v, out, lse, min(window_size, self.n_keys))
         self.launch(_band_kernel, grid, *arguments, S=1, REVERSE=False, **config)
 
     def prefix(self, seen, out, lse):
         config = _config("window", self.q)
-        grid = (self.tiles(config["BM"]), self.common["E"])
+        grid = (self.tiles(config["BM"]), self.common["H"])
         config |= {**_share(out, None, 0, None), "SEEN": seen}
         self.launch(_band_kernel, grid, self.q, self.k, self.v, out, lse, self.n_keys, S=1, REVERSE=False, **config)
 
@@ -466,7 +450,7 @@ class _Call:
             keys = (self.q, means, variances, math.sqrt(2 * math.log(self.block_size)))
             if spread:
                 lse, others = torch.empty_like(lse), lse
-                grid = (self.tiles(rows), self.common["E"])
+                grid = (self.tiles(rows), self.common["H"])
                 self.launch(_estimate_kernel, grid, *keys, others, lse, **config)
         for start in range(0, self.tiles(rows), step):
             tiles = min(step, self.tiles(rows) - start)
@@ -505,7 +489,9 @@ class _Call:
         few queries at a time, heads are rounded up to a power of 2 instead: there nothing more would fit.
         """
         config = _config(kernel, self.q)
-        heads = triton.next_power_of_2(self.most_heads) if kernel == "selected_dkv" else self.most_heads
+        heads = self.common["H"] // self.groups
+        if kernel == "selected_dkv":
+            heads = triton.next_power_of_2(heads)
         tile = max(1, min(config.pop("BM") // heads, 32))
         config["BN"] = min(config["BN"], self.block_size)
         return {**config, "BQ": tile, "EACH": heads, "ROWS": max(16, triton.next_power_of_2(tile * heads))}
@@ -519,7 +505,7 @@ class _Call:
 
 
 class _Backward(_Call):
-    """Gradients through one branch or "all": d_out [N, E, D]; outputs [branches, N, E, D] and lse [branches, N, E]."""
+    """Gradients through one branch or "all": d_out [N, H, D]; outputs [branches, N, H, D] and lse [branches, N, H]."""
 
     def __init__(self, inputs, branch, d_out, d_lse, gates, blocks, outputs, lse, window_size):
         super().__init__(*inputs)
@@ -536,8 +522,8 @@ class _Backward(_Call):
             self.skip(self.blocks)
 
     def run(self, dq, dk, dv, dots):
-        """Write dq [N, H, D], dk and dv [M, G, D], unless they are empty, and dots [N, E, branches]: d_out · o."""
-        rows = self.n * self.common["E"]
+        """Write dq [N, H, D], dk and dv [M, G, D], unless they are empty, and dots [N, H, branches]: d_out · o."""
+        rows = self.n * self.common["H"]
         arguments = (self.d_out, self.outputs, dots, rows)
         self.launch(_dots_kernel, (triton.cdiv(rows, 32),), *arguments, BRANCHES=len(self.branches), ROWS=32)
         if self.d_lse is not None:  # the gradient of a logit is p * (d_out · v - d_out · o + d_lse)
@@ -554,8 +540,6 @@ class _Backward(_Call):
             self.key_gradients(dk, dv)
 
     def query_gradients(self, dq):
-        table = self.common["HEADS"]
-        rows = dq if table is None else torch.empty_like(self.d_out)
         for index, name in enumerate(self.branches):
             tensors, constants = self.terms[name]
             constants = {**constants, "ADD": index > 0}
@@ -563,19 +547,15 @@ class _Backward(_Call):
                 config = self.selected_config("selected_dq")
                 union, room = self.union(self.blocks, config["BQ"])
                 grid = (self.tiles(config["BQ"]), self.groups)
-                arguments = (self.q, self.k, self.v, rows, *tensors, *union)
+                arguments = (self.q, self.k, self.v, dq, *tensors, *union)
                 self.launch(_selected_dq_kernel, grid, *arguments, UNION=room, **constants, **config)
             else:
                 config = _config("remainder_dq" if name == "remainder" else "band_dq", self.q)
                 k, v, window, size = self.band(name)
-                grid = (self.tiles(config["BM"]), self.common["E"])
-                arguments = (self.q, k, v, rows, *tensors, window)
+                grid = (self.tiles(config["BM"]), self.common["H"])
+                arguments = (self.q, k, v, dq, *tensors, window)
                 constants |= {"S": size, "REVERSE": name == "reversed"}
                 self.launch(_band_dq_kernel, grid, *arguments, **constants, **config)
-        if table is not None:  # a query head may have several rows, of different KV heads
-            dq.zero_()
-            for start, stop in pairwise(self.starts):
-                dq.index_add_(1, table[start:stop], rows[:, start:stop])
 
     def key_gradients(self, dk, dv):
         """Partial sums of every branch in fp32, then all of them added up."""
@@ -678,18 +658,6 @@ def _share(out, gates, branch, keep) -> dict:
     """What `_store_share` needs to know, by name."""
     sharing = {"GATED": gates is not None, "BRANCH": branch, "KEEP": keep is not None}
     return {"GATES": out if gates is None else gates, "KEPT": out if keep is None else keep, **sharing}
-
-
-@functools.lru_cache(maxsize=64)
-def _head_table(heads: tuple, starts: tuple, n_heads: int, device: torch.device) -> torch.Tensor | None:
-    """int32: the query head of each entry, its KV head, and where the entries of each KV head start. None where the
-    heads are shared out evenly in their order, which kernels do without a table."""
-    groups, each = len(starts) - 1, n_heads // (len(starts) - 1)
-    if heads == tuple(range(n_heads)) and starts == tuple(each * g for g in range(groups + 1)):
-        return None
-    groups = [g for g, (start, stop) in enumerate(pairwise(starts)) for _ in range(start, stop)]
-    with torch.inference_mode(False):
-        return torch.tensor([*heads, *groups, *starts], dtype=torch.int32).to(device)
 
 
 # Rows (queries, or queries times heads) and keys of a tile, by what compiles without spilling at a head dim of 128:
@@ -843,8 +811,8 @@ def _row(start, i, n, REVERSE: tl.constexpr):
 
 @_jit
 def _band_kernel(
-    Q, K, V, OUT, LSE, window, SEEN, SKIP, GATES, KEPT, CU_Q, CU_K, B, HEADS, scale,
-    H: tl.constexpr, E: tl.constexpr, G: tl.constexpr, D: tl.constexpr, D_P2: tl.constexpr, B_P2: tl.constexpr,
+    Q, K, V, OUT, LSE, window, SEEN, SKIP, GATES, KEPT, CU_Q, CU_K, B, scale,
+    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, D_P2: tl.constexpr, B_P2: tl.constexpr,
     PRECISION: tl.constexpr, S: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, WORDS: tl.constexpr,
     GATED: tl.constexpr, BRANCH: tl.constexpr, KEEP: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
@@ -853,10 +821,10 @@ def _band_kernel(
     counted from their ends, so that a query sees those after it. If SEEN [N] is given, over the first keys of the
     sample instead, as many as it says; without the keys whose bits in SKIP [N, G, WORDS] are set."""
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # longest first
-    e = tl.program_id(1)
+    h = tl.program_id(1)
     first, q0, k0, key0, n_q, n_k = _place(tile, CU_Q, CU_K, B, BM, 0, S, B_P2)
     if first < n_q:
-        h, g = _heads(HEADS, e, True, H, E, G)
+        g = h // (H // G)
         m = first + tl.arange(0, BM)
         row = m < n_q
         seen = _seen(SEEN, q0, m, n_q, n_k, S)
@@ -885,7 +853,7 @@ def _band_kernel(
             v = _load(V, at, there, D, D_P2, True)
             acc, top, total = _softmax_step(acc, top, total, x, v, scale, row, PRECISION)
         o, lse = _finish(acc, top, total)
-        at = _row(q0, m, n_q, REVERSE) * E + e
+        at = _row(q0, m, n_q, REVERSE) * H + h
         tl.store(LSE + at, lse, mask=row)
         _store_share(OUT, KEPT, GATES, at, row, o, D, D_P2, GATED, BRANCH, KEEP)
 
@@ -935,22 +903,22 @@ def _block_scores(
 
 @_jit
 def _estimate_kernel(
-    Q, KM, VARIANCES, most, OTHERS, LSE, CU_Q, CU_K, B, HEADS, scale,
-    H: tl.constexpr, E: tl.constexpr, G: tl.constexpr, D: tl.constexpr, D_P2: tl.constexpr, B_P2: tl.constexpr,
+    Q, KM, VARIANCES, most, OTHERS, LSE, CU_Q, CU_K, B, scale,
+    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, D_P2: tl.constexpr, B_P2: tl.constexpr,
     PRECISION: tl.constexpr, S: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """The natural log-sum-exp of one head of a tile over what OTHERS has and the blocks before its own: [N, E]."""
+    """The natural log-sum-exp of one head of a tile over what OTHERS has and the blocks before its own: [N, H]."""
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # longest first
-    e = tl.program_id(1)
+    h = tl.program_id(1)
     first, q0, k0, block0, n_q, n_k = _place(tile, CU_Q, CU_K, B, BM, 0, S, B_P2)
     if first < n_q:
-        h, g = _heads(HEADS, e, True, H, E, G)
+        g = h // (H // G)
         m = first + tl.arange(0, BM)
         row = m < n_q
         own = (n_k - n_q + m) // S
         last = (n_k - n_q + tl.minimum(first + BM, n_q) - 1) // S
         q = _load(Q, ((q0 + m).to(tl.int64) * H + h) * D, row, D, D_P2, True)
-        at = (q0 + m).to(tl.int64) * E + e
+        at = (q0 + m).to(tl.int64) * H + h
         top = tl.load(OTHERS + at, mask=row, other=0.0) * 1.4426950408889634
         total = tl.where(top > float("-inf"), 1.0, 0.0)
         top = tl.maximum(top, -1e30)
@@ -969,11 +937,11 @@ def _estimate_kernel(
 
 @_jit
 def _importance_kernel(
-    Q, KM, VARIANCES, most, LSE, IMPORTANCE, tile0, stride, CU_Q, CU_K, B, HEADS, scale,
-    H: tl.constexpr, E: tl.constexpr, G: tl.constexpr, D: tl.constexpr, D_P2: tl.constexpr, B_P2: tl.constexpr,
+    Q, KM, VARIANCES, most, LSE, IMPORTANCE, tile0, stride, CU_Q, CU_K, B, scale,
+    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, D_P2: tl.constexpr, B_P2: tl.constexpr,
     PRECISION: tl.constexpr, S: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Probabilities of BN blocks for a tile's queries, by `_block_scores` and LSE [N, E], summed over the heads of a KV
+    """Probabilities of BN blocks for a tile's queries, by `_block_scores` and LSE [N, H], summed over the heads of a KV
     head, one after another so that nothing is summed across rows: IMPORTANCE [G, rows of the chunk, stride]."""
     start = tl.program_id(0) * BN
     local = tl.program_id(1)
@@ -987,11 +955,10 @@ def _importance_kernel(
         at = ((block0 + j).to(tl.int64) * G + g) * D
         k = _load(KM, at, j < own, D, D_P2, True)
         importance = tl.zeros((BM, BN), tl.float32)
-        e0, e1 = _entries(HEADS, g, E, G)
-        for e in range(e0, e1):
-            h, _ = _heads(HEADS, e, True, H, E, G)
-            q = _load(Q, ((q0 + m).to(tl.int64) * H + h) * D, row, D, D_P2, True)
-            lse = tl.load(LSE + (q0 + m).to(tl.int64) * E + e, mask=row, other=0.0) * 1.4426950408889634
+        for h in range(g * (H // G), (g + 1) * (H // G)):
+            at_q = (q0 + m).to(tl.int64) * H + h
+            q = _load(Q, at_q * D, row, D, D_P2, True)
+            lse = tl.load(LSE + at_q, mask=row, other=0.0) * 1.4426950408889634
             x = _block_scores(q, k, at, j < own, VARIANCES, most, scale, D, D_P2, PRECISION)
             importance += tl.math.exp2(x - lse[:, None])
         out = (g * tl.num_programs(1) + local).to(tl.int64) * BM + tl.arange(0, BM)
@@ -1097,8 +1064,8 @@ def _union_kernel(
 
 @_jit
 def _selected_kernel(
-    Q, K, V, OUT, LSE, UNION_, BITS, SIZES, GATES, KEPT, CU_Q, CU_K, B, HEADS, scale,
-    H: tl.constexpr, E: tl.constexpr, G: tl.constexpr, D: tl.constexpr, D_P2: tl.constexpr, B_P2: tl.constexpr,
+    Q, K, V, OUT, LSE, UNION_, BITS, SIZES, GATES, KEPT, CU_Q, CU_K, B, scale,
+    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, D_P2: tl.constexpr, B_P2: tl.constexpr,
     PRECISION: tl.constexpr, UNION: tl.constexpr, BN: tl.constexpr, S: tl.constexpr, BQ: tl.constexpr,
     EACH: tl.constexpr, ROWS: tl.constexpr, GATED: tl.constexpr, BRANCH: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
@@ -1113,7 +1080,7 @@ def _selected_kernel(
     g = tl.program_id(1)
     first, q0, k0, block0, n_q, n_k = _place(tile, CU_Q, CU_K, B, BQ, 0, S, B_P2)
     if first < n_q:
-        m, row, at_q, at_e = _head_rows(first, q0, n_q, g, HEADS, H, E, G, BQ, EACH, ROWS)
+        m, row, at_q = _head_rows(first, q0, n_q, g, H, G, BQ, EACH, ROWS)
         i = n_k - n_q + m
         q = _load(Q, at_q * D, row, D, D_P2, True)
         acc = tl.zeros((ROWS, D_P2), tl.float32)
@@ -1146,8 +1113,8 @@ def _selected_kernel(
             key, on = _entry(UNION_, BITS, at, part + 1, size, m - first, S, PARTS)
             next_key, _ = _entry(UNION_, BITS, at, part + 2, size, m - first, S, PARTS)
         o, lse = _finish(acc, top, total)
-        tl.store(LSE + at_e, lse, mask=row)
-        _store_share(OUT, KEPT, GATES, at_e, row, o, D, D_P2, GATED, BRANCH, KEEP)
+        tl.store(LSE + at_q, lse, mask=row)
+        _store_share(OUT, KEPT, GATES, at_q, row, o, D, D_P2, GATED, BRANCH, KEEP)
 
 
 @_jit
@@ -1155,7 +1122,7 @@ def _store_share(
     OUT, KEPT, GATES, at, row, o,
     D: tl.constexpr, D_P2: tl.constexpr, GATED: tl.constexpr, BRANCH: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
-    """Store o [R, D] at the rows `at` of [N, E]; GATED: a branch's share of the gated sum, added to those of lower
+    """Store o [R, D] at the rows `at` of [N, H]; GATED: a branch's share of the gated sum, added to those of lower
     number, and with KEEP o itself to KEPT."""
     if KEEP:
         _store(KEPT, at * D, row, o, D, D_P2)
@@ -1167,44 +1134,17 @@ def _store_share(
 
 
 @_jit
-def _heads(HEADS, e, keep, H: tl.constexpr, E: tl.constexpr, G: tl.constexpr):
-    """Query head and KV head of an entry, or of several."""
-    if HEADS is None:
-        h = e
-        g = e // (H // G)
-    else:
-        h = tl.load(HEADS + e, mask=keep, other=0)
-        g = tl.load(HEADS + E + e, mask=keep, other=0)
-    return h, g
-
-
-@_jit
-def _entries(HEADS, g, E: tl.constexpr, G: tl.constexpr):
-    """Where the entries of a KV head start and end."""
-    if HEADS is None:
-        start = g * (E // G)
-        stop = start + E // G
-    else:
-        start = tl.load(HEADS + 2 * E + g)
-        stop = tl.load(HEADS + 2 * E + g + 1)
-    return start, stop
-
-
-@_jit
 def _head_rows(
-    first, q0, n_q, g, HEADS,
-    H: tl.constexpr, E: tl.constexpr, G: tl.constexpr, BQ: tl.constexpr, EACH: tl.constexpr, ROWS: tl.constexpr,
+    first, q0, n_q, g,
+    H: tl.constexpr, G: tl.constexpr, BQ: tl.constexpr, EACH: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Rows of a tile of BQ queries times EACH heads of a KV head, padded to ROWS: query, whether there is one, and the
-    row in [N, H] and in [N, E]."""
+    """Rows of a tile of BQ queries times EACH heads of a KV head, padded to ROWS: query, whether there is one, and its
+    place in [N, H]."""
     r = tl.arange(0, ROWS)
     m = first + tl.minimum(r // EACH, BQ - 1)
-    e0, e1 = _entries(HEADS, g, E, G)
-    e = e0 + r % EACH
-    row = (r < BQ * EACH) & (m < n_q) & (e < e1)
-    h, _ = _heads(HEADS, e, row, H, E, G)
-    token = (q0 + m).to(tl.int64)
-    return m, row, token * H + h, token * E + e
+    head = r % EACH
+    row = (r < BQ * EACH) & (m < n_q) & (head < H // G)
+    return m, row, (q0 + m).to(tl.int64) * H + g * (H // G) + head
 
 
 @_jit
@@ -1243,18 +1183,18 @@ def _dots_kernel(
 
 @_jit
 def _gradient_rows(
-    Q, D_OUT, LSE, GATES, DOTS, at_q, at_e, row,
+    Q, D_OUT, LSE, GATES, DOTS, at, row,
     D: tl.constexpr, D_P2: tl.constexpr, GATED: tl.constexpr, BRANCHES: tl.constexpr, BRANCH: tl.constexpr,
 ):  # fmt: skip
-    """Of rows of [N, H] and [N, E]: q, d_out, lse in units of log 2 (infinite where there is no row or key, so that
+    """Of rows of [N, H]: q, d_out, lse in units of log 2 (infinite where there is no row or key, so that
     probabilities are 0), gate, and d_out · o. The gradient of logits is gate * p * (d_out · v - d_out · o)."""
-    q = _load(Q, at_q * D, row, D, D_P2, True)
-    do = _load(D_OUT, at_e * D, row, D, D_P2, True)
-    lse = tl.load(LSE + at_e, mask=row, other=float("-inf")) * 1.4426950408889634
+    q = _load(Q, at * D, row, D, D_P2, True)
+    do = _load(D_OUT, at * D, row, D, D_P2, True)
+    lse = tl.load(LSE + at, mask=row, other=float("-inf")) * 1.4426950408889634
     gate = row.to(tl.float32)
     if GATED:
-        gate = tl.load(GATES + at_e * BRANCHES + BRANCH, mask=row, other=0.0).to(tl.float32)
-    dot = tl.load(DOTS + at_e * BRANCHES + BRANCH, mask=row, other=0.0)
+        gate = tl.load(GATES + at * BRANCHES + BRANCH, mask=row, other=0.0).to(tl.float32)
+    dot = tl.load(DOTS + at * BRANCHES + BRANCH, mask=row, other=0.0)
     return q, do, tl.where(lse > float("-inf"), lse, float("inf")), gate, dot
 
 
@@ -1288,25 +1228,22 @@ def _store_dq(DQ, at, row, dq, gate, scale, D: tl.constexpr, D_P2: tl.constexpr,
 
 @_jit
 def _band_dq_kernel(
-    Q, K, V, DQ, D_OUT, LSE, GATES, DOTS, window, SEEN, SKIP, CU_Q, CU_K, B, HEADS, scale,
-    H: tl.constexpr, E: tl.constexpr, G: tl.constexpr, D: tl.constexpr, D_P2: tl.constexpr, B_P2: tl.constexpr,
+    Q, K, V, DQ, D_OUT, LSE, GATES, DOTS, window, SEEN, SKIP, CU_Q, CU_K, B, scale,
+    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, D_P2: tl.constexpr, B_P2: tl.constexpr,
     PRECISION: tl.constexpr, S: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, ADD: tl.constexpr,
     WORDS: tl.constexpr, GATED: tl.constexpr, BRANCHES: tl.constexpr, BRANCH: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of one head of a tile's queries through `_band_kernel`: DQ [N, E, D]."""
+    """Gradient of one head of a tile's queries through `_band_kernel`: DQ [N, H, D]."""
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    e = tl.program_id(1)
+    h = tl.program_id(1)
     first, q0, k0, key0, n_q, n_k = _place(tile, CU_Q, CU_K, B, BM, 0, S, B_P2)
     if first < n_q:
-        h, g = _heads(HEADS, e, True, H, E, G)
+        g = h // (H // G)
         m = first + tl.arange(0, BM)
         row = m < n_q
         seen = _seen(SEEN, q0, m, n_q, n_k, S)
-        token = _row(q0, m, n_q, REVERSE)
-        at = token * E + e
-        q, do, lse, gate, dot = _gradient_rows(
-            Q, D_OUT, LSE, GATES, DOTS, token * H + h, at, row, D, D_P2, GATED, BRANCHES, BRANCH
-        )
+        at = _row(q0, m, n_q, REVERSE) * H + h
+        q, do, lse, gate, dot = _gradient_rows(Q, D_OUT, LSE, GATES, DOTS, at, row, D, D_P2, GATED, BRANCHES, BRANCH)
         acc = tl.zeros((BM, D_P2), tl.float32)
         j = tl.arange(0, BN)
         by_first = _seen(SEEN, q0, first, n_q, n_k, S)
@@ -1327,22 +1264,20 @@ def _band_dq_kernel(
 
 @_jit
 def _selected_dq_kernel(
-    Q, K, V, DQ, D_OUT, LSE, GATES, DOTS, UNION_, BITS, SIZES, CU_Q, CU_K, B, HEADS, scale,
-    H: tl.constexpr, E: tl.constexpr, G: tl.constexpr, D: tl.constexpr, D_P2: tl.constexpr, B_P2: tl.constexpr,
+    Q, K, V, DQ, D_OUT, LSE, GATES, DOTS, UNION_, BITS, SIZES, CU_Q, CU_K, B, scale,
+    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, D_P2: tl.constexpr, B_P2: tl.constexpr,
     PRECISION: tl.constexpr, UNION: tl.constexpr, BN: tl.constexpr, S: tl.constexpr, BQ: tl.constexpr,
     EACH: tl.constexpr, ROWS: tl.constexpr, ADD: tl.constexpr, GATED: tl.constexpr, BRANCHES: tl.constexpr,
     BRANCH: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of a tile's queries through `_selected_kernel`: DQ [N, E, D]."""
+    """Gradient of a tile's queries through `_selected_kernel`: DQ [N, H, D]."""
     tile = tl.program_id(0)
     g = tl.program_id(1)
     first, q0, k0, block0, n_q, n_k = _place(tile, CU_Q, CU_K, B, BQ, 0, S, B_P2)
     if first < n_q:
-        m, row, at_q, at_e = _head_rows(first, q0, n_q, g, HEADS, H, E, G, BQ, EACH, ROWS)
+        m, row, at_q = _head_rows(first, q0, n_q, g, H, G, BQ, EACH, ROWS)
         i = n_k - n_q + m
-        q, do, lse, gate, dot = _gradient_rows(
-            Q, D_OUT, LSE, GATES, DOTS, at_q, at_e, row, D, D_P2, GATED, BRANCHES, BRANCH
-        )
+        q, do, lse, gate, dot = _gradient_rows(Q, D_OUT, LSE, GATES, DOTS, at_q, row, D, D_P2, GATED, BRANCHES, BRANCH)
         acc = tl.zeros((ROWS, D_P2), tl.float32)
         j = tl.arange(0, BN)
         at = (g * tl.num_programs(0) + tile).to(tl.int64)
@@ -1364,13 +1299,13 @@ def _selected_dq_kernel(
             keep = (key + j)[None, :] <= i[:, None]
             acc = _dq_step(acc, q, do, k, v, keep, scale, tl.where(on, lse, float("inf")), dot, True, PRECISION)
             key, on = _entry(UNION_, BITS, at, part + 1, size, m - first, S, PARTS)
-        _store_dq(DQ, at_e * D, row, acc, gate, scale, D, D_P2, ADD)
+        _store_dq(DQ, at_q * D, row, acc, gate, scale, D, D_P2, ADD)
 
 
 @_jit
 def _band_dkv_kernel(
-    Q, K, V, DK, DV, D_OUT, LSE, GATES, DOTS, window, n_keys, SEEN, SKIP, CU_Q, CU_K, B, HEADS, scale,
-    H: tl.constexpr, E: tl.constexpr, G: tl.constexpr, D: tl.constexpr, D_P2: tl.constexpr, B_P2: tl.constexpr,
+    Q, K, V, DK, DV, D_OUT, LSE, GATES, DOTS, window, n_keys, SEEN, SKIP, CU_Q, CU_K, B, scale,
+    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, D_P2: tl.constexpr, B_P2: tl.constexpr,
     PRECISION: tl.constexpr, S: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, WORDS: tl.constexpr,
     GATED: tl.constexpr, BRANCHES: tl.constexpr, BRANCH: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
@@ -1395,29 +1330,26 @@ def _band_dkv_kernel(
         step = tl.cdiv(tl.maximum(high - low, 0), tl.num_programs(2) * BM) * BM
         low += split * step
         high = tl.minimum(high, low + step)
-        e0, e1 = _entries(HEADS, g, E, G)
         # From a tile's first row, so that what differs between rows stays the same from turn to turn.
         r = tl.arange(0, BM)
         way = -r if REVERSE else r
-        start, e = low, e0
-        for _ in range(tl.cdiv(tl.maximum(high - low, 0), BM) * (e1 - e0)):  # head by head
+        start, h = low, g * (H // G)
+        for _ in range(tl.cdiv(tl.maximum(high - low, 0), BM) * (H // G)):  # head by head
             m = start + r
             row = m < high
-            h, _ = _heads(HEADS, e, True, H, E, G)
-            token = _row(q0, start, n_q, REVERSE)
-            at_q, at_e = token * H + h, token * E + e
+            at = _row(q0, start, n_q, REVERSE) * H + h
             q, do, lse, gate, dot = _gradient_rows(
-                Q + at_q * D, D_OUT + at_e * D, LSE + at_e, GATES + at_e * BRANCHES, DOTS + at_e * BRANCHES,
-                way * H, way * E, row, D, D_P2, GATED, BRANCHES, BRANCH,
+                Q + at * D, D_OUT + at * D, LSE + at, GATES + at * BRANCHES, DOTS + at * BRANCHES,
+                way * H, row, D, D_P2, GATED, BRANCHES, BRANCH,
             )  # fmt: skip
             seen = _seen(SEEN, q0, m, n_q, n_k, S)[None, :]
             keep = (j[:, None] < seen) & (j[:, None] >= seen - window)
             if SKIP is not None:
-                at = ((q0 + m).to(tl.int64) * G + g)[None, :]
-                keep = keep & ~_is_skipped(SKIP, at, row[None, :], j[:, None], WORDS)
+                skip_at = ((q0 + m).to(tl.int64) * G + g)[None, :]
+                keep = keep & ~_is_skipped(SKIP, skip_at, row[None, :], j[:, None], WORDS)
             dk, dv = _dkv_step(dk, dv, q, do, k, v, keep, scale, lse, gate, dot, PRECISION)
             start += BM
-            e = tl.where(start < high, e, e + 1)
+            h = tl.where(start < high, h, h + 1)
             start = tl.where(start < high, start, low)
         where += split * (tl.cast(n_keys, tl.int64) * (G * D))
         _store(DK, where, there, dk * (scale * 0.6931471805599453), D, D_P2)
@@ -1426,9 +1358,8 @@ def _band_dkv_kernel(
 
 @_jit
 def _selected_dkv_kernel(
-    Q, K, V, DK, DV, D_OUT, LSE, GATES, DOTS, QUERIES, LIST_OF, START_OF, OFFSETS, g0, pieces, CU_Q, CU_K, B, HEADS,
-    scale,
-    H: tl.constexpr, E: tl.constexpr, G: tl.constexpr, D: tl.constexpr, D_P2: tl.constexpr, B_P2: tl.constexpr,
+    Q, K, V, DK, DV, D_OUT, LSE, GATES, DOTS, QUERIES, LIST_OF, START_OF, OFFSETS, g0, pieces, CU_Q, CU_K, B, scale,
+    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, D_P2: tl.constexpr, B_P2: tl.constexpr,
     PRECISION: tl.constexpr, LIST: tl.constexpr, BN: tl.constexpr, S: tl.constexpr, BQ: tl.constexpr,
     EACH: tl.constexpr, ROWS: tl.constexpr, GATED: tl.constexpr, BRANCHES: tl.constexpr, BRANCH: tl.constexpr,
 ):  # fmt: skip
@@ -1449,16 +1380,14 @@ def _selected_dkv_kernel(
         dk = tl.zeros((BN, D_P2), tl.float32)
         dv = tl.zeros((BN, D_P2), tl.float32)
         r = tl.arange(0, ROWS)
-        e0, e1 = _entries(HEADS, g, E, G)
-        e = e0 + r % EACH
-        is_head = (r < BQ * EACH) & (e < e1)
-        h, _ = _heads(HEADS, e, is_head, H, E, G)
+        head = r % EACH
+        is_head = (r < BQ * EACH) & (head < H // G)
         token = tl.load(QUERIES + start + r // EACH, mask=start + r // EACH < stop, other=-1)
         for at in range(start, stop, BQ):
             row = (token >= 0) & is_head
-            at_e = token.to(tl.int64) * E + e
+            at_q = token.to(tl.int64) * H + g * (H // G) + head
             q, do, lse, gate, dot = _gradient_rows(
-                Q, D_OUT, LSE, GATES, DOTS, token.to(tl.int64) * H + h, at_e, row, D, D_P2, GATED, BRANCHES, BRANCH
+                Q, D_OUT, LSE, GATES, DOTS, at_q, row, D, D_P2, GATED, BRANCHES, BRANCH
             )
             i = token - q0 + n_k - n_q
             keep = (first + n)[:, None] <= i[None, :]

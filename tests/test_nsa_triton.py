@@ -24,10 +24,8 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 3e-3}  # 
 GRADIENT_TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 5e-3}
 needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU: too large for the interpreter, or about devices")
 
-LISTS = [[*range(16)], [*range(12, 28)], [*range(4, 20)], [*range(27, 19, -1)]]
-
-# lengths of the samples, query heads, KV heads, head dim, block size, block count, window, dtype, and where they differ
-# lengths of the keys, query heads of each KV head
+# lengths of the samples, query heads, KV heads, head dim, block size, block count, window, dtype, and, if they
+# differ, lengths of the keys
 SMALL = {
     "group 7, lengths 1, 63, 0, 65, packed": ([1, 63, 0, 65], 7, 1, 16, 16, 3, 20, torch.float32),
     "group 7, bf16, dim 128, as the 7B": ([66], 7, 1, 128, 64, 32, 256, torch.bfloat16),
@@ -36,7 +34,7 @@ SMALL = {
     "group 16, dim 96, fewer queries than keys": ([5, 16], 16, 1, 96, 16, 4, 30, torch.float32, [150, 16]),
     "group 2, fp16, dim 64, one query of a long stream": ([1], 4, 2, 64, 16, 3, 7, torch.float16, [333]),
     "group 4, blocks of 128, window beyond the sample": ([140], 4, 1, 32, 128, 3, 500, torch.bfloat16),
-    "lists of query heads": ([20, 36], 6, 3, 16, 16, 3, 9, torch.float32, None, [[4, 0, 2], [1], [3, 2, 1, 0]]),
+    "group 2 of 3 KV heads": ([20, 36], 6, 3, 16, 16, 3, 9, torch.float32),
 }
 LARGE = {
     "7B, bf16": ([4096, 1, 63, 64, 65, 5000], 28, 4, 128, 64, 32, 256, torch.bfloat16),
@@ -48,16 +46,14 @@ LARGE = {
     "group 16": ([2000], 32, 2, 128, 64, 16, 100, torch.bfloat16),
     "dim 16, chunks": ([77, 10], 7, 1, 16, 16, 7, 33, torch.bfloat16, [5000, 10]),
     "thousands of blocks": ([3], 2, 1, 16, 16, 5, 9, torch.float32, [16 * 4100]),
-    "lists of 16, 16, 16 and 8 heads": ([1500, 700], 28, 4, 128, 64, 8, 256, torch.bfloat16, None, LISTS),
+    "released": ([1500, 700], 64, 4, 128, 64, 8, 256, torch.bfloat16),
 }
 CASES = [pytest.param(case, id=name) for name, case in SMALL.items()]
 CASES += [pytest.param(case, id=f"large: {name}", marks=needs_gpu) for name, case in LARGE.items()]
 TINY = ([30, 5], 2, 1, 16, 16, 3, 9, torch.float32)  # where one case is enough
 
 
-def inputs(
-    lengths, heads, groups, dim, block_size, block_count, window_size, dtype, lengths_k=None, query_heads=None, size=1.0
-):
+def inputs(lengths, heads, groups, dim, block_size, block_count, window_size, dtype, lengths_k=None, size=1.0):
     """q, k, v, gates, leaves that want a gradient; where samples start in q and, if elsewhere, in k; and the options of
     nsa_attention."""
     generator = torch.Generator().manual_seed(0)
@@ -65,14 +61,12 @@ def inputs(
         torch.randn(sum(n), h, dim, generator=generator)
         for n, h in ((lengths, heads), (lengths_k or lengths, groups), (lengths_k or lengths, groups))
     )
-    entries = sum(map(len, query_heads)) if query_heads else heads
-    gates = torch.rand(sum(lengths), entries, 3, generator=generator)
+    gates = torch.rand(sum(lengths), heads, 3, generator=generator)
     cu_seqlens, cu_seqlens_k = (
         torch.tensor([0, *accumulate(n)], dtype=torch.int32, device=DEVICE) for n in (lengths, lengths_k or lengths)
     )
     tensors = [x.to(DEVICE, dtype).requires_grad_() for x in (q * size, k * size, v, gates)]
     options = {"block_size": block_size, "block_count": block_count, "window_size": window_size}
-    options |= {"query_heads": query_heads} if query_heads else {}
     return tensors, cu_seqlens, cu_seqlens_k if lengths_k else None, options
 
 
@@ -157,7 +151,7 @@ def launches(monkeypatch):
 def test_every_branch_and_its_gradients_equal_the_torch_path_in_fp64(case):
     (q, k, v, gates), cu, cu_k, options = inputs(*case)
     qkv, doubles = (q, k, v), [x.detach().double().requires_grad_() for x in (q, k, v, gates)]
-    lengths = {"cu_seqlens_k": cu_k, "query_heads": options.get("query_heads")}
+    lengths = {"cu_seqlens_k": cu_k}
     size, window = {"block_size": options["block_size"]}, {"window_size": options["window_size"]}
     tolerance, exact = TOLERANCE[q.dtype], q.dtype == torch.float32
 
@@ -193,10 +187,10 @@ def test_every_branch_and_its_gradients_equal_the_torch_path_in_fp64(case):
 
 POOLED = {
     "group 7, bf16": (7, 1, 32, 16, torch.bfloat16, 70, 5),
-    "lists of 4 and 3 heads": (5, 2, 16, 32, torch.float32, 100, 63, [[0, 3, 4, 1], [2, 0, 3]]),
+    "group 2": (4, 2, 16, 32, torch.float32, 100, 63),
     "first at a later block": (2, 2, 80, 16, torch.float16, 21, 100),
 }
-LARGE_POOLED = {"7B, bf16": (28, 4, 128, 64, torch.bfloat16, 5000, 100, LISTS)}
+LARGE_POOLED = {"released, bf16": (64, 4, 128, 64, torch.bfloat16, 5000, 100)}
 POOLED_CASES = [pytest.param(case, id=name) for name, case in POOLED.items()]
 POOLED_CASES += [pytest.param(case, id=f"large: {name}", marks=needs_gpu) for name, case in LARGE_POOLED.items()]
 
@@ -204,11 +198,10 @@ POOLED_CASES += [pytest.param(case, id=f"large: {name}", marks=needs_gpu) for na
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("case", POOLED_CASES)
 def test_attention_over_given_means_and_its_gradients_equal_the_torch_path_in_fp64(case, reverse):
-    heads, groups, dim, block_size, dtype, length, first, *lists = case
+    heads, groups, dim, block_size, dtype, length, first = case
     (q, *_), *_ = inputs([length], heads, groups, dim, block_size, 3, 1, dtype)
     (_, k, v, _), *_ = inputs([(first + length) // block_size], heads, groups, dim, block_size, 3, 1, dtype)
     options = {"first": first, "block_size": block_size, "reverse": reverse}
-    options |= {"query_heads": lists[0]} if lists else {}
     doubles = [x.detach().double().requires_grad_() for x in (q, k, v)]
     o, lse = nsa_triton.pooled_attention(q, k, v, **options)
     expected, expected_lse = nsa_torch.pooled_attention(*doubles, **options)
@@ -218,9 +211,9 @@ def test_attention_over_given_means_and_its_gradients_equal_the_torch_path_in_fp
 
 
 def test_the_own_block_can_be_given_an_importance_instead_of_a_place():
-    (q, k, _, _), cu, _, options = inputs([30, 150, 90], 5, 2, 16, 16, 4, 1, torch.float32, None, [[0, 1, 2], [4, 3]])
+    (q, k, _, _), cu, _, options = inputs([30, 150, 90], 4, 2, 16, 16, 4, 1, torch.float32)
     del options["window_size"]
-    lse = torch.randn(270, 5, device=DEVICE)  # any: it need not be that of the keys
+    lse = torch.randn(270, 4, device=DEVICE)  # any: it need not be that of the keys
     own = 4 * torch.rand(2, 270, device=DEVICE)
     own[:, ::50] = 0
     own[:, 1::50] = torch.inf
@@ -297,9 +290,8 @@ def test_launches_of_a_forward_pass_are_few(tokens, number, monkeypatch):
     monkeypatch.setattr(nsa_triton._Call, "launch", lambda self, kernel, *_, **__: names.append(kernel))
     q, k = (torch.empty(tokens, heads, 128, dtype=torch.bfloat16, device="meta") for heads in (28, 4))
     cu = torch.empty(2, dtype=torch.int32, device="meta")
-    lists = nsa_triton._head_lists(q, k, None)
     gates = torch.empty(tokens, 28, 3, dtype=torch.bfloat16, device="meta")
-    nsa_triton._attend._init_fn(q, k, k, gates, None, cu, cu, *lists, "all", 64, 32, 256, None, False)
+    nsa_triton._attend._init_fn(q, k, k, gates, None, cu, cu, "all", 64, 32, 256, None, False)
     assert len(names) == number
 
 
@@ -464,7 +456,6 @@ def test_autocast_changes_nothing():
 
 def test_training_can_follow_inference_mode():
     tensors, cu, _, options = inputs(*TINY)
-    nsa_triton._head_table.cache_clear()
     with torch.inference_mode():
         before = nsa_triton.nsa_attention(*tensors, cu, **options)
     out = nsa_triton.nsa_attention(*tensors, cu, **options)
@@ -476,14 +467,13 @@ def test_training_can_follow_inference_mode():
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 def test_operators_are_what_torch_expects_of_them():
     tensors, cu, _, _ = inputs(*TINY)
-    lists = nsa_triton._head_lists(*tensors[:2], None)
-    arguments = (*tensors, None, cu, cu, *lists, "all", 16, 3, 9, None, True)
+    arguments = (*tensors, None, cu, cu, "all", 16, 3, 9, None, True)
     torch.library.opcheck(nsa_triton._attend, arguments)
     out, lse, outputs, blocks = (x.detach() for x in nsa_triton._attend(*arguments))
     tensors = [x.detach() for x in tensors]
-    arguments = (out, None, *tensors, blocks, cu, cu, outputs, lse, *lists, "all", 16, 9, None, True, True)
+    arguments = (out, None, *tensors, blocks, cu, cu, outputs, lse, "all", 16, 9, None, True, True)
     torch.library.opcheck(nsa_triton._attend_backward, arguments, test_utils=("test_schema", "test_faketensor"))
-    arguments = (*tensors[:2], lse[0], None, cu, cu, *lists, 16, 3, 0, 17, 1.0, True, None)
+    arguments = (*tensors[:2], lse[0], None, cu, cu, 16, 3, 17, True, None)
     torch.library.opcheck(nsa_triton._choose, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
@@ -526,10 +516,8 @@ def test_what_the_kernels_cannot_do_is_an_error():
         nsa_triton.window_attention(q.double(), k.double(), v.double(), cu)
     with pytest.raises(ValueError, match="block_size"):
         nsa_triton.nsa_attention(q, k, v, gates, cu, block_size=24)
-    with pytest.raises(ValueError, match="query_heads"):
-        nsa_triton.window_attention(q, k, v, cu, query_heads=[[0, 7]])
     with pytest.raises(ValueError, match="gates"):
-        nsa_triton.nsa_attention(q, k, v, gates, cu, query_heads=[[0, 6]])
+        nsa_triton.nsa_attention(q, k, v, gates[:, :2], cu)
     with pytest.raises(ValueError, match="scale must be positive, got 0"):
         nsa_triton.window_attention(q, k, v, cu, scale=0)
     with pytest.raises(ValueError, match="cu_seqlens must be on .* like q, got meta"):
