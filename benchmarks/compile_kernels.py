@@ -86,11 +86,11 @@ def compile_all(capability: int, names, sass_folder: Path | None = None) -> list
     import triton
     from triton.runtime.driver import driver
 
-    from videonsa import nsa_triton
+    from videonsa import nsa_launches, nsa_triton
 
     driver.set_active(Driver(capability))
     nsa_triton._can_launch = lambda device: True
-    nsa_triton._capability = lambda device: divmod(capability, 10)
+    nsa_launches.capability = nsa_triton.capability = lambda device: divmod(capability, 10)
     run, compiled = triton.JITFunction.run, {}
 
     def compile_only(self, *args, grid, warmup, **options):
@@ -360,12 +360,12 @@ START = 2500  # cycles of a program before and after its loops
 # ms at 64K of what has no loop of matrix products, lowest and highest, and the power of the length that it grows with:
 # see README.md
 OTHERS = {
-    "forward": {"_means_kernel": (0.03, 0.03, 1), "_top_kernel": (1.1, 2.0, 2), "_union_kernel": (0.15, 0.2, 1)},
+    "forward": {"means_kernel": (0.03, 0.03, 1), "top_kernel": (1.1, 2.0, 2), "union_kernel": (0.15, 0.2, 1)},
     "backward": {
-        "_dots_kernel": (0.5, 0.5, 1),
-        "_union_kernel": (0.15, 0.2, 1),
+        "dots_kernel": (0.5, 0.5, 1),
+        "union_kernel": (0.15, 0.2, 1),
         "lists of queries": (1.4, 1.4, 1),
-        "_collect_kernel": (0.7, 0.7, 1),
+        "collect_kernel": (0.7, 0.7, 1),
     },
 }
 SHARES = 0.5  # ms at 64K that the gated sum adds to the forward pass: the output is written three times and read twice
@@ -393,7 +393,7 @@ def predict(rows: list[dict]) -> list[dict]:
             parts["gated sum"] = [SHARES * tokens / 65536] * 2
         parts["whole"] = [sum(x[i] for x in parts.values()) for i in range(2)]
         if name == "forward":
-            both = (parts["_selected_kernel, selected"], parts["_union_kernel"])
+            both = (parts["selected_kernel, selected"], parts["union_kernel"])
             parts["selected"] = [sum(x[i] for x in both) for i in range(2)]
         for part, (low, high) in parts.items():
             figures = {"ms_low": round(low, 2), "ms_high": round(high, 2)}
@@ -404,9 +404,9 @@ def predict(rows: list[dict]) -> list[dict]:
 def work(kernels: dict, tokens: int, name: str):
     """(part, kernel and tokens per key, programs, mean turns of each loop of a program) of the launches of a pass."""
     blocks = tokens / 64
-    band, selected = "_band_kernel", "_selected_kernel"
+    band, selected = "band_kernel", "selected_kernel"
     if name == "backward":
-        band, selected = "_band_dq_kernel", "_selected_dq_kernel"
+        band, selected = "band_dq_kernel", "selected_dq_kernel"
     rows, keys = kernels[band, 64]["BM"], kernels[band, 64]["BN"]
     one_loop = len(kernels[band, 64]["loops"]) == 1
     turns = blocks / 2 / keys
@@ -416,17 +416,17 @@ def work(kernels: dict, tokens: int, name: str):
     queries = kernels[selected, 64]["BQ"]
     yield "selected", (selected, 64), 4 * tokens / queries, [min(UNION + (queries - 16) / 4, blocks / 2) - 1, 1.25]
     if name == "forward":
-        row = kernels["_importance_kernel", 64]
-        yield "select", ("_importance_kernel", 64), 4 * tokens / row["BM"] * blocks / row["BN"] / 2, [7]
+        row = kernels["importance_kernel", 64]
+        yield "select", ("importance_kernel", 64), 4 * tokens / row["BM"] * blocks / row["BN"] / 2, [7]
     else:
-        row = kernels["_band_dkv_kernel", 1]
+        row = kernels["band_dkv_kernel", 1]
         queries = row["BM"]
-        yield "window", ("_band_dkv_kernel", 1), 4 * tokens / row["BN"], [7 * (row["BN"] + 256) / queries]
+        yield "window", ("band_dkv_kernel", 1), 4 * tokens / row["BN"], [7 * (row["BN"] + 256) / queries]
         programs = max(1024, 4 * blocks / row["BN"])  # queries are split over them
         turns = 4 * 7 * tokens / 2 * blocks / row["BN"] / queries
-        yield "compressed", ("_band_dkv_kernel", 64), programs, [turns / programs]
-        queries = kernels["_selected_dkv_kernel", 64]["BQ"]
-        yield "selected", ("_selected_dkv_kernel", 64), 4 * blocks, [tokens * 32 / blocks / queries]
+        yield "compressed", ("band_dkv_kernel", 64), programs, [turns / programs]
+        queries = kernels["selected_dkv_kernel", 64]["BQ"]
+        yield "selected", ("selected_dkv_kernel", 64), 4 * blocks, [tokens * 32 / blocks / queries]
 
 
 def print_rows(rows: list[dict]) -> None:
