@@ -22,6 +22,14 @@ from .nsa_softmax import (
     visible_keys,
 )
 from .nsa_torch import block_means, choose, compressed
+from .nsa_triton import (
+    compressed_attention,
+    prefix_attention,
+    reads_lengths,
+    remainder_attention,
+    select_blocks,
+    selected_attention,
+)
 
 
 def merged_attention(
@@ -41,9 +49,10 @@ def merged_attention(
     spread: bool = True,
     per_head: bool = False,
     remainder: bool = False,
+    triton: bool = False,
     scale: float | None = None,
 ) -> torch.Tensor:
-    """One softmax over the text tokens before a query and the chosen blocks of its stream, in plain PyTorch.
+    """One softmax over the text tokens before a query and the chosen blocks of its stream.
 
     Chosen are block 0, those that the window overlaps, then the most important (see `nsa_torch.select_blocks`): dense
     causal attention where these are all.
@@ -56,19 +65,32 @@ def merged_attention(
         per_head: let each query head choose for itself, and not together with the others of its KV head.
         remainder: let each complete block that is not chosen enter, too, as one key and value, the means of its own,
             whose logit is raised by log(block_size), as if it stood for them all.
+        triton: use the kernels of `nsa_triton`, not `nsa_softmax`.
         block_count, spread: as in `nsa_torch.select_blocks`; the others, and errors, as in `nsa_torch.nsa_attention`.
 
     Returns:
         [N, H, D] in the dtype of q. Differentiable in q, k, v, text_k and text_v; the choice carries no gradient.
     """
     sizes = {"block_size": block_size, "block_count": block_count, "window_size": window_size, "scale": scale}
-    check_arguments(q, k, v, cu_seqlens, cu_seqlens_k, **sizes)
-    check_text(q, k, text_k, text_v, text_seen, cu_seqlens, cu_seqlens_text)
+    read_lengths = not triton or reads_lengths(q)
+    check_arguments(q, k, v, cu_seqlens, cu_seqlens_k, **sizes, read_lengths=read_lengths)
+    check_text(q, k, text_k, text_v, text_seen, cu_seqlens, cu_seqlens_text, read_lengths=read_lengths)
     check_block_count(block_count, block_size, window_size)
-    if per_head and q.shape[1] > k.shape[1]:
-        places = (text_k, text_v, text_seen, cu_seqlens, cu_seqlens_text)
-        options = {**sizes, "cu_seqlens_k": cu_seqlens_k, "spread": spread, "remainder": remainder}
-        return head_by_head(merged_attention, q, k, v, *places, **options)
+
+    attend = _by_kernels if triton else _by_parts
+    places = (text_k, text_v, text_seen, cu_seqlens, cu_seqlens_text, cu_seqlens_k)
+    options = {**sizes, "spread": spread, "remainder": remainder}
+    if not per_head:
+        return attend(q, k, v, *places, **options)
+    # One query head of each KV head at a time.
+    turns = q.unflatten(1, (k.shape[1], -1)).unbind(2)
+    return torch.stack([attend(x, k, v, *places, **options) for x in turns], 2).flatten(1, 2)
+
+
+def _by_parts(
+    q, k, v, text_k, text_v, text_seen, cu_seqlens, cu_seqlens_text, cu_seqlens_k, spread, remainder, **sizes
+):
+    """In plain PyTorch: one softmax over joined keys, piece by piece."""
 
     counts = cu_seqlens_text.diff().tolist()
     texts = list(zip(*(accumulate(x).split(counts) for x in (text_k, text_v)), strict=True))
@@ -129,7 +151,36 @@ def _attend(q, k, v, text_k, text_v, seen, spread, remainder, *, block_size, blo
     return softmax_over(q, keys, values, scale, parts, width)[0]
 
 
-def head_by_head(attention, q: torch.Tensor, k: torch.Tensor, *args, **options) -> torch.Tensor:
-    """attention(q, k, ...) of one query head of each KV head at a time, [N, H, D]."""
-    turns = q.unflatten(1, (k.shape[1], -1)).unbind(2)
-    return torch.stack([attention(x, k, *args, **options) for x in turns], 2).flatten(1, 2)
+def _by_kernels(
+    q, k, v, text_k, text_v, text_seen, cu_seqlens, cu_seqlens_text, cu_seqlens_k, spread, remainder, *,
+    block_size, block_count, window_size, scale,
+):  # fmt: skip
+    """By the kernels: a softmax over the blocks, one over the text, and one over the means of the remainder, joined."""
+    lengths = {"cu_seqlens": cu_seqlens, "cu_seqlens_k": cu_seqlens_k}
+    options = {**lengths, "block_size": block_size, "scale": scale}
+
+    text_lse = q.new_full(q.shape[:2], -torch.inf, dtype=torch.float32)
+    if len(text_k) > 0:
+        text_o, text_lse = prefix_attention(
+            q, text_k, text_v, text_seen, cu_seqlens, cu_seqlens_text, scale=scale, with_lse_gradient=True
+        )
+
+    lse = text_lse
+    if not spread:
+        with torch.no_grad():
+            _, lse = compressed_attention(q, k, v, **options)
+    blocks = select_blocks(q, k, lse, **options, block_count=block_count, window_size=window_size, spread=spread)
+
+    o, lse = selected_attention(q, k, v, blocks, **options, with_lse_gradient=True)
+    if len(text_k) > 0:
+        o, lse = _join(o, lse, text_o, text_lse)
+    if remainder:
+        others, others_lse = remainder_attention(q, k, v, blocks, **options, with_lse_gradient=True)
+        o, lse = _join(o, lse, others, others_lse + math.log(block_size))
+    return o
+
+
+def _join(o, lse, other, other_lse):
+    """Of two softmaxes over different keys, o [N, H, D] and lse [N, H], the one over all of them."""
+    weight = torch.sigmoid(other_lse - lse).unsqueeze(-1)
+    return torch.lerp(o, other, weight.to(o.dtype)), torch.logaddexp(lse, other_lse)

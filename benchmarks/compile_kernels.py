@@ -24,7 +24,7 @@ import torch
 # name: dtype, head dim, query heads, KV heads, block size, block count
 CASES = {
     "7B bf16": (torch.bfloat16, 128, 28, 4, 64, 32),
-    "7B bf16 released": (torch.bfloat16, 128, 28, 4, 64, 8),
+    "7B bf16 released": (torch.bfloat16, 128, 64, 4, 64, 8),
     "7B fp32": (torch.float32, 128, 28, 4, 64, 8),
     "fp16 dim 80 group 16 block 128": (torch.float16, 80, 16, 1, 128, 5),
     "bf16 dim 32 group 1 block 16": (torch.bfloat16, 32, 2, 2, 16, 5),
@@ -86,11 +86,11 @@ def compile_all(capability: int, names, sass_folder: Path | None = None) -> list
     import triton
     from triton.runtime.driver import driver
 
-    from videonsa import nsa_released, nsa_triton
+    from videonsa import nsa_launches, nsa_merged, nsa_triton
 
     driver.set_active(Driver(capability))
     nsa_triton._can_launch = lambda device: True
-    nsa_triton._capability = lambda device: divmod(capability, 10)
+    nsa_launches.capability = nsa_triton.capability = lambda device: divmod(capability, 10)
     run, compiled = triton.JITFunction.run, {}
 
     def compile_only(self, *args, grid, warmup, **options):
@@ -110,9 +110,7 @@ def compile_all(capability: int, names, sass_folder: Path | None = None) -> list
             cu_seqlens = torch.tensor([0, length], dtype=torch.int32)
             sizes = {"block_size": block_size, "block_count": block_count}
             if "released" in name:
-                vision = torch.arange(length) > 9
-                stream = nsa_released.Stream.make(vision, length, **sizes)
-                out = nsa_released.released_attention(q, k, k.clone(), gates[10:], stream, triton=True, **sizes)
+                out = run_released(nsa_triton, q, k, cu_seqlens, **sizes)
             else:
                 out = nsa_triton.nsa_attention(q, k, k.clone(), gates, cu_seqlens, **sizes)
             if out.requires_grad:
@@ -120,20 +118,31 @@ def compile_all(capability: int, names, sass_folder: Path | None = None) -> list
                 nsa_triton.select_blocks(q.detach(), k.detach(), lse, cu_seqlens, **sizes, spread=True)
                 out.backward(torch.zeros_like(out))
                 if name == "7B bf16":
-                    compile_merged(nsa_triton, q, k, cu_seqlens, sizes)
+                    compile_merged(nsa_merged, q, k, cu_seqlens, sizes)
         for (kernel, _), (binary, tile) in compiled.items():
             rows.append({"case": name, "kernel": kernel, **tile, **read(binary, capability, sass_folder)})
     return rows
 
 
-def compile_merged(nsa_triton, q, k, cu_seqlens, sizes) -> None:
+def run_released(nsa_triton, q, k, cu_seqlens, block_size, block_count):
+    """The branches as nsa_released.py calls them, with 16 heads per KV head."""
+    size, length = {"block_size": block_size}, len(q)
+    means = k[: length // block_size].clone()
+    o, lse = nsa_triton.pooled_attention(q, means, means, first=0, **size, reverse=True)
+    own = torch.zeros(k.shape[1], length)
+    blocks = nsa_triton.select_blocks(q, k, lse, cu_seqlens, block_count=block_count, own_importance=own, **size)
+    o = o + nsa_triton.selected_attention(q, k, k.clone(), blocks, cu_seqlens, **size)[0]
+    return o + nsa_triton.window_attention(q, k, k.clone(), cu_seqlens)[0]
+
+
+def compile_merged(nsa_merged, q, k, cu_seqlens, sizes) -> None:
     """With either estimate of importance, with and without what changes the choice, and the remainder."""
     text, seen = torch.zeros_like(k[:50]), torch.zeros(len(q), dtype=torch.int32)
     arguments = (q, k, k.clone(), text, text, seen, cu_seqlens, torch.tensor([0, 50], dtype=torch.int32))
     with torch.no_grad():
-        nsa_triton.merged_attention(*arguments, **sizes, window_size=16, spread=False)
+        nsa_merged.merged_attention(*arguments, **sizes, window_size=16, spread=False, triton=True)
     sizes = {**sizes, "window_size": 16, "remainder": True}
-    out = nsa_triton.merged_attention(*arguments, **sizes)
+    out = nsa_merged.merged_attention(*arguments, **sizes, triton=True)
     out.backward(torch.zeros_like(out))
 
 
@@ -351,12 +360,12 @@ START = 2500  # cycles of a program before and after its loops
 # ms at 64K of what has no loop of matrix products, lowest and highest, and the power of the length that it grows with:
 # see README.md
 OTHERS = {
-    "forward": {"_means_kernel": (0.03, 0.03, 1), "_top_kernel": (1.1, 2.0, 2), "_union_kernel": (0.15, 0.2, 1)},
+    "forward": {"means_kernel": (0.03, 0.03, 1), "top_kernel": (1.1, 2.0, 2), "union_kernel": (0.15, 0.2, 1)},
     "backward": {
-        "_dots_kernel": (0.5, 0.5, 1),
-        "_union_kernel": (0.15, 0.2, 1),
+        "dots_kernel": (0.5, 0.5, 1),
+        "union_kernel": (0.15, 0.2, 1),
         "lists of queries": (1.4, 1.4, 1),
-        "_collect_kernel": (0.7, 0.7, 1),
+        "collect_kernel": (0.7, 0.7, 1),
     },
 }
 SHARES = 0.5  # ms at 64K that the gated sum adds to the forward pass: the output is written three times and read twice
@@ -384,7 +393,7 @@ def predict(rows: list[dict]) -> list[dict]:
             parts["gated sum"] = [SHARES * tokens / 65536] * 2
         parts["whole"] = [sum(x[i] for x in parts.values()) for i in range(2)]
         if name == "forward":
-            both = (parts["_selected_kernel, selected"], parts["_union_kernel"])
+            both = (parts["selected_kernel, selected"], parts["union_kernel"])
             parts["selected"] = [sum(x[i] for x in both) for i in range(2)]
         for part, (low, high) in parts.items():
             figures = {"ms_low": round(low, 2), "ms_high": round(high, 2)}
@@ -395,9 +404,9 @@ def predict(rows: list[dict]) -> list[dict]:
 def work(kernels: dict, tokens: int, name: str):
     """(part, kernel and tokens per key, programs, mean turns of each loop of a program) of the launches of a pass."""
     blocks = tokens / 64
-    band, selected = "_band_kernel", "_selected_kernel"
+    band, selected = "band_kernel", "selected_kernel"
     if name == "backward":
-        band, selected = "_band_dq_kernel", "_selected_dq_kernel"
+        band, selected = "band_dq_kernel", "selected_dq_kernel"
     rows, keys = kernels[band, 64]["BM"], kernels[band, 64]["BN"]
     one_loop = len(kernels[band, 64]["loops"]) == 1
     turns = blocks / 2 / keys
@@ -407,17 +416,17 @@ def work(kernels: dict, tokens: int, name: str):
     queries = kernels[selected, 64]["BQ"]
     yield "selected", (selected, 64), 4 * tokens / queries, [min(UNION + (queries - 16) / 4, blocks / 2) - 1, 1.25]
     if name == "forward":
-        row = kernels["_importance_kernel", 64]
-        yield "select", ("_importance_kernel", 64), 4 * tokens / row["BM"] * blocks / row["BN"] / 2, [7]
+        row = kernels["importance_kernel", 64]
+        yield "select", ("importance_kernel", 64), 4 * tokens / row["BM"] * blocks / row["BN"] / 2, [7]
     else:
-        row = kernels["_band_dkv_kernel", 1]
+        row = kernels["band_dkv_kernel", 1]
         queries = row["BM"]
-        yield "window", ("_band_dkv_kernel", 1), 4 * tokens / row["BN"], [7 * (row["BN"] + 256) / queries]
+        yield "window", ("band_dkv_kernel", 1), 4 * tokens / row["BN"], [7 * (row["BN"] + 256) / queries]
         programs = max(1024, 4 * blocks / row["BN"])  # queries are split over them
         turns = 4 * 7 * tokens / 2 * blocks / row["BN"] / queries
-        yield "compressed", ("_band_dkv_kernel", 64), programs, [turns / programs]
-        queries = kernels["_selected_dkv_kernel", 64]["BQ"]
-        yield "selected", ("_selected_dkv_kernel", 64), 4 * blocks, [tokens * 32 / blocks / queries]
+        yield "compressed", ("band_dkv_kernel", 64), programs, [turns / programs]
+        queries = kernels["selected_dkv_kernel", 64]["BQ"]
+        yield "selected", ("selected_dkv_kernel", 64), 4 * blocks, [tokens * 32 / blocks / queries]
 
 
 def print_rows(rows: list[dict]) -> None:

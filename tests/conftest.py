@@ -240,3 +240,13 @@ def threads():
     """Sets the number of threads, which is 1 in other tests."""
     yield torch.set_num_threads
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def larger_tiles(monkeypatch):
+    """The interpreter takes as long for a small tile as for a large one; those of fp32 are small."""
+    from videonsa import nsa_launches
+
+    if not torch.cuda.is_available():
+        config = {"BM": 32, "BN": 32, "num_warps": 8, "num_stages": 1}
+        monkeypatch.setattr(nsa_launches, "FP32", dict.fromkeys(nsa_launches.FP32, config))

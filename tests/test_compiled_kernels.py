@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from videonsa import nsa_triton
+from videonsa import nsa_launches
 
 pytest.importorskip("triton")
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
@@ -43,26 +43,26 @@ def compiled(request, compilations):
 
 def test_all_kernels_compile_and_fit_and_no_loop_spills(compiled):
     capability, rows = compiled
-    kernels = {name for name in vars(nsa_triton) if name.endswith("_kernel")}
+    kernels = {name for name in vars(nsa_launches) if name.endswith("_kernel")}
     for case in compile_kernels.CASES:
         assert {row["kernel"] for row in rows if row["case"] == case} == kernels
     for row in rows:
         # The gradient of merged's remainder: a word per turn of 800 instructions, by triton 3.6 for sm_90.
-        assert row["spills_in_loops"] <= (row["kernel"] == "_band_dkv_kernel" and row["stages"] == 2), row
+        assert row["spills_in_loops"] <= (row["kernel"] == "band_dkv_kernel" and row["stages"] == 2), row
         # Once, around the loops; the most is of fp16 with a head dim of 80, by triton 3.6.
         assert row["spills"] <= 64 and row["stack"] <= 128, row
         assert row["shared"] <= compile_kernels.SHARED_MEMORY[capability], row
 
 
 DOTS = {
-    "_band_kernel": 2,
-    "_importance_kernel": 2,  # with variances, as below
-    "_estimate_kernel": 2,
-    "_selected_kernel": 2,
-    "_band_dq_kernel": 3,
-    "_selected_dq_kernel": 3,
-    "_band_dkv_kernel": 4,
-    "_selected_dkv_kernel": 4,
+    "band_kernel": 2,
+    "importance_kernel": 2,  # with variances, as below
+    "estimate_kernel": 2,
+    "selected_kernel": 2,
+    "band_dq_kernel": 3,
+    "selected_dq_kernel": 3,
+    "band_dkv_kernel": 4,
+    "selected_dkv_kernel": 4,
 }
 
 
@@ -80,9 +80,9 @@ def test_dots_use_wgmma_where_meant_and_do_not_wait_for_each_other(compiled):
 # Loops that may wait for the copies that they issued last, since another program of the SM, which two stages leave room
 # for, can compute meanwhile.
 TWO_STAGES = {
-    "_estimate_kernel": "a third stage of means and variances would leave room for one program of two",
-    "_importance_kernel": "the same: with variances it shares the tiles of `_estimate_kernel`",
-    "_band_dkv_kernel": "of merged's remainder, which has no registers left for a third stage",
+    "estimate_kernel": "a third stage of means and variances would leave room for one program of two",
+    "importance_kernel": "the same: with variances it shares the tiles of `estimate_kernel`",
+    "band_dkv_kernel": "of merged's remainder, which has no registers left for a third stage",
 }
 
 

@@ -297,12 +297,12 @@ KERNEL_CASES = {  # name: case as above, dtype, queries of each sample if fewer 
 @pytest.mark.parametrize("case", KERNEL_CASES.values(), ids=KERNEL_CASES)
 def test_kernels_and_their_gradients_equal_the_torch_path_in_fp64(case, monkeypatch):
     pytest.importorskip("triton")
-    from videonsa import nsa_triton
+    from videonsa import nsa_launches
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":  # the interpreter takes as long for a small tile as for a large one
         tiles = {"BM": 32, "BN": 32, "num_warps": 8, "num_stages": 1}
-        monkeypatch.setattr(nsa_triton, "_FP32", dict.fromkeys(nsa_triton._FP32, tiles))
+        monkeypatch.setattr(nsa_launches, "FP32", dict.fromkeys(nsa_launches.FP32, tiles))
     (samples, heads, groups, options), dtype, last = case
     _, (seen, cu, cu_text) = lay_out(samples)
     tensors = make_tensors((seen, cu, cu_text), heads, groups, dtype=dtype)
@@ -318,7 +318,7 @@ def test_kernels_and_their_gradients_equal_the_torch_path_in_fp64(case, monkeypa
     where = [x.to(device) for x in (seen, cu, cu_text)]
     lengths = {name: x.to(device) for name, x in lengths.items()}
     doubles = [x.detach().double().requires_grad_() for x in tensors]
-    out = nsa_triton.merged_attention(*tensors, *where, **lengths, **BLOCK, **options)
+    out = nsa_merged.merged_attention(*tensors, *where, **lengths, **BLOCK, **options, triton=True)
     expected = nsa_merged.merged_attention(*doubles, *where, **lengths, **BLOCK, **options)
     tolerance = 1e-5 if dtype == torch.float32 else 6e-3
     assert (out.double() - expected).norm() <= tolerance * expected.norm()

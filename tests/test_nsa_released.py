@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
+from kernel_cases import DEVICE, larger_tiles, needs_gpu, relative_rms  # noqa: F401 (a fixture)
 from released import (
     load_released,
     make_prompt,
@@ -17,7 +18,6 @@ from released import (
     released_trace,
     vision_mask,
 )
-from test_nsa_triton import DEVICE, larger_tiles, needs_gpu, relative_rms  # noqa: F401 (a fixture)
 
 from videonsa.modeling_videonsa import VideoNSAForConditionalGeneration
 from videonsa.nsa_released import Stream, _text_means, released_attention, tied_choice

@@ -8,26 +8,33 @@ import importlib.util
 import os
 import subprocess
 import sys
-from itertools import accumulate
 from pathlib import Path
 
 import pytest
 import torch
+from kernel_cases import (
+    DEVICE,
+    TOLERANCE,
+    assert_all_equal,
+    assert_close,
+    assert_gradients_close,
+    assert_lse_close,
+    cotangent,
+    gradients,
+    inputs,
+    needs_gpu,
+    relative_rms,
+)
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
-from videonsa import nsa_torch, nsa_triton
+from videonsa import nsa_launches, nsa_released, nsa_torch, nsa_triton
 
 pytest.importorskip("triton")
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 3e-3}  # relative RMS
-GRADIENT_TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 5e-3}
-needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU: too large for the interpreter, or about devices")
+pytestmark = pytest.mark.usefixtures("larger_tiles")
 
-LISTS = [[*range(16)], [*range(12, 28)], [*range(4, 20)], [*range(27, 19, -1)]]
-
-# lengths of the samples, query heads, KV heads, head dim, block size, block count, window, dtype, and where they differ
-# lengths of the keys, query heads of each KV head
+# lengths of the samples, query heads, KV heads, head dim, block size, block count, window, dtype, and, if they
+# differ, lengths of the keys
 SMALL = {
     "group 7, lengths 1, 63, 0, 65, packed": ([1, 63, 0, 65], 7, 1, 16, 16, 3, 20, torch.float32),
     "group 7, bf16, dim 128, as the 7B": ([66], 7, 1, 128, 64, 32, 256, torch.bfloat16),
@@ -36,7 +43,7 @@ SMALL = {
     "group 16, dim 96, fewer queries than keys": ([5, 16], 16, 1, 96, 16, 4, 30, torch.float32, [150, 16]),
     "group 2, fp16, dim 64, one query of a long stream": ([1], 4, 2, 64, 16, 3, 7, torch.float16, [333]),
     "group 4, blocks of 128, window beyond the sample": ([140], 4, 1, 32, 128, 3, 500, torch.bfloat16),
-    "lists of query heads": ([20, 36], 6, 3, 16, 16, 3, 9, torch.float32, None, [[4, 0, 2], [1], [3, 2, 1, 0]]),
+    "group 2 of 3 KV heads": ([20, 36], 6, 3, 16, 16, 3, 9, torch.float32),
 }
 LARGE = {
     "7B, bf16": ([4096, 1, 63, 64, 65, 5000], 28, 4, 128, 64, 32, 256, torch.bfloat16),
@@ -48,74 +55,11 @@ LARGE = {
     "group 16": ([2000], 32, 2, 128, 64, 16, 100, torch.bfloat16),
     "dim 16, chunks": ([77, 10], 7, 1, 16, 16, 7, 33, torch.bfloat16, [5000, 10]),
     "thousands of blocks": ([3], 2, 1, 16, 16, 5, 9, torch.float32, [16 * 4100]),
-    "lists of 16, 16, 16 and 8 heads": ([1500, 700], 28, 4, 128, 64, 8, 256, torch.bfloat16, None, LISTS),
+    "released": ([1500, 700], 64, 4, 128, 64, 8, 256, torch.bfloat16),
 }
 CASES = [pytest.param(case, id=name) for name, case in SMALL.items()]
 CASES += [pytest.param(case, id=f"large: {name}", marks=needs_gpu) for name, case in LARGE.items()]
 TINY = ([30, 5], 2, 1, 16, 16, 3, 9, torch.float32)  # where one case is enough
-
-
-def inputs(
-    lengths, heads, groups, dim, block_size, block_count, window_size, dtype, lengths_k=None, query_heads=None, size=1.0
-):
-    """q, k, v, gates, leaves that want a gradient; where samples start in q and, if elsewhere, in k; and the options of
-    nsa_attention."""
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = (
-        torch.randn(sum(n), h, dim, generator=generator)
-        for n, h in ((lengths, heads), (lengths_k or lengths, groups), (lengths_k or lengths, groups))
-    )
-    entries = sum(map(len, query_heads)) if query_heads else heads
-    gates = torch.rand(sum(lengths), entries, 3, generator=generator)
-    cu_seqlens, cu_seqlens_k = (
-        torch.tensor([0, *accumulate(n)], dtype=torch.int32, device=DEVICE) for n in (lengths, lengths_k or lengths)
-    )
-    tensors = [x.to(DEVICE, dtype).requires_grad_() for x in (q * size, k * size, v, gates)]
-    options = {"block_size": block_size, "block_count": block_count, "window_size": window_size}
-    options |= {"query_heads": query_heads} if query_heads else {}
-    return tensors, cu_seqlens, cu_seqlens_k if lengths_k else None, options
-
-
-def relative_rms(x, reference):
-    x, reference = x.detach().double(), reference.detach()
-    return float((x - reference).norm() / reference.norm().clamp_min(1e-30))
-
-
-def assert_close(x, reference, tolerance):
-    assert x.isfinite().all()
-    assert relative_rms(x, reference) <= tolerance
-
-
-def assert_lse_close(lse, reference, tolerance):
-    assert lse.dtype == torch.float32 and not lse.requires_grad
-    seen = reference.isfinite()
-    assert torch.equal(lse == -torch.inf, ~seen)
-    assert seen.sum() == 0 or (lse[seen].double() - reference[seen]).abs().max() <= tolerance
-
-
-def cotangent(out):
-    return torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.device, out.dtype)
-
-
-def gradients(out, tensors, **options):
-    return torch.autograd.grad(out, tensors, cotangent(out), **options)
-
-
-def assert_gradients_close(out, tensors, reference, doubles, tolerance=None):
-    """Gradients of `out` against those of `reference` in fp64. One that is (almost) 0, as that of the only logit of a
-    softmax, is compared on the scale of the largest."""
-    grads = gradients(out, tensors)
-    expected = torch.autograd.grad(reference, doubles, cotangent(out).double(), retain_graph=True)
-    largest = max(x.norm() for x in expected)
-    for x, grad, wanted in zip(tensors, grads, expected, strict=True):
-        assert grad.dtype == x.dtype and grad.shape == x.shape and grad.isfinite().all()
-        error = (grad.double() - wanted).norm() / wanted.norm().clamp_min(largest / 20).clamp_min(1e-30)
-        assert error <= (tolerance or GRADIENT_TOLERANCE[x.dtype])
-
-
-def assert_all_equal(tensors, others):
-    for x, other in zip(tensors, others, strict=True):
-        assert torch.equal(x, other)
 
 
 @pytest.fixture(autouse=True)
@@ -132,24 +76,16 @@ def poison(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: fill(new_empty(*a, **k)))
 
 
-@pytest.fixture(autouse=True)
-def larger_tiles(monkeypatch):
-    """The interpreter takes as long for a small tile as for a large one; those of fp32 are small."""
-    if DEVICE == "cpu":
-        config = {"BM": 32, "BN": 32, "num_warps": 8, "num_stages": 1}
-        monkeypatch.setattr(nsa_triton, "_FP32", dict.fromkeys(nsa_triton._FP32, config))
-
-
 @pytest.fixture
 def launches(monkeypatch):
     """(name of the kernel, grid) of each launch."""
-    done, launch = [], nsa_triton._Call.launch
+    done, launch = [], nsa_launches.Launches.launch
 
-    def record(self, kernel, grid, *arguments, **constants):
+    def record(self, kernel, grid, **arguments):
         done.append((kernel.fn.__name__, grid))
-        launch(self, kernel, grid, *arguments, **constants)
+        launch(self, kernel, grid, **arguments)
 
-    monkeypatch.setattr(nsa_triton._Call, "launch", record)
+    monkeypatch.setattr(nsa_launches.Launches, "launch", record)
     return done
 
 
@@ -157,7 +93,7 @@ def launches(monkeypatch):
 def test_every_branch_and_its_gradients_equal_the_torch_path_in_fp64(case):
     (q, k, v, gates), cu, cu_k, options = inputs(*case)
     qkv, doubles = (q, k, v), [x.detach().double().requires_grad_() for x in (q, k, v, gates)]
-    lengths = {"cu_seqlens_k": cu_k, "query_heads": options.get("query_heads")}
+    lengths = {"cu_seqlens_k": cu_k}
     size, window = {"block_size": options["block_size"]}, {"window_size": options["window_size"]}
     tolerance, exact = TOLERANCE[q.dtype], q.dtype == torch.float32
 
@@ -193,10 +129,10 @@ def test_every_branch_and_its_gradients_equal_the_torch_path_in_fp64(case):
 
 POOLED = {
     "group 7, bf16": (7, 1, 32, 16, torch.bfloat16, 70, 5),
-    "lists of 4 and 3 heads": (5, 2, 16, 32, torch.float32, 100, 63, [[0, 3, 4, 1], [2, 0, 3]]),
+    "group 2": (4, 2, 16, 32, torch.float32, 100, 63),
     "first at a later block": (2, 2, 80, 16, torch.float16, 21, 100),
 }
-LARGE_POOLED = {"7B, bf16": (28, 4, 128, 64, torch.bfloat16, 5000, 100, LISTS)}
+LARGE_POOLED = {"released, bf16": (64, 4, 128, 64, torch.bfloat16, 5000, 100)}
 POOLED_CASES = [pytest.param(case, id=name) for name, case in POOLED.items()]
 POOLED_CASES += [pytest.param(case, id=f"large: {name}", marks=needs_gpu) for name, case in LARGE_POOLED.items()]
 
@@ -204,23 +140,84 @@ POOLED_CASES += [pytest.param(case, id=f"large: {name}", marks=needs_gpu) for na
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("case", POOLED_CASES)
 def test_attention_over_given_means_and_its_gradients_equal_the_torch_path_in_fp64(case, reverse):
-    heads, groups, dim, block_size, dtype, length, first, *lists = case
+    heads, groups, dim, block_size, dtype, length, first = case
     (q, *_), *_ = inputs([length], heads, groups, dim, block_size, 3, 1, dtype)
     (_, k, v, _), *_ = inputs([(first + length) // block_size], heads, groups, dim, block_size, 3, 1, dtype)
     options = {"first": first, "block_size": block_size, "reverse": reverse}
-    options |= {"query_heads": lists[0]} if lists else {}
     doubles = [x.detach().double().requires_grad_() for x in (q, k, v)]
     o, lse = nsa_triton.pooled_attention(q, k, v, **options)
-    expected, expected_lse = nsa_torch.pooled_attention(*doubles, **options)
+    expected, expected_lse = nsa_released.pooled_attention(*doubles, **options)
     assert_close(o, expected, TOLERANCE[dtype])
     assert_lse_close(lse, expected_lse, TOLERANCE[dtype])
     assert_gradients_close(o, (q, k, v), expected, doubles)
 
 
+def attend_where(q, k, v, visible):
+    """o and lse of attention over the keys that `visible` [G, N, M] says."""
+    visible = visible[:, :, None]
+    x = torch.einsum("ngrd,mgd->gnrm", q.unflatten(1, (k.shape[1], -1)), k) * q.shape[2] ** -0.5
+    x = x.masked_fill(~visible, -1e30)
+    lse = x.logsumexp(-1)
+    p = (x - lse[..., None]).exp().where(visible, 0)
+    return torch.einsum("gnrm,mgd->ngrd", p, v).flatten(1, 2), lse.transpose(0, 1).flatten(1)
+
+
+@pytest.mark.parametrize("branch", ["compressed", "selected", "remainder", "prefix"])
+def test_softmaxes_that_are_to_be_joined_have_gradients_of_their_lse(branch):
+    lengths, size = [40, 70], 16
+    text = [5, 20]
+    (q, k, v, _), cu, _, _ = inputs(lengths, 4, 2, 16, size, 3, 9, torch.float32)
+    cu_text = torch.tensor([0, 5, 25], dtype=torch.int32, device=DEVICE)
+    sample, i = (
+        torch.cat(x).to(DEVICE)
+        for x in zip(*((torch.full((n,), s), torch.arange(n)) for s, n in enumerate(lengths)), strict=True)
+    )
+    blocks = torch.rand(2, len(q), 5, generator=torch.Generator().manual_seed(2)).argsort(-1)[..., :2].to(DEVICE)
+    blocks[:, ::7, 1] = -1
+    is_chosen = (blocks[..., None] == torch.arange(5, device=DEVICE)).any(2)  # [G, N, blocks]
+    options = {"block_size": size, "with_lse_gradient": True}
+    doubles = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    keys = doubles[1:]
+
+    if branch == "prefix":
+        k, v = (x[: sum(text)].detach().requires_grad_() for x in (k, v))
+        doubles[1:] = keys = [x.detach().double().requires_grad_() for x in (k, v)]
+        seen = (i // 3).clamp_max(torch.tensor(text, device=DEVICE)[sample]).int()
+        o, lse = nsa_triton.prefix_attention(q, k, v, seen, cu, cu_text, with_lse_gradient=True)
+        key = torch.arange(sum(text), device=DEVICE) - cu_text[sample][:, None]  # [N, T]
+        visible = ((key >= 0) & (key < seen[:, None])).expand(2, -1, -1)
+    elif branch == "selected":
+        o, lse = nsa_triton.selected_attention(q, k, v, blocks.int(), cu, **options)
+        visible = (sample == sample[:, None]) & (i <= i[:, None]) & is_chosen[:, :, i // size]
+    else:
+        of_blocks = [torch.arange(n // size) for n in lengths]
+        block = torch.cat(of_blocks).to(DEVICE)
+        of_sample = torch.repeat_interleave(torch.tensor([len(x) for x in of_blocks])).to(DEVICE)
+        keys = [
+            torch.cat([y[: len(y) // size * size].unflatten(0, (-1, size)).mean(1) for y in x.split(lengths)])
+            for x in keys
+        ]
+        visible = ((of_sample == sample[:, None]) & ((block + 1) * size <= i[:, None] + 1)).expand(2, -1, -1)
+        if branch == "compressed":
+            o, lse = nsa_triton.compressed_attention(q, k, v, cu, **options)
+        else:
+            o, lse = nsa_triton.remainder_attention(q, k, v, blocks.int(), cu, **options)
+            visible = visible & ~is_chosen[:, :, block]
+
+    expected, expected_lse = attend_where(doubles[0], *keys, visible)
+    any_key = visible.any(-1).repeat_interleave(2, 0).T  # [N, H]
+    assert any_key.any() and not any_key.all()
+    assert (lse[~any_key] == -torch.inf).all()
+    assert_close(o, expected, 1e-5)
+    assert_close(lse[any_key], expected_lse[any_key], 1e-5)
+    outputs = torch.cat([o.flatten(), lse[any_key]]), torch.cat([expected.flatten(), expected_lse[any_key]])
+    assert_gradients_close(outputs[0], (q, k, v), outputs[1], doubles)
+
+
 def test_the_own_block_can_be_given_an_importance_instead_of_a_place():
-    (q, k, _, _), cu, _, options = inputs([30, 150, 90], 5, 2, 16, 16, 4, 1, torch.float32, None, [[0, 1, 2], [4, 3]])
+    (q, k, _, _), cu, _, options = inputs([30, 150, 90], 4, 2, 16, 16, 4, 1, torch.float32)
     del options["window_size"]
-    lse = torch.randn(270, 5, device=DEVICE)  # any: it need not be that of the keys
+    lse = torch.randn(270, 4, device=DEVICE)  # any: it need not be that of the keys
     own = 4 * torch.rand(2, 270, device=DEVICE)
     own[:, ::50] = 0
     own[:, 1::50] = torch.inf
@@ -275,11 +272,11 @@ def test_thousands_of_blocks_before_a_few_queries(monkeypatch):
         x.requires_grad_()
     first = {"first": blocks * size - 3, "block_size": size}
     o, lse = nsa_triton.pooled_attention(q, *means, **first)
-    expected, expected_lse = nsa_torch.pooled_attention(doubles[0], *double_means, **first)
+    expected, expected_lse = nsa_released.pooled_attention(doubles[0], *double_means, **first)
     assert_close(o, expected, 1e-5)
     assert_gradients_close(o, (q, *means), expected, (doubles[0], *double_means))
 
-    monkeypatch.setattr(nsa_triton._Call, "means", [x.detach() for x in means])
+    monkeypatch.setattr(nsa_launches.Launches, "means", [x.detach() for x in means])
     options = {"cu_seqlens_k": cu_k, "block_size": size}
     chosen = nsa_triton.select_blocks(q, k, lse, cu, block_count=5, **options)
     assert torch.equal(chosen, nsa_torch.select_blocks(*doubles[:2], expected_lse, cu, block_count=5, **options))
@@ -294,12 +291,12 @@ def test_thousands_of_blocks_before_a_few_queries(monkeypatch):
 def test_launches_of_a_forward_pass_are_few(tokens, number, monkeypatch):
     """Means, compression, union, selection, window; importance and choice, for each chunk of tiles."""
     names = []
-    monkeypatch.setattr(nsa_triton._Call, "launch", lambda self, kernel, *_, **__: names.append(kernel))
+    monkeypatch.setattr(nsa_launches.Launches, "launch", lambda self, kernel, *_, **__: names.append(kernel))
     q, k = (torch.empty(tokens, heads, 128, dtype=torch.bfloat16, device="meta") for heads in (28, 4))
     cu = torch.empty(2, dtype=torch.int32, device="meta")
-    lists = nsa_triton._head_lists(q, k, None)
     gates = torch.empty(tokens, 28, 3, dtype=torch.bfloat16, device="meta")
-    nsa_triton._attend._init_fn(q, k, k, gates, None, cu, cu, *lists, "all", 64, 32, 256, None, False)
+    sizes = {"block_size": 64, "block_count": 32, "window_size": 256, "scale": None}
+    nsa_triton._attend_gated._init_fn(q, k, k, gates, cu, cu, **sizes, save=False)
     assert len(names) == number
 
 
@@ -307,7 +304,7 @@ def test_importance_in_chunks_changes_nothing(monkeypatch):
     (q, k, v, _), cu, _, _ = inputs([100, 90], 2, 2, 16, 16, 3, 9, torch.float32)
     _, lse = nsa_triton.compressed_attention(q, k, v, cu, block_size=16)
     whole = nsa_triton.select_blocks(q, k, lse, cu, block_size=16, block_count=4)
-    monkeypatch.setattr(nsa_triton, "MAX_IMPORTANCE", 1)
+    monkeypatch.setattr(nsa_launches, "MAX_IMPORTANCE", 1)
     assert torch.equal(nsa_triton.select_blocks(q, k, lse, cu, block_size=16, block_count=4), whole)
 
 
@@ -321,17 +318,17 @@ def test_how_sums_are_split_changes_gradients_by_rounding_alone(launches, monkey
         """dk and dv, and the grids of three kernels."""
         launches.clear()
         grads = gradients(out, (k, v), retain_graph=True)
-        kernels = "_band_dkv_kernel", "_selected_dkv_kernel", "_collect_kernel"
+        kernels = "band_dkv_kernel", "selected_dkv_kernel", "collect_kernel"
         return grads, *([grid for name, grid in launches if name == kernel] for kernel in kernels)
 
     grads, bands, pieces, collections = run()
     assert bands[1][2] > 1 and len(collections) == 1  # the queries of the compression are split
-    monkeypatch.setattr(nsa_triton, "MAX_PARTIAL", 1)
+    monkeypatch.setattr(nsa_launches, "MAX_PARTIAL", 1)
     by_head, _, _, collections = run()
     assert len(collections) == 2  # KV head by KV head
     assert_all_equal(by_head, grads)
-    monkeypatch.setattr(nsa_triton, "MAX_LIST", 32)
-    monkeypatch.setattr(nsa_triton, "MIN_PROGRAMS", 1)
+    monkeypatch.setattr(nsa_launches, "MAX_LIST", 32)
+    monkeypatch.setattr(nsa_launches, "MIN_PROGRAMS", 1)
     split, bands, more_pieces, _ = run()
     assert bands[1][2] == 1 and more_pieces[0][0] > pieces[0][0]
     for grad, expected in zip(split, grads, strict=True):
@@ -389,14 +386,14 @@ def test_one_tensor_can_be_query_key_and_value():
     assert_gradients_close(out, (x, gates), reference, doubles)
 
 
-DQ = {"_dots_kernel", "_means_kernel", "_union_kernel", "_band_dq_kernel", "_selected_dq_kernel"}
-DKV = {"_dots_kernel", "_means_kernel", "_band_dkv_kernel", "_selected_dkv_kernel", "_collect_kernel"}
+DQ = {"dots_kernel", "means_kernel", "union_kernel", "band_dq_kernel", "selected_dq_kernel"}
+DKV = {"dots_kernel", "means_kernel", "band_dkv_kernel", "selected_dkv_kernel", "collect_kernel"}
 
 
 def test_what_is_frozen_costs_nothing(launches):
     tensors, cu, _, options = inputs([40], 2, 1, 16, 16, 3, 9, torch.float32)
     expected = gradients(nsa_triton.nsa_attention(*tensors, cu, **options), tensors)
-    for wanted, kernels in enumerate((DQ, DKV, DKV, {"_dots_kernel"})):
+    for wanted, kernels in enumerate((DQ, DKV, DKV, {"dots_kernel"})):
         for i, x in enumerate(tensors):
             x.requires_grad_(i == wanted)
         out = nsa_triton.nsa_attention(*tensors, cu, **options)
@@ -464,7 +461,6 @@ def test_autocast_changes_nothing():
 
 def test_training_can_follow_inference_mode():
     tensors, cu, _, options = inputs(*TINY)
-    nsa_triton._head_table.cache_clear()
     with torch.inference_mode():
         before = nsa_triton.nsa_attention(*tensors, cu, **options)
     out = nsa_triton.nsa_attention(*tensors, cu, **options)
@@ -476,15 +472,22 @@ def test_training_can_follow_inference_mode():
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 def test_operators_are_what_torch_expects_of_them():
     tensors, cu, _, _ = inputs(*TINY)
-    lists = nsa_triton._head_lists(*tensors[:2], None)
-    arguments = (*tensors, None, cu, cu, *lists, "all", 16, 3, 9, None, True)
-    torch.library.opcheck(nsa_triton._attend, arguments)
-    out, lse, outputs, blocks = (x.detach() for x in nsa_triton._attend(*arguments))
-    tensors = [x.detach() for x in tensors]
-    arguments = (out, None, *tensors, blocks, cu, cu, outputs, lse, *lists, "all", 16, 9, None, True, True)
-    torch.library.opcheck(nsa_triton._attend_backward, arguments, test_utils=("test_schema", "test_faketensor"))
-    arguments = (*tensors[:2], lse[0], None, cu, cu, *lists, 16, 3, 0, 17, 1.0, True, None)
-    torch.library.opcheck(nsa_triton._choose, arguments, test_utils=("test_schema", "test_faketensor"))
+    q, k, v, gates = tensors
+    of_some = ("test_schema", "test_faketensor")  # others are for operators with a gradient
+    sizes = {"block_size": 16, "window_size": 9, "scale": None}
+    torch.library.opcheck(nsa_triton._attend_gated, (*tensors, cu, cu), {**sizes, "block_count": 3, "save": True})
+    branch = {**sizes, "branch": "pooled", "reverse": True}
+    torch.library.opcheck(nsa_triton._attend, (q, k[:1], v[:1], None, None, cu, cu), branch)
+
+    out, outputs, lse, blocks = nsa_triton._attend_gated(*tensors, cu, cu, **sizes, block_count=3, save=True)
+    tensors = [x.detach() for x in (out, outputs, lse, q, k, v, gates, blocks)]
+    settings = {**sizes, "branches": [*nsa_launches.BRANCHES], "reverse": False, "need_q": True, "need_kv": True}
+    arguments = (tensors[0], None, *tensors[1:], None, cu, cu)
+    torch.library.opcheck(nsa_triton._attend_backward, arguments, settings, test_utils=of_some)
+
+    settings = {**sizes, "block_count": 3, "spread": True}
+    arguments = (q.detach(), k.detach(), lse[0].detach(), None, cu, cu)
+    torch.library.opcheck(nsa_triton._choose, arguments, settings, test_utils=of_some)
 
 
 def test_the_file_can_be_imported_again_under_another_name_and_under_the_same():
@@ -493,22 +496,24 @@ def test_the_file_can_be_imported_again_under_another_name_and_under_the_same():
     expected = nsa_triton.nsa_attention(*tensors, cu, **options)
     spec = importlib.machinery.ModuleSpec("other", None, is_package=True)
     spec.submodule_search_locations = [str(Path(nsa_triton.__file__).parent)]
-    names = ["other", "other.nsa_torch", "other.nsa_triton"]
     copies = []
+
+    def forget():
+        for name in [name for name in sys.modules if name.split(".")[0] == "other"]:
+            del sys.modules[name]
+
     try:
         for _ in range(2):
             sys.modules["other"] = importlib.util.module_from_spec(spec)
             copies.append(importlib.import_module("other.nsa_triton"))
-            for name in names:
-                del sys.modules[name]
+            forget()
         assert len({copy._namespace for copy in (*copies, nsa_triton)}) == 3
         for copy in copies:
             out = copy.nsa_attention(*tensors, cu, **options)
             assert relative_rms(out, expected.double()) < 1e-6  # tiles are larger here
             assert all(grad.isfinite().all() for grad in gradients(out, tensors))
     finally:
-        for name in names:
-            sys.modules.pop(name, None)
+        forget()
 
 
 def test_no_queries_give_no_output_and_no_gradient():
@@ -526,10 +531,8 @@ def test_what_the_kernels_cannot_do_is_an_error():
         nsa_triton.window_attention(q.double(), k.double(), v.double(), cu)
     with pytest.raises(ValueError, match="block_size"):
         nsa_triton.nsa_attention(q, k, v, gates, cu, block_size=24)
-    with pytest.raises(ValueError, match="query_heads"):
-        nsa_triton.window_attention(q, k, v, cu, query_heads=[[0, 7]])
     with pytest.raises(ValueError, match="gates"):
-        nsa_triton.nsa_attention(q, k, v, gates, cu, query_heads=[[0, 6]])
+        nsa_triton.nsa_attention(q, k, v, gates[:, :2], cu)
     with pytest.raises(ValueError, match="scale must be positive, got 0"):
         nsa_triton.window_attention(q, k, v, cu, scale=0)
     with pytest.raises(ValueError, match="cu_seqlens must be on .* like q, got meta"):
