@@ -114,8 +114,9 @@ def compile_all(capability: int, names, sass_folder: Path | None = None) -> list
             else:
                 out = nsa_triton.nsa_attention(q, k, k.clone(), gates, cu_seqlens, **sizes)
             if out.requires_grad:
-                lse = torch.zeros(length, heads)
-                nsa_triton.select_blocks(q.detach(), k.detach(), lse, cu_seqlens, **sizes, spread=True)
+                # Of fewer blocks than there are, so that there is a choice.
+                lse, few = torch.zeros(length, heads), {"block_size": block_size, "block_count": 3}
+                nsa_triton.select_blocks(q.detach(), k.detach(), lse, cu_seqlens, **few, spread=True)
                 out.backward(torch.zeros_like(out))
                 if name == "7B bf16":
                     compile_merged(nsa_triton, q, k, cu_seqlens, sizes)
