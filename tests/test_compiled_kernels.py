@@ -87,8 +87,8 @@ TWO_STAGES = {
 
 
 def test_loops_never_wait_for_the_copies_that_they_issued_last(compiled):
-    """They did: the index of a block was queued behind the keys of blocks before it. So were keys behind the number of a
-    query head, while the variant `released` gave the kernels lists of heads."""
+    """They did: a block's index was queued behind the keys of blocks before it; and so was the number of a query head,
+    while the variant `released` gave the kernels lists of heads."""
     capability, rows = compiled
     if capability < 90:
         # With two stages, keys are copied to where those of the turn were, once it has read them.
