@@ -92,7 +92,7 @@ $(TINY)/%: PY := OMP_NUM_THREADS=1 $(VENV)/bin/python
 $(TINY)/%: MAKE_CLIPS = $(PY) examples/make_needle_videos.py $@
 
 $(TINY)/start: | $(VENV)/train.stamp
-	$(PY) examples/tiny.py $@
+	$(PY) examples/make_tiny.py $@
 
 $(TINY)/data-1: | $(VENV)/train.stamp
 	$(MAKE_CLIPS) --seed 1 --train 16000 --validation 256 --seconds 0.5 --questions describe
@@ -105,13 +105,13 @@ $(TINY)/data-3: | $(VENV)/train.stamp
 
 # Long clips of as many frames as 8 s have: their positions, not their length.
 $(TINY)/data-4a: | $(VENV)/train.stamp
-	$(MAKE_CLIPS) --seed 41 --train 2000 --seconds 16 --fps 2 --needle-seconds 1 3
+	$(MAKE_CLIPS) --seed 41 --train 2000 --seconds 16 --fps 2 --needle_seconds 1 3
 
 $(TINY)/data-4b: | $(VENV)/train.stamp
-	$(MAKE_CLIPS) --seed 42 --train 2000 --seconds 32 --fps 1 --needle-seconds 2 6
+	$(MAKE_CLIPS) --seed 42 --train 2000 --seconds 32 --fps 1 --needle_seconds 2 6
 
 $(TINY)/data-4c: | $(VENV)/train.stamp
-	$(MAKE_CLIPS) --seed 43 --train 2000 --seconds 64 --fps 0.5 --needle-seconds 4 12
+	$(MAKE_CLIPS) --seed 43 --train 2000 --seconds 64 --fps 0.5 --needle_seconds 4 12
 
 # Two or three shapes in a clip, for a dense twin that sparse methods are compared on (docs/merged.md).
 $(TINY)/data-several: | $(VENV)/train.stamp
@@ -146,4 +146,4 @@ $(TINY)/dense-several/README.md: | $(TINY)/dense-4/README.md $(TINY)/data-severa
 	$(call stage,several,$(TINY)/dense-4,$(TINY)/data-several/train.jsonl $(TINY)/data-3/train.jsonl%25)
 
 $(TINY)/%.json: | $(TINY)/%/README.md $(TINY)/data-test
-	$(PY) examples/evaluate.py $(TINY)/$* $(TINY)/data-test/test.jsonl $@ --batch-size 8 --max-new-tokens 12 --workers 1
+	$(PY) examples/evaluate.py $(TINY)/$* $(TINY)/data-test/test.jsonl $@ --batch_size 8 --max_new_tokens 12 --workers 1

@@ -4,6 +4,7 @@ A class is imported when it is first asked for, so that `import videonsa.video_r
 """
 
 import importlib
+from pathlib import Path
 
 MODULES = {
     "VideoNSAConfig": "configuration_videonsa",
@@ -16,6 +17,11 @@ MODULES = {
 }
 
 __all__ = list(MODULES)
+
+# `videonsa.qwen_vl_utils_reader`, the name of earlier releases, is found in adapters/; it goes with the next one.
+# pytest imports this file as a module without a path, too.
+if "__path__" in globals():
+    __path__.append(str(Path(__file__).parent / "adapters"))
 
 
 def __getattr__(name: str):

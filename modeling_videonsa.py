@@ -26,11 +26,10 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
 
 from .cache_record import CacheRecord, cached_vision, following_positions, position_after
 from .configuration_videonsa import VideoNSAConfig, VideoNSATextConfig
+from .nsa_merged import merged_attention
 from .nsa_released import Stream, released_attention
-from .nsa_torch import merged_attention as merged_attention_torch
 from .nsa_torch import nsa_attention as nsa_attention_torch
 from .nsa_triton import available as triton_available
-from .nsa_triton import merged_attention as merged_attention_triton
 from .nsa_triton import nsa_attention as nsa_attention_triton
 from .rope_positions import Media, sample_positions
 from .transformers_compat import (
@@ -202,8 +201,7 @@ def _paper(attention: VideoNSAAttention, output, q, k, v, gates, layout: VisionL
 
 def _merged(attention: VideoNSAAttention, output, q, k, v, gates, layout: VisionLayout) -> None:
     config = attention.config
-    attend = merged_attention_triton if attention.uses_triton(q) else merged_attention_torch
-    output[layout.queries] = attend(
+    output[layout.queries] = merged_attention(
         q[layout.queries],
         layout.keys.take(k),
         layout.keys.take(v),
@@ -219,6 +217,7 @@ def _merged(attention: VideoNSAAttention, output, q, k, v, gates, layout: Vision
         spread=config.block_spread,
         per_head=config.block_per_head,
         remainder=config.block_remainder,
+        triton=attention.uses_triton(q),
         scale=attention.scaling,
     )
 

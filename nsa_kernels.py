@@ -291,7 +291,7 @@ def block_scores(
     D: tl.constexpr, D_P2: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Scores of blocks for queries q [R, D], in units of log 2: products with their means k [n, D], or, with the
-    variances at `at` [n], the log-sum-exp that `nsa_torch._block_lse` estimates from both."""
+    variances at `at` [n], the log-sum-exp that `nsa_torch.block_lse` estimates from both."""
     x = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
     if VARIANCES is not None:
         variance = load(VARIANCES, at, there, D, D_P2, True)

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import embedding_bag, pad
 
-from .nsa_torch import accumulate
-from .nsa_torch import pooled_attention as pooled_attention_torch
+from .nsa_checks import check_arguments
+from .nsa_softmax import accumulate
+from .nsa_torch import see_means
 from .nsa_torch import select_blocks as select_blocks_torch
 from .nsa_torch import selected_attention as selected_attention_torch
 from .nsa_torch import window_attention as window_attention_torch
@@ -21,17 +22,8 @@ from .nsa_triton import select_blocks as select_blocks_triton
 from .nsa_triton import selected_attention as selected_attention_triton
 from .nsa_triton import window_attention as window_attention_triton
 
-TORCH = (pooled_attention_torch, select_blocks_torch, selected_attention_torch, window_attention_torch)
-TRITON = (pooled_attention_triton, select_blocks_triton, selected_attention_triton, window_attention_triton)
-PADDED = 16  # query heads per KV head, of which the public kernels need a multiple
-
-
-def padded_heads(heads: int, groups: int) -> list[list[int]]:
-    """For each KV head the query heads that read it, when `heads` heads, their copies, and heads of zeros, 16 · groups
-    in all, are shared out in this order; those of zeros are left out. Of 28 and 4: 0-15; 16-27, 0-3; 4-19; 20-27.
-    `VideoNSATextConfig` checks that they fit."""
-    padded = [*range(heads), *range(heads)]
-    return [padded[start : start + PADDED] for start in range(0, PADDED * groups, PADDED)]
+# Query heads per KV head, of which the public kernels need a multiple.
+PADDED = 16
 
 
 @dataclass
@@ -92,17 +84,23 @@ def released_attention(
     Returns:
         [n, H, D] in the dtype of q; differentiable in q, k, v and gates.
     """
-    pooled_attention, select_blocks, selected_attention, window_attention = TRITON if triton else TORCH
-    (n, heads, dim), (length, groups, _) = q.shape, k.shape
-    first, count = length - n, -(-length // block_size)
-    lists, entries, scale = padded_heads(heads, groups), 2 * heads, dim**-0.5 if scale is None else scale
+    attend_pooled, select_blocks, selected_attention, window_attention = TRITON if triton else TORCH
+    n, heads, dim = q.shape
+    length, groups, _ = k.shape
+    first = length - n
+    count = -(-length // block_size)  # blocks
+    scale = dim**-0.5 if scale is None else scale
+
     zeroed = ~stream.vision[:, None, None]
-    all_v, q, k, v = v, q.masked_fill(zeroed[first:], 0), k.masked_fill(zeroed, 0), v.masked_fill(zeroed, 0)
+    all_v = v
+    q, k, v = q.masked_fill(zeroed[first:], 0), k.masked_fill(zeroed, 0), v.masked_fill(zeroed, 0)
     k_means, v_means = _means(k, block_size), _means(v, block_size)
+    # KV head g is read by the heads 16 g ... 16 g + 15 of these. `VideoNSATextConfig` checks that they fit.
+    q = torch.cat([q, q, q.new_zeros(n, PADDED * groups - 2 * heads, dim)], 1)
     gates = gates.new_zeros(n, heads, 3).index_copy(0, stream.vision_rows, 0.5 * gates)  # of heads and copies, halved
     gates = gates.to(q.dtype).unsqueeze(-1).unbind(2)  # 3 x [n, H, 1]
 
-    # A query that is 0 sees all its keys alike. So do the heads of zeros.
+    # A query that is 0 sees all its keys alike. So do the heads of zeros, whose lse is exactly this.
     own = torch.arange(first, length, device=q.device) // block_size
     seen = own + 1 if block_causal else count - own
     lse = seen.to(accumulate(q[:0]).dtype).log().repeat(PADDED * groups, 1)
@@ -113,43 +111,43 @@ def released_attention(
             means, at = slice(0, -(-last // block_size)), first + start
         else:
             means, at = slice((first + start) // block_size, None), count * block_size - last
-        o, run_lse = pooled_attention(
+        o, run_lse = attend_pooled(
             q[start:stop],
             k_means[means],
             v_means[means],
             first=at + block_size - 1,
             block_size=block_size,
             reverse=not block_causal,
-            query_heads=lists,
             scale=scale,
         )
-        compressed.append(_with_copies(o))
-        lse[:entries, start:stop] = run_lse.T.where(stream.vision[first:][start:stop], lse[:entries, start:stop])
+        compressed.append(_with_copies(o, heads))
+        own_lse = run_lse[:, : 2 * heads].T
+        lse[: 2 * heads, start:stop] = own_lse.where(stream.vision[first:][start:stop], lse[: 2 * heads, start:stop])
     lse = lse.view(n, PADDED * groups)  # the public code reads [heads, n] so
     others = (-lse).exp().unflatten(1, (groups, PADDED)).sum(2).T  # [groups, n]: importance of a block to a query of 0
-    zeros = (-lse[:, entries:]).exp().sum(1)  # what heads of zeros, all of the last KV head, add to blocks but the own
     own_importance = others.new_full(others.shape, PADDED)
-    own_importance[-1] = (PADDED - zeros).clamp_min(0)
 
-    out, rounded = q.new_zeros(q.shape), (q * scale).detach()
+    out = q.new_zeros(n, heads, dim)
+    rounded = (q * scale).detach()
     for (start, stop), o in zip(stream.runs, compressed, strict=True):
-        keys, lists_of_run = slice(0, first + stop), {"query_heads": lists, **_lengths(q, stop - start, first + stop)}
+        keys = slice(0, first + stop)
+        lengths = _lengths(q, stop - start, first + stop)
         blocks = select_blocks(
             rounded[start:stop],
             k[keys],
-            lse[start:stop, :entries],
+            lse[start:stop],
             block_size=block_size,
             block_count=block_count,
             own_importance=own_importance[:, start:stop],
             scale=1.0,
-            **lists_of_run,
+            **lengths,
         )
         qkv = (q[start:stop], k[keys], v[keys])
         g_cmp, g_slc, g_win = (gate[start:stop] for gate in gates)
-        selected, _ = selected_attention(*qkv, blocks, block_size=block_size, scale=scale, **lists_of_run)
-        o = torch.addcmul(g_cmp * o, g_slc, _with_copies(selected))
-        window, _ = window_attention(*qkv, window_size=window_size, scale=scale, **lists_of_run)
-        out[start:stop] = torch.addcmul(o, g_win, _with_copies(window))
+        selected, _ = selected_attention(*qkv, blocks, block_size=block_size, scale=scale, **lengths)
+        o = torch.addcmul(g_cmp * o, g_slc, _with_copies(selected, heads))
+        window, _ = window_attention(*qkv, window_size=window_size, scale=scale, **lengths)
+        out[start:stop] = torch.addcmul(o, g_win, _with_copies(window, heads))
     if stream.all_vision:
         return out
 
@@ -160,8 +158,42 @@ def released_attention(
         return out
     sizes = {"block_size": block_size, "window_size": window_size, "block_causal": block_causal}
     means = _text_means(v, v_means, first + rows, stream.ties, others[:, rows].sub(PADDED).sign().long(), **sizes)
-    copies = torch.arange(entries, device=q.device).view(2, heads) // PADDED  # KV heads of each head and its copy
+    copies = torch.arange(2 * heads, device=q.device).view(2, heads) // PADDED  # KV heads of each head and its copy
     return out.index_copy(0, rows, 0.25 * means[:, copies].sum(1).to(q.dtype))
+
+
+def pooled_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    first: int,
+    block_size: int = 64,
+    reverse: bool = False,
+    scale: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The compression branch of one sample over means that are given.
+
+    Args:
+        q: [N, H, D]; k, v: [(first + N) // block_size, G, D], as many as the last query sees: query i sees the first
+            (first + i + 1) // block_size of them.
+        first: stream index of the first query, at least 0.
+        reverse: count queries and keys from their ends, so that a query sees its own and later blocks.
+
+    Returns and raises as `compressed_attention`.
+    """
+    check_arguments(q, k, v, None, first=first, block_size=block_size, scale=scale)
+    dtype = q.dtype
+    q, k, v = accumulate(q), accumulate(k), accumulate(v)
+    if reverse:
+        q, k, v = q.flip(0), k.flip(0), v.flip(0)
+    with torch.autocast(q.device.type, enabled=False):
+        o, lse = see_means(q, k, v, first, block_size, scale)
+    return (o.flip(0).to(dtype), lse.flip(0)) if reverse else (o.to(dtype), lse)
+
+
+TORCH = (pooled_attention, select_blocks_torch, selected_attention_torch, window_attention_torch)
+TRITON = (pooled_attention_triton, select_blocks_triton, selected_attention_triton, window_attention_triton)
 
 
 def _text_means(v, v_means, at, ties, rank, *, block_size, window_size, block_causal) -> torch.Tensor:
@@ -271,9 +303,9 @@ def _means(x: torch.Tensor, block_size: int) -> torch.Tensor:
     return means.to(x.dtype)
 
 
-def _with_copies(o: torch.Tensor) -> torch.Tensor:
-    """Heads and their copies, [n, 2 H, D], added up: they have the same gates."""
-    return o.unflatten(1, (2, -1)).sum(1)
+def _with_copies(o: torch.Tensor, heads: int) -> torch.Tensor:
+    """Heads and their copies, of [n, 2 H or more, D], added up: they have the same gates."""
+    return o[:, :heads] + o[:, heads : 2 * heads]
 
 
 def _lengths(q: torch.Tensor, queries: int, keys: int) -> dict:

@@ -8,13 +8,12 @@ inputs are IEEE. Gradients cannot be differentiated again; those of `nsa_torch.p
 """
 
 import hashlib
-import math
 import os
 
 import torch
 
+from .nsa_checks import check_arguments, check_block_count, check_text
 from .nsa_launches import BRANCHES, Gradients, Launches, capability, triton
-from .nsa_torch import check_arguments, check_block_count, check_text, head_by_head
 
 
 def available(q: torch.Tensor) -> bool:
@@ -81,7 +80,7 @@ def window_attention(q, k, v, cu_seqlens, *, cu_seqlens_k=None, window_size=256,
 
 
 def pooled_attention(q, k, v, *, first, block_size=64, reverse=False, scale=None):
-    """See `nsa_torch.pooled_attention`."""
+    """See `nsa_released.pooled_attention`."""
     _check(q, k, v, None, None, first=first, block_size=block_size, scale=scale)
     ends = torch.arange(2, dtype=torch.int32, device=q.device)
     sizes = {"block_size": block_size, "scale": scale, "reverse": reverse}
@@ -100,7 +99,7 @@ def prefix_attention(q, k, v, seen, cu_seqlens, cu_seqlens_k, *, scale=None, wit
     Others, and what is returned, as in `nsa_torch.compressed_attention`.
     """
     _check_launchable(q)
-    check_text(q, k, k, v, seen, cu_seqlens, cu_seqlens_k, read_lengths=_reads_lengths(q))
+    check_text(q, k, k, v, seen, cu_seqlens, cu_seqlens_k, read_lengths=reads_lengths(q))
     _check_supported(q)
     return _branch("prefix", q, k, v, cu_seqlens, cu_seqlens_k, with_lse_gradient, seen=seen, scale=scale)
 
@@ -128,7 +127,7 @@ def _branch(
 
 def _check(q, k, v, cu_seqlens, cu_seqlens_k, **arguments):
     _check_launchable(q)
-    check_arguments(q, k, v, cu_seqlens, cu_seqlens_k, read_lengths=_reads_lengths(q), **arguments)
+    check_arguments(q, k, v, cu_seqlens, cu_seqlens_k, read_lengths=reads_lengths(q), **arguments)
     _check_supported(q)
 
 
@@ -147,7 +146,7 @@ def _check_supported(q):
         )
 
 
-def _reads_lengths(q: torch.Tensor) -> bool:
+def reads_lengths(q: torch.Tensor) -> bool:
     """Not on a GPU, which that would wait for."""
     return q.device.type == "cpu" and not torch.compiler.is_compiling()
 
@@ -348,46 +347,3 @@ def _backward(ctx, d_out, d_lse, outputs, lse, inputs):
 
 _attend.register_autograd(_backward_attend, setup_context=_save_attend)
 _attend_gated.register_autograd(_backward_attend_gated, setup_context=_save_attend_gated)
-
-
-def merged_attention(
-    q, k, v, text_k, text_v, text_seen, cu_seqlens, cu_seqlens_text, *,
-    cu_seqlens_k=None, block_size=64, block_count=32, window_size=256, spread=True, per_head=False,
-    remainder=False, scale=None,
-):  # fmt: skip
-    """See `nsa_torch.merged_attention`. The softmax is put together from one over the blocks, one over the text, and
-    one over the means of the `remainder`."""
-    sizes = {"block_size": block_size, "block_count": block_count, "window_size": window_size}
-    _check(q, k, v, cu_seqlens, cu_seqlens_k, scale=scale, **sizes)
-    check_text(q, k, text_k, text_v, text_seen, cu_seqlens, cu_seqlens_text, read_lengths=_reads_lengths(q))
-    if per_head and q.shape[1] > k.shape[1]:
-        places = (text_k, text_v, text_seen, cu_seqlens, cu_seqlens_text)
-        options = {**sizes, "cu_seqlens_k": cu_seqlens_k, "spread": spread, "remainder": remainder, "scale": scale}
-        return head_by_head(merged_attention, q, k, v, *places, **options)
-
-    lengths = {"cu_seqlens": cu_seqlens, "cu_seqlens_k": cu_seqlens_k}
-    parts = {**lengths, "block_size": block_size, "scale": scale, "with_lse_gradient": True}
-    text_lse = q.new_full(q.shape[:2], -torch.inf, dtype=torch.float32)
-    if text_k.shape[0] > 0:
-        places = (text_seen, cu_seqlens, cu_seqlens_text)
-        text_o, text_lse = prefix_attention(q, text_k, text_v, *places, scale=scale, with_lse_gradient=True)
-
-    lse = text_lse
-    if not spread:
-        with torch.no_grad():
-            _, lse = compressed_attention(q, k, v, **lengths, block_size=block_size, scale=scale)
-    blocks = select_blocks(q, k, lse, **lengths, **sizes, spread=spread, scale=scale)
-
-    o, lse = selected_attention(q, k, v, blocks, **parts)
-    if text_k.shape[0] > 0:
-        o, lse = _join(o, lse, text_o, text_lse)
-    if remainder:
-        others, others_lse = remainder_attention(q, k, v, blocks, **parts)
-        o, lse = _join(o, lse, others, others_lse + math.log(block_size))
-    return o
-
-
-def _join(o, lse, other, other_lse):
-    """Of two softmaxes over different keys, o [N, H, D] and lse [N, H], the one over all of them."""
-    weight = torch.sigmoid(other_lse - lse).unsqueeze(-1)
-    return torch.lerp(o, other, weight.to(o.dtype)), torch.logaddexp(lse, other_lse)

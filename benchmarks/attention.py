@@ -31,7 +31,7 @@ from common import (
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from videonsa import nsa_released, nsa_torch, nsa_triton
+from videonsa import nsa_merged, nsa_released, nsa_torch, nsa_triton
 
 PASSES = ("forward", "backward", "forward+backward")
 SDPA_BACKENDS = ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
@@ -178,7 +178,7 @@ def variant_calls(module, q, k, v, gates, sizes) -> dict:
     is_triton = module is nsa_triton
     return {
         "released": lambda: nsa_released.released_attention(q, k, v, gates, stream, triton=is_triton, **options),
-        "merged": lambda: module.merged_attention(q, k, v, *text, **options),
+        "merged": lambda: nsa_merged.merged_attention(q, k, v, *text, **options, triton=module is nsa_triton),
     }
 
 

@@ -86,7 +86,7 @@ def compile_all(capability: int, names, sass_folder: Path | None = None) -> list
     import triton
     from triton.runtime.driver import driver
 
-    from videonsa import nsa_launches, nsa_triton
+    from videonsa import nsa_launches, nsa_merged, nsa_triton
 
     driver.set_active(Driver(capability))
     nsa_triton._can_launch = lambda device: True
@@ -119,7 +119,7 @@ def compile_all(capability: int, names, sass_folder: Path | None = None) -> list
                 nsa_triton.select_blocks(q.detach(), k.detach(), lse, cu_seqlens, **few, spread=True)
                 out.backward(torch.zeros_like(out))
                 if name == "7B bf16":
-                    compile_merged(nsa_triton, q, k, cu_seqlens, sizes)
+                    compile_merged(nsa_merged, q, k, cu_seqlens, sizes)
         for (kernel, _), (binary, tile) in compiled.items():
             rows.append({"case": name, "kernel": kernel, **tile, **read(binary, capability, sass_folder)})
     return rows
@@ -136,14 +136,14 @@ def run_released(nsa_triton, q, k, cu_seqlens, block_size, block_count):
     return o + nsa_triton.window_attention(q, k, k.clone(), cu_seqlens)[0]
 
 
-def compile_merged(nsa_triton, q, k, cu_seqlens, sizes) -> None:
+def compile_merged(nsa_merged, q, k, cu_seqlens, sizes) -> None:
     """With either estimate of importance, with and without what changes the choice, and the remainder."""
     text, seen = torch.zeros_like(k[:50]), torch.zeros(len(q), dtype=torch.int32)
     arguments = (q, k, k.clone(), text, text, seen, cu_seqlens, torch.tensor([0, 50], dtype=torch.int32))
     with torch.no_grad():
-        nsa_triton.merged_attention(*arguments, **sizes, window_size=16, spread=False)
+        nsa_merged.merged_attention(*arguments, **sizes, window_size=16, spread=False, triton=True)
     sizes = {**sizes, "window_size": 16, "remainder": True}
-    out = nsa_triton.merged_attention(*arguments, **sizes)
+    out = nsa_merged.merged_attention(*arguments, **sizes, triton=True)
     out.backward(torch.zeros_like(out))
 
 

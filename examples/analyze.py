@@ -6,8 +6,8 @@
 
 FINDING is one of transfer, scaling, budget, gates, latency, sinks and looked-at; `analyze.py FINDING --help` says what
 it measures, by which equation, and what it writes to the folder --output: FINDING.json and figures, in place of older
-ones. DATA is a file as for `evaluate.py`, whose way of asking and counting is used. `observe.py` looks into the layers,
-`figures.py` draws. Needs matplotlib: pip install -e ".[analyze]".
+ones. DATA is a file as for `evaluate.py`; questions are asked and counted as there. `lib/observe.py` looks into the
+layers, `lib/figures.py` draws. Needs matplotlib: pip install -e ".[analyze]".
 """
 
 import argparse
@@ -28,28 +28,30 @@ import torch
 import transformers
 from tqdm import tqdm
 
-import figures
-from conversation import count_choices, patch_frame
-from data import Drop, load_samples
-from demo import assemble_tiny_model, load, read
-from evaluate import Prompts, Question, accuracy, answer_all, list_questions
-from make_needle_videos import Settings, make_dataset
-from observe import (
+from lib import figures
+from lib.answering import Prompts, Question, accuracy, answer_all, list_questions
+from lib.data import Drop, load_samples
+from lib.fields import SIZES
+from lib.loading import assemble_tiny_model, load, read
+from lib.needles import Settings, make_dataset
+from lib.observe import (
     BRANCHES,
     SINK_ATTENTION,
-    SIZES,
     SinkTally,
     block_means,
     branch_functions,
     configured,
+    count_choices,
     dense_received,
     observing,
     only_branches,
+    patch_frame,
     received_by_branch,
     similarity,
     watch,
     watch_dense,
 )  # fmt: skip
+from lib.options import OptionParser, add_device
 
 KINDS = {1: "image", 2: "video"}  # of mm_token_type_ids
 SAMPLED = 2048  # tokens of a clip of which gates are kept one by one
@@ -105,7 +107,7 @@ def scaling(args) -> dict:
     """Finding 2, scaling and the token budget (paper: figure 2, section 4): context L = frames F × tokens per frame T.
 
     First, accuracy and time by context length, the questions grouped by it, up to the next power of two, as the data
-    and the processor give it. Then every video is read with each of --frames and --frame-tokens (per temporal patch,
+    and the processor give it. Then every video is read with each of --frames and --frame_tokens (per temporal patch,
     which is two frames), and accuracy and time are measured for each pair. Pairs of one context, F/2 · T tokens, lie on
     a line of the heat map; the best on each line is marked. Only videos that have the most frames asked for take part.
     """
@@ -509,36 +511,35 @@ def parse_length(text: str) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    raw = {"formatter_class": argparse.RawDescriptionHelpFormatter}
-    parser = argparse.ArgumentParser(description=__doc__, **raw)
+    parser = OptionParser(description=__doc__)
     commands = parser.add_subparsers(dest="finding", metavar="FINDING", required=True)
     cuda = torch.cuda.is_available()
     for name, function in FINDINGS.items():
         about = inspect.getdoc(function)
-        command = commands.add_parser(name, help=about.split(":")[0].split("(")[0], description=about, **raw)
+        command = commands.add_parser(name, help=about.split(":")[0].split("(")[0], description=about)
         add = command.add_argument
         add("model", nargs="?", help="folder or Hub id of a VideoNSA repository (default: the tiny trained one)")
         if name not in ("latency", "looked-at"):
             add("data", nargs="?", help="questions as for evaluate.py (default: clips made on the spot)")
-            add("--clips", type=int, default=16, help="how many of these (default: %(default)s)")
-            add("--clip-seconds", type=float, nargs="+", default=CLIP_SECONDS[name], help="their lengths (%(default)s)")
-            add("--media-root", help="folder that media paths are relative to (default: that of DATA)")
-            add("--batch-size", type=int, default=1, help="questions at a time (default: %(default)s)")
-            add("--workers", type=int, default=0, help="processes that decode (default: %(default)s)")
+            add("--clips", type=int, default=16, help="number of clips made on the spot")
+            add("--clip_seconds", type=float, nargs="+", default=CLIP_SECONDS[name], help="their lengths in seconds")
+            add("--media_root", help="folder that media paths are relative to (default: that of DATA)")
+            add("--batch_size", type=int, default=1, help="questions that are answered at a time")
+            add("--workers", type=int, default=0, help="processes that decode videos")
         if name != "latency":
-            add("--max-new-tokens", type=int, default=32, help="longest answer (default: %(default)s)")
-            add("--seed", type=int, default=0, help="of the clips made on the spot (default: %(default)s)")
+            add("--max_new_tokens", type=int, default=32, help="most tokens of an answer")
+            add("--seed", type=int, default=0, help="seed of the clips made on the spot")
         if name in ("transfer", "sinks"):
             add("--twin", help="a model trained with dense attention")
         if name in ("gates", "sinks"):
-            add("--limit", type=int, default=16, help="clips whose layers are observed (default: %(default)s)")
+            add("--limit", type=int, default=16, help="clips whose layers are observed")
         if name == "scaling":
-            add("--frames", type=int, nargs="+", default=[8, 16, 32, 64], help="(default: %(default)s)")
-            add("--frame-tokens", type=int, nargs="+", default=[4, 9, 16], help="per two frames (default: %(default)s)")
+            add("--frames", type=int, nargs="+", default=[8, 16, 32, 64], help="frames of a video")
+            add("--frame_tokens", type=int, nargs="+", default=[4, 9, 16], help="tokens of two frames")
         if name == "budget":
-            add("--budgets", type=float, nargs="+", default=[0.5, 1, 2], help="times the trained one (%(default)s)")
+            add("--budgets", type=float, nargs="+", default=[0.5, 1, 2], help="multiples of the trained budget")
             shares = [0.03, 0.12, 0.25, 0.5]
-            add("--window-shares", type=float, nargs="+", default=shares, help="of a budget (default: %(default)s)")
+            add("--window_shares", type=float, nargs="+", default=shares, help="shares that the window gets")
         if name == "latency":
             lengths = [2**i for i in range(10, 18 if cuda else 15)]
             add(
@@ -548,18 +549,23 @@ def make_parser() -> argparse.ArgumentParser:
                 default=lengths,
                 help="tokens (default: 1K ... 128K; CPU: 16K)",
             )
-            add("--dtype", choices=("bf16", "fp16", "fp32"), help="(default: the model's)")
-            add("--seconds", type=float, default=0.2, help="time for each figure (default: %(default)s)")
+            add("--dtype", choices=("bf16", "fp16", "fp32"), help="dtype (default: the model's)")
+            add("--seconds", type=float, default=0.2, help="seconds spent on each figure")
         if name == "sinks":
-            add("--block-sizes", type=int, nargs="+", help="at the same block_size · block_count (default: 1, 2 times)")
-            add("--windows", type=int, nargs="+", help="(default: half to 4 times the trained one)")
+            add(
+                "--block_sizes",
+                type=int,
+                nargs="+",
+                help="block sizes, at the same block_size · block_count (default: 1 and 2 times the trained one)",
+            )
+            add("--windows", type=int, nargs="+", help="window sizes (default: half to 4 times the trained one)")
         if name == "looked-at":
             add("--video", help="file or URL (default: a clip made on the spot)")
-            add("--question", help="(default: when something happens in that clip)")
-            add("--fps", type=float, help="frames per second to read (default: up to 4, within --max-tokens)")
-            add("--max-tokens", type=int, help="of video and text together (default: 131072)")
-        add("--output", type=Path, default=Path("findings"), help="folder (default: %(default)s)")
-        add("--device", default="cuda" if cuda else "cpu", help='or "auto" (default: %(default)s)')
+            add("--question", help="what to ask (default: when something happens in that clip)")
+            add("--fps", type=float, help="frames per second to read (default: up to 4, within --max_tokens)")
+            add("--max_tokens", type=int, help="most tokens of video and text together (default: 131072)")
+        add("--output", type=Path, default=Path("findings"), help="folder to write to")
+        add_device(command)
     return parser
 
 

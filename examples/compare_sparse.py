@@ -10,11 +10,10 @@ each method and length of the prompt, up to the next power of two of vision toke
     accuracy   share of right answers
     error      of each layer's attention output against the dense model's, relative, over all tokens of the prompt
     seconds    of the decoder's prefill, median; here no method but dense and merged has code made to be fast
-The parameter of each baseline (`sparse_baselines.py`) is set per length, by bisection on a few prompts, so that it
+The parameter of each baseline (`lib/sparse_baselines.py`) is set per length, by bisection on a few prompts, so that it
 computes the share that the first of the settings computes. A later run with other settings adds its rows to OUTPUT.
 """
 
-import argparse
 import json
 import statistics
 import sys
@@ -24,11 +23,12 @@ from pathlib import Path
 
 import torch
 import transformers
-from sparse_baselines import METHODS, Prefill
 
-from data import Drop, load_samples
-from evaluate import Prompts, answer, is_correct, list_questions, normalise
-from videonsa import nsa_torch
+from lib.answering import Prompts, Question, answer, is_correct, list_questions, normalise
+from lib.data import Drop, Sample, load_samples
+from lib.options import OptionParser, add_device
+from lib.sparse_baselines import METHODS, Prefill
+from videonsa import nsa_merged
 from videonsa.configuration_videonsa import NSA_FIELDS
 from videonsa.modeling_videonsa import VideoNSAForConditionalGeneration
 from videonsa.processing_videonsa import VideoNSAProcessor
@@ -51,14 +51,14 @@ class Prefills:
             self.decoder.register_forward_hook(self.stop, with_kwargs=True),
             *(layer.self_attn.register_forward_hook(self.keep) for layer in self.decoder.layers),
         ]
-        self.select = nsa_torch._select
-        nsa_torch._select = self.count
+        self.select = nsa_merged.choose
+        nsa_merged.choose = self.count
         return self
 
     def __exit__(self, *_):
         for hook in self.hooks:
             hook.remove()
-        nsa_torch._select = self.select
+        nsa_merged.choose = self.select
 
     def start(self, module, args, kwargs):
         self.began = time.perf_counter()
@@ -143,15 +143,7 @@ def compare(args) -> dict:
     model = VideoNSAForConditionalGeneration.from_pretrained(args.model, nsa_variant="merged", nsa_backend="torch")
     model = model.to(args.device).eval()
     processor = VideoNSAProcessor.from_pretrained(args.model, trust_remote_code=True)
-    samples, drops = load_samples([args.data], processor)
-    by_length = defaultdict(list)
-    for sample in samples:
-        by_length[1 << (sample.vision_tokens - 1).bit_length()].append(sample)
-    lengths = sorted(args.lengths or by_length)
-    if not lengths or not {*lengths} <= by_length.keys():
-        there = ", ".join(map(str, sorted(by_length))) or f"none; {len(drops)} samples were dropped"
-        raise ValueError(f"--lengths {args.lengths} must be among those of the data: {there}")
-    baselines = {name: METHODS[name] for name in args.baselines}
+    by_length = group_by_length(args, processor)
     result = {
         "model": Path(args.model).name,
         "data": Path(args.data).parent.name,
@@ -161,46 +153,68 @@ def compare(args) -> dict:
         "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
     }
     rows = read_rows(Path(args.output), result)
-    for length in lengths:
-        questions = [list_questions(sample) for sample in by_length[length][: args.clips]]
-        prompts, vision_of = [], {}
-        for made in map(Prompts(questions, processor).__getitem__, range(len(questions))):
-            if isinstance(made, Drop):
-                raise ValueError(f"{made.id}: {made.reason}")
-            prompts += made
-        for question, prompt in prompts:
-            vision_of[question.id] = model.model.token_types(prompt["input_ids"]) > 0
-
-        def run_one(prompt, method, vision):
-            return run(model, processor, prompt, method, vision, args.max_new_tokens)
-
-        methods = {json.dumps(setting): (lambda vision, setting=setting: setting) for setting in settings}
-        few = [(prompt, vision_of[question.id]) for question, prompt in prompts[:: max(1, len(prompts) // args.tune)]]
-        wanted = statistics.fmean(run_one(prompt, settings[0], vision)[1] for prompt, vision in few)
-        for name, kind in baselines.items():
-            level = calibrate(
-                lambda prompt, method: run_one(prompt, method, method.vision),
-                few, kind, wanted, model.config.block_size,
-            )  # fmt: skip
-            methods[name] = lambda vision, kind=kind, level=level: kind(level, vision, model.config.block_size)
-
-        records = defaultdict(list)
-        for question, prompt in prompts:
-            vision = vision_of[question.id]
-            text, _, dense, seconds = run_one(prompt, DENSE, vision)
-            truth = [text, question.expected, question.type]
-            records[DENSE].append((*truth, text, 1.0, [0.0] * len(dense), seconds))
-            for name, make in methods.items():
-                other, share, outputs, seconds = run_one(prompt, make(vision), vision)
-                errors = [float((a - b).norm() / b.norm()) for a, b in zip(outputs, dense, strict=True)]
-                records[name].append((*truth, other, share, errors, seconds))
-        matched = json.dumps(settings[0])
+    for length, samples in by_length.items():
+        prompts = make_prompts(model, processor, samples)
+        records = ask_all_methods(model, processor, prompts, settings, args)
         for name, entries in records.items():
-            row = {"matched": matched, **summary(name, length, len(questions), entries)}
+            row = {"matched": json.dumps(settings[0]), **summary(name, length, len(samples), entries)}
             rows = [other for other in rows if any(other[key] != row[key] for key in KEYS)] + [row]
             print(format_row(row), flush=True)
         Path(args.output).write_text(json.dumps({**result, "rows": rows}, indent=1) + "\n")
     return {**result, "rows": rows}
+
+
+def group_by_length(args, processor) -> dict[int, list[Sample]]:
+    """The first samples of each length: of vision tokens, up to the next power of two."""
+    samples, drops = load_samples([args.data], processor)
+    by_length = defaultdict(list)
+    for sample in samples:
+        by_length[1 << (sample.vision_tokens - 1).bit_length()].append(sample)
+    lengths = sorted(args.lengths or by_length)
+    if not lengths or not {*lengths} <= by_length.keys():
+        there = ", ".join(map(str, sorted(by_length))) or f"none; {len(drops)} samples were dropped"
+        raise ValueError(f"--lengths {args.lengths} must be among those of the data: {there}")
+    return {length: by_length[length][: args.clips] for length in lengths}
+
+
+def make_prompts(model, processor, samples: list[Sample]) -> list[tuple[Question, dict, torch.Tensor]]:
+    """Each question with its model inputs and, bool [tokens], which of these are vision."""
+    prompts = []
+    made = Prompts([list_questions(sample) for sample in samples], processor)
+    for found in map(made.__getitem__, range(len(made))):
+        if isinstance(found, Drop):
+            raise ValueError(f"{found.id}: {found.reason}")
+        prompts += [(*pair, model.model.token_types(pair[1]["input_ids"]) > 0) for pair in found]
+    return prompts
+
+
+def ask_all_methods(model, processor, prompts: list, settings: list[dict], args) -> dict[str, list[tuple]]:
+    """Records of the answers of each method, for `summary`. Baselines compute as many pairs as the first settings."""
+
+    def run_one(prompt, method, vision):
+        return run(model, processor, prompt, method, vision, args.max_new_tokens)
+
+    block_size = model.config.block_size
+    methods = {json.dumps(setting): (lambda vision, setting=setting: setting) for setting in settings}
+    few = [(prompt, vision) for _, prompt, vision in prompts[:: max(1, len(prompts) // args.tune)]]
+    wanted = statistics.fmean(run_one(prompt, settings[0], vision)[1] for prompt, vision in few)
+    for name in args.baselines:
+        kind = METHODS[name]
+        level = calibrate(
+            lambda prompt, method: run_one(prompt, method, method.vision), few, kind, wanted, block_size
+        )  # fmt: skip
+        methods[name] = lambda vision, kind=kind, level=level: kind(level, vision, block_size)
+
+    records = defaultdict(list)
+    for question, prompt, vision in prompts:
+        text, _, dense, seconds = run_one(prompt, DENSE, vision)
+        truth = [text, question.expected, question.type]
+        records[DENSE].append((*truth, text, 1.0, [0.0] * len(dense), seconds))
+        for name, make in methods.items():
+            other, share, outputs, seconds = run_one(prompt, make(vision), vision)
+            errors = [float((a - b).norm() / b.norm()) for a, b in zip(outputs, dense, strict=True)]
+            records[name].append((*truth, other, share, errors, seconds))
+    return records
 
 
 def read_rows(output: Path, result: dict) -> list[dict]:
@@ -297,7 +311,7 @@ def family(method: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OptionParser(description=__doc__)
     parser.add_argument("model", help="folder or Hub id of a VideoNSA or stock Qwen2.5-VL checkpoint")
     parser.add_argument("data", help=".json or .jsonl file of conversations")
     parser.add_argument("output", help="JSON file to write")
@@ -306,12 +320,14 @@ def main() -> None:
         "--settings", nargs="+", default=['{"block_count": 32}'], metavar="JSON",
         help='fields of merged, such as \'{"block_count": 8, "block_per_head": true}\'; baselines match the first',
     )  # fmt: skip
-    parser.add_argument("--baselines", nargs="*", default=list(METHODS), choices=METHODS, help="(default: all)")
-    parser.add_argument("--lengths", nargs="+", type=int, help="only these, powers of two of vision tokens")
-    parser.add_argument("--clips", type=int, default=25, help="samples of each length (default: 25)")
-    parser.add_argument("--tune", type=int, default=4, help="prompts to set a baseline's parameter on (default: 4)")
-    parser.add_argument("--max-new-tokens", type=int, default=12, help="longest answer (default: 12)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--baselines", nargs="*", default=list(METHODS), choices=METHODS, help="methods to compare with (default: all)"
+    )
+    parser.add_argument("--lengths", nargs="+", type=int, help="lengths in vision tokens, powers of two (default: all)")
+    parser.add_argument("--clips", type=int, default=25, help="samples of each length")
+    parser.add_argument("--tune", type=int, default=4, help="prompts that the parameter of a baseline is set on")
+    parser.add_argument("--max_new_tokens", type=int, default=12, help="most tokens of an answer")
+    add_device(parser, auto=False)
     args = parser.parse_args()
     try:
         result = compare(args)

@@ -10,27 +10,22 @@ the code files of that repository (`trust_remote_code=True`), as users of it do;
 (Enxin/VideoNSA), which has none, those of this project.
 """
 
-import argparse
 import shlex
-import shutil
 import sys
 import tempfile
 import time
 import warnings
 from pathlib import Path
 
-import torch
-from transformers import AutoConfig, AutoModel, AutoProcessor, TextStreamer
+from transformers import TextStreamer
 from transformers.utils import logging
 
-import convert
-from make_needle_videos import Settings, make_sample
-from videonsa.configuration_videonsa import is_public
-from videonsa.modeling_videonsa import VideoNSAForConditionalGeneration
+from lib.fields import SIZES, add_fields
+from lib.loading import CLIP, UNSEEN, assemble_tiny_model, load, read, report
+from lib.needles import make_sample
+from lib.options import OptionParser, add_device
 
 QUESTION = "What happens in this video?"
-CLIP = Settings(seconds=(8.0,), questions=("colour", "shape", "where", "when"))
-UNSEEN = 3  # the place of the split in the seeds of clips; training, validation and test have 0 to 2
 SEED = 1  # of the clip whose questions the tiny model answers on every machine
 TRUTH_COLUMN = 10  # characters of an answer before the truth stands beside it
 
@@ -53,52 +48,6 @@ class TimedStreamer(TextStreamer):
         print(text, end="", flush=True)
 
 
-def assemble_tiny_model(folder: Path) -> Path:
-    """A repository, in the new folder `folder`, of the weights in `tiny/` and the code files of this project."""
-    shutil.copytree(Path(__file__).with_name("tiny"), folder)
-    convert.copy_code(folder)
-    return folder
-
-
-def load(model: str, variant: str | None, device: str):
-    """(model, processor) of a VideoNSA repository, or of a checkpoint in the layout of the public one."""
-    config = AutoConfig.from_pretrained(model, trust_remote_code=True)
-    if is_public(config.to_dict()):
-        report("layout", f"the public VideoNSA checkpoint's, so nsa_variant={variant or 'released'}")
-        options = {} if variant is None else {"nsa_variant": variant}
-        loaded = VideoNSAForConditionalGeneration.from_pretrained(model, dtype="auto", device_map=device, **options)
-        return loaded.eval(), convert.load_processor(model)
-    if config.model_type != "videonsa":
-        raise ValueError(
-            f"--model {model} is a {config.model_type} checkpoint, not a VideoNSA repository; "
-            f"make one with: python examples/convert.py {model} OUTPUT"
-        )
-    if variant is not None:
-        config.nsa_variant = variant
-    options = {"trust_remote_code": True, "dtype": "auto", "device_map": device}
-    loaded = AutoModel.from_pretrained(model, config=config, **options).eval()
-    return loaded, AutoProcessor.from_pretrained(model, trust_remote_code=True)
-
-
-def report(label: str, text: str) -> None:
-    print(f"{label:<10}{text}", flush=True)
-
-
-def read(processor, video: str, question: str, **settings):
-    """(model inputs of a question about a video, metadata of what was read of it)."""
-    messages = [{"role": "user", "content": [{"type": "video", "video": video}, {"type": "text", "text": question}]}]
-    inputs = processor.apply_chat_template(
-        messages,
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        processor_kwargs={"return_metadata": True, **settings},
-    )
-    del inputs["timestamps"]
-    return inputs, inputs.pop("video_metadata")[0]
-
-
 def report_reading(model, video: str, metadata, inputs) -> None:
     """Print what was read of a video, and what the sparse attention saves."""
     report("video", f"{video}: {metadata.duration:.1f} s of {metadata.width} × {metadata.height}")
@@ -117,7 +66,7 @@ def answer(model, processor, inputs, max_new_tokens: int, truth: str | None = No
     output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer)
     ends = model.generation_config.eos_token_id
     complete = int(output[0, -1]) in (ends if isinstance(ends, list) else [ends])
-    rest_of_line = "" if complete else " … (cut: --max-new-tokens)"
+    rest_of_line = "" if complete else " … (cut: --max_new_tokens)"
     right = None
     if truth is not None:
         right = complete and streamer.text.strip() == truth
@@ -146,23 +95,23 @@ def summarise(answers: list[bool], *, fixed: bool, seed: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OptionParser(description=__doc__)
     parser.add_argument("--model", help="folder or Hub id of a VideoNSA repository (default: the tiny trained one)")
     parser.add_argument("--video", help=f"file or URL (default: a clip of {CLIP.seconds[0]:g} s, made on the spot)")
-    parser.add_argument("--question", help=f"(default: for a clip made on the spot, what it shows; else: {QUESTION})")
-    parser.add_argument("--seed", type=int, help=f"of that clip (default: {SEED})")
-    parser.add_argument("--fps", type=float, help="frames per second to read (default: up to 4, within --max-tokens)")
-    parser.add_argument("--max-tokens", type=int, help="of video and text together (default: 131072)")
-    parser.add_argument("--prefer", help="if they do not suffice: pixels, frames or balanced (default: pixels)")
-    parser.add_argument("--max-new-tokens", type=int, help="(default: 128; 16 where the truth is known)")
     parser.add_argument(
-        "--variant", help="what vision tokens compute: paper, released, merged or dense (default: the checkpoint's)"
+        "--question", help=f"what to ask (default: {QUESTION} Of a clip made on the spot: all questions about it)"
+    )
+    parser.add_argument("--seed", type=int, help=f"seed of the clip made on the spot (default: {SEED})")
+    parser.add_argument("--fps", type=float, help="frames per second to read (default: up to 4, within --max_tokens)")
+    parser.add_argument("--max_tokens", type=int, help="most tokens of video and text together (default: 131072)")
+    parser.add_argument(
+        "--prefer", help="what to keep if these do not suffice: pixels, frames or balanced (default: pixels)"
     )
     parser.add_argument(
-        "--device",
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help='or "auto", which spreads a large model over all GPUs (default: %(default)s)',
+        "--max_new_tokens", type=int, help="most tokens of an answer (default: 128; 16 if the right one is known)"
     )
+    add_fields(parser, "nsa_variant")
+    add_device(parser)
     args = parser.parse_args()
     settings = {name: getattr(args, name) for name in ("fps", "max_tokens", "prefer")}
     settings = {name: value for name, value in settings.items() if value is not None}
@@ -187,10 +136,9 @@ def main() -> None:
 def ask(args, folder: Path, seed: int, settings: dict) -> list[bool]:
     """Ask what the command line says; returns which answers were right, if that is known."""
     source = args.model or str(assemble_tiny_model(folder / "tiny-videonsa"))
-    model, processor = load(source, args.variant, args.device)
+    model, processor = load(source, args.nsa_variant, args.device)
     size = f"{sum(p.numel() for p in model.parameters()) / 1e6:,.1f} M parameters"
-    fields = ("nsa_variant", "block_size", "block_count", "window_size")
-    values = ", ".join(f"{field}={getattr(model.config, field)}" for field in fields)
+    values = ", ".join(f"{field}={getattr(model.config, field)}" for field in ("nsa_variant", *SIZES))
     name = args.model or "tiny VideoNSA, trained on clips like the following"
     report("model", f"{name} ({size}, {model.dtype}, {model.device}; {values})")
 

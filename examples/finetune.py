@@ -5,9 +5,9 @@
     accelerate launch --config_file examples/accelerate/fsdp2.yaml examples/finetune.py \\
         --config examples/recipes/paper.yaml --model VideoNSA-7B --train_data llava-video.json --output_dir tuned
 
-`--config` names a YAML or JSON file of options; the command line goes before it. All options of transformers'
-`TrainingArguments` are options here too. `--model` must be a VideoNSA repository (make one with `convert.py`), whose
-code files run and are saved with the result. `data.py` says what data may look like.
+`--config` names a YAML or JSON file of options; the command line overrides it. All options of transformers'
+`TrainingArguments` are options here, too. `--model` must be a VideoNSA repository (make one with `convert.py`), whose
+code files run and are saved with the result. `lib/data.py` says what data may look like.
 
 OUTPUT_DIR becomes a repository that loads with `trust_remote_code=True`; with LoRA it holds the merged model, and
 `adapter/` the adapter. Beside it stand the checkpoints, the TensorBoard logs (`runs/`), and what was not used of the
@@ -16,7 +16,6 @@ data: `dropped.jsonl` from the checks at the start, `skipped.jsonl` from reading
 
 import argparse
 import contextlib
-import hashlib
 import json
 import logging
 import math
@@ -26,10 +25,8 @@ import shutil
 import statistics
 import sys
 import tempfile
-import time
-import zipfile
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -37,130 +34,129 @@ import torch
 import yaml
 from accelerate.utils import broadcast_object_list
 from huggingface_hub import HfApi
-from safetensors import SafetensorError, safe_open
-from torch import nn
-from torch.distributed.fsdp import FSDPModule
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
     HfArgumentParser,
-    PrinterCallback,
-    ProgressCallback,
-    Trainer,
-    TrainerCallback,
     TrainingArguments,
     set_seed,
 )
+from transformers.hf_argparser import HfArg
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from card import write_card
-from data import IGNORED, Collator, ConversationDataset, Drop, Sample, load_samples, packed_positions
+from lib.card import write_card
+from lib.data import Collator, ConversationDataset, Drop, Sample, load_samples
+from lib.fields import MEANINGS, FieldArguments, given_fields
+from lib.loading import check_repository
+from lib.options import HelpFormatter, Underscores
+from lib.resuming import check_options, check_weights, describe_data, find_resume
+from lib.training import PARTS, VideoTrainer, part_of, unsharded_class
 from videonsa.configuration_videonsa import NSA_FIELDS
 
-PARTS = ("language", "merger", "vision", "gates")
-BRANCHES = ("compression", "selection", "window")
 LORA_TARGETS = {
     "language": r".*language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)",
     "vision": r".*visual\.blocks\.\d+\.(attn\.(qkv|proj)|mlp\.(gate|up|down)_proj)",
 }
 DRY_RUN_STEPS = 4
 
+USAGE = "usage: finetune.py --model MODEL --train_data FILE [FILE ...] --output_dir FOLDER [options]"
+# Options in the order of --help. What is not here is of transformers' Trainer and comes last.
+TOPICS = {
+    "what to run": ("help", "config", "model", "output_dir", "dry_run", "resume_from_checkpoint"),
+    "data": (
+        *("train_data", "eval_data", "media_root", "max_length", "packing"),
+        *("fps", "max_pixels", "max_frames", "clip_frames", "check_threads"),
+    ),
+    "method: which weights are trained, and how": (
+        *("method", "train_language", "train_merger", "train_vision"),
+        *("lora_rank", "lora_alpha", "lora_dropout", "dtype"),
+    ),
+    "attention: fields of the configuration": (*MEANINGS, "attn_implementation"),
+    "learning rates": ("learning_rate", "gate_learning_rate", "merger_learning_rate", "vision_learning_rate"),
+    "options of the Trainer with another default": (
+        *("per_device_train_batch_size", "per_device_eval_batch_size", "logging_steps"),
+        *("dataloader_num_workers", "report_to", "hub_strategy"),
+    ),
+}
+TRAINER_TOPIC = "all other options of the Trainer"
 
-@dataclass
-class ModelArguments:
-    """What is trained."""
 
-    model: str = field(metadata={"help": "folder or Hub id of a VideoNSA repository"})
-    method: Literal["full", "lora", "gates"] = field(
+@dataclass(kw_only=True)
+class ModelArguments(FieldArguments):
+    """What is trained, and with which fields of the configuration."""
+
+    model: str = HfArg(help="folder or Hub id of a VideoNSA repository")
+    method: Literal["full", "lora", "gates"] = HfArg(
         default="full",
-        metadata={
-            "help": "full: all weights of the trained parts; lora: low-rank adapters for them; gates: the gates only. "
-            "The gates are trained and saved in every case"
-        },
+        help="full: all weights of the trained parts; lora: low-rank adapters for them; gates: the gates alone. "
+        "Every method trains and saves the gates",
     )
-    train_language: bool = field(default=True, metadata={"help": "train the language model (full, lora)"})
-    train_merger: bool = field(default=True, metadata={"help": "train what maps vision to language (full, lora)"})
-    train_vision: bool = field(default=False, metadata={"help": "train the vision tower (full, lora)"})
-    lora_rank: int = field(default=16, metadata={"help": "rank of the adapters"})
-    lora_alpha: int = field(default=32, metadata={"help": "their scale: alpha / rank"})
-    lora_dropout: float = field(default=0.05, metadata={"help": "dropout before the adapters"})
-    dtype: Literal["auto", "float32", "bfloat16"] = field(
+    train_language: bool = HfArg(default=True, help="train the language model (full, lora)")
+    train_merger: bool = HfArg(default=True, help="train the merger, which maps vision to language (full, lora)")
+    train_vision: bool = HfArg(default=False, help="train the vision tower (full, lora)")
+    lora_rank: int = HfArg(default=16, help="rank of the adapters")
+    lora_alpha: int = HfArg(default=32, help="adapter updates are scaled by lora_alpha / lora_rank")
+    lora_dropout: float = HfArg(default=0.05, help="dropout before the adapters")
+    dtype: Literal["auto", "float32", "bfloat16"] = HfArg(
         default="auto",
-        metadata={
-            "help": "of the weights in training. auto: float32 for what is trained, so that small updates count, and "
-            "with --bf16 the checkpoint's own for what is frozen under lora and gates. bfloat16 for all saves memory, "
-            "but loses updates below about 1/256 of a weight"
-        },
+        help="dtype of the weights in training. auto: float32 for trained weights, so that small updates count; "
+        "frozen weights keep the checkpoint's with --bf16 and --method lora or gates. bfloat16 saves memory, but "
+        "loses updates below about 1/256 of a weight",
     )
-    attn_implementation: str | None = field(
+    attn_implementation: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "attention of the vision tower and of what is dense: sdpa, flash_attention_2, ... (default: "
-            "transformers' choice); eager is twice as fast on a CPU with --bf16 and short samples"
-        },
+        help="attention of the vision tower and of text tokens: sdpa, flash_attention_2, ... (default: "
+        "transformers' choice). On a CPU with --bf16 and short samples, eager is twice as fast",
     )
-    nsa_variant: str | None = field(
-        default=None, metadata={"help": "paper, released, merged or dense (default: the model's)"}
-    )
-    block_size: int | None = field(default=None, metadata={"help": "vision tokens per block (default: the model's)"})
-    block_count: int | None = field(default=None, metadata={"help": "blocks per vision query (default: the model's)"})
-    window_size: int | None = field(default=None, metadata={"help": "tokens in the window (default: the model's)"})
-    gate_temperature: float | None = field(default=None, metadata={"help": "of the gates (default: the model's)"})
 
 
 @dataclass
 class DataArguments:
     """What it is trained on."""
 
-    train_data: list[str] = field(
-        metadata={"help": ".json or .jsonl files of conversations; FILE%%50 takes a random half of one"}
-    )
-    eval_data: list[str] | None = field(default=None, metadata={"help": "the same, for the loss during training"})
-    media_root: list[str] | None = field(
+    train_data: list[str] = HfArg(help=".json or .jsonl files of conversations; FILE%%50 takes a random half of one")
+    eval_data: list[str] | None = HfArg(default=None, help="data files for the loss during training")
+    media_root: list[str] | None = HfArg(
         default=None,
-        metadata={
-            "help": "folders that media paths are relative to: one for all files, or one for each file of train_data "
-            "and then of eval_data (default: the folder of each file)"
-        },
+        help="folders that media paths are relative to: one for all files, or one for each file of train_data "
+        "and then of eval_data (default: the folder of each file)",
     )
-    max_length: int = field(default=36864, metadata={"help": "most tokens of a sample, or of a pack"})
-    packing: bool = field(
-        default=False, metadata={"help": "put samples together into sequences of up to max_length tokens"}
+    max_length: int = HfArg(default=36864, help="most tokens of a sample or a pack; longer samples are dropped")
+    packing: bool = HfArg(default=False, help="put samples together into sequences of up to max_length tokens")
+    fps: float | None = HfArg(default=None, help="frames per second (default: the processor's)")
+    max_pixels: int | None = HfArg(default=None, help="most pixels per frame (default: the processor's)")
+    max_frames: int | None = HfArg(default=None, help="most frames of a video; longer videos are sampled more sparsely")
+    clip_frames: list[int] | None = HfArg(
+        default=None, help="fewest and most sampled frames of a video; samples with others are dropped"
     )
-    fps: float | None = field(default=None, metadata={"help": "frames per second (default: the processor's)"})
-    max_pixels: int | None = field(default=None, metadata={"help": "most pixels per frame (default: the processor's)"})
-    max_frames: int | None = field(default=None, metadata={"help": "longer videos are sampled more sparsely"})
-    clip_frames: list[int] | None = field(
-        default=None, metadata={"help": "fewest and most sampled frames: drop samples with other videos"}
-    )
-    check_threads: int = field(default=16, metadata={"help": "media files opened at a time by the check at the start"})
+    check_threads: int = HfArg(default=16, help="media files opened at a time by the check at the start")
 
 
 @dataclass
 class FinetuneArguments(TrainingArguments):
     """TrainingArguments with rates per part and with defaults that suit long samples."""
 
-    gate_learning_rate: float | None = field(
-        default=None, metadata={"help": "of the gates (default: that of the rest)"}
+    gate_learning_rate: float | None = HfArg(default=None, help="learning rate of the gates (default: --learning_rate)")
+    merger_learning_rate: float | None = HfArg(
+        default=None, help="learning rate of the merger (default: --learning_rate)"
     )
-    merger_learning_rate: float | None = field(default=None, metadata={"help": "of the merger (default: the same)"})
-    vision_learning_rate: float | None = field(
-        default=None, metadata={"help": "of the vision tower (default: the same)"}
+    vision_learning_rate: float | None = HfArg(
+        default=None, help="learning rate of the vision tower (default: --learning_rate)"
     )
-    dry_run: bool = field(
+    dry_run: bool = HfArg(
         default=False,
-        metadata={
-            "help": f"check the data, train {DRY_RUN_STEPS} steps, print tokens per sample, what was dropped and the "
-            "time an epoch would take; save nothing"
-        },
+        help=f"check the data, train {DRY_RUN_STEPS} steps, print the tokens per sample, the dropped samples and "
+        "the time of an epoch; save nothing",
     )
-    per_device_train_batch_size: int = field(default=1, metadata={"help": "samples, or packs, per process and step"})
-    per_device_eval_batch_size: int = field(default=1, metadata={"help": "the same in evaluation"})
-    logging_steps: float = field(default=10, metadata={"help": "steps between logs; below 1, a share of all steps"})
-    dataloader_num_workers: int = field(default=2, metadata={"help": "processes that decode videos"})
-    report_to: None | str | list[str] = field(default="tensorboard", metadata={"help": "trackers, or none"})
-    hub_strategy: str = field(default="end", metadata={"help": "when to push: at the end only"})
+    per_device_train_batch_size: int = HfArg(default=1, help="samples or packs per process and step")
+    per_device_eval_batch_size: int = HfArg(default=1, help="samples or packs per process and step in evaluation")
+    logging_steps: float = HfArg(default=10, help="steps between logs; a value below 1 is a share of all steps")
+    dataloader_num_workers: int = HfArg(default=2, help="processes that decode videos")
+    report_to: None | str | list[str] = HfArg(
+        default="tensorboard", help="trackers, such as tensorboard; none turns them off"
+    )
+    hub_strategy: str = HfArg(default="end", help="end: push after training")
 
     def __post_init__(self):
         for name, allowed in (
@@ -187,178 +183,6 @@ class FinetuneArguments(TrainingArguments):
             )
 
 
-class Meter(TrainerCallback):
-    """Measures between two logs: tokens, the seconds of training (without evaluation and saving), and mean gates."""
-
-    def __init__(self, layers: int):
-        self.layers = layers
-        self.step_seconds = []
-        self.reset()
-
-    def reset(self) -> None:
-        self.tokens = self.seconds = 0.0
-        self.gates = 0.0  # [layers, 4]: sums over vision tokens of the gates of each branch, and the number of these
-
-    def count(self, inputs) -> None:
-        """Note a batch; the layers of the model then call `observe`, first layer first."""
-        mask = inputs.get("attention_mask")
-        self.tokens += inputs["input_ids"].numel() if mask is None else mask.sum()
-        self.batch = []
-
-    def observe(self, attention, q, k, v, gates: torch.Tensor, layout) -> torch.Tensor:
-        """Note the gates [vision tokens, heads, 3] of a layer."""
-        if attention.layer_idx == len(self.batch):  # gradient checkpointing computes layers a second time
-            sums = gates.detach().float().mean(1).sum(0)
-            self.batch.append(torch.cat([sums, sums.new_tensor([len(gates)])]))
-            if len(self.batch) == self.layers:
-                self.gates = self.gates + torch.stack(self.batch)
-        return gates
-
-    def on_train_begin(self, *args, **kwargs):
-        self.mark = time.perf_counter()
-
-    on_evaluate = on_save = on_train_begin
-
-    def on_step_end(self, *args, **kwargs):
-        now = time.perf_counter()
-        self.step_seconds.append(now - self.mark)
-        self.seconds += now - self.mark
-        self.mark = now
-
-    def read(self, accelerator) -> dict[str, float]:
-        """Tokens per second of all processes and the mean gates, since the last call."""
-        gates = torch.as_tensor(self.gates, device=accelerator.device) + torch.zeros(
-            self.layers, 4, device=accelerator.device
-        )
-        tokens = torch.as_tensor(self.tokens, dtype=torch.float64, device=accelerator.device)
-        gates, tokens = accelerator.reduce(gates, "sum"), accelerator.reduce(tokens, "sum")
-        logs = {"tokens_per_second": round(tokens.item() / max(self.seconds, 1e-9), 1)}
-        if gates[:, 3].min() > 0:
-            means = gates[:, :3] / gates[:, 3:]  # [layers, branches]
-            for branch, values in zip(BRANCHES, means.T.tolist(), strict=True):
-                logs[f"gate_{branch}"] = sum(values) / len(values)
-                logs |= {f"gate_{branch}/layer_{i:02}": value for i, value in enumerate(values)}
-        self.reset()
-        return logs
-
-
-class VideoTrainer(Trainer):
-    """Trainer with learning rates per part, packed samples, logits where there is a loss only, and a `Meter`."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        # Qwen2.5-VL says it does not take `num_items_in_batch`, but it does: with it, every token of a step counts the
-        # same, however it is split into batches and processes.
-        self.model_accepts_loss_kwargs = True
-        self.meter = Meter(self.model.config.text_config.num_hidden_layers)
-        self.add_callback(self.meter)
-        for callback in (ProgressCallback, PrinterCallback):
-            if self.pop_callback(callback):
-                self.add_callback(short_logs(callback))
-
-    def create_optimizer(self, *args, **kwargs):
-        """The Trainer's optimizer, its groups split by part."""
-        if self.optimizer is not None:
-            return super().create_optimizer(*args, **kwargs)
-        optimizer = super().create_optimizer(*args, **kwargs)
-        model = args[0] if args else kwargs.get("model") or self.model
-        parts = {parameter: part_of(name) for name, parameter in model.named_parameters()}
-        groups = []
-        for group in optimizer.param_groups:
-            for part in PARTS:
-                parameters = [p for p in group["params"] if parts[p] == part]
-                rate = {
-                    "gates": self.args.gate_learning_rate,
-                    "merger": self.args.merger_learning_rate,
-                    "vision": self.args.vision_learning_rate,
-                }.get(part)
-                if parameters:
-                    groups.append({**group, "params": parameters, "lr": group["lr"] if rate is None else rate})
-        optimizer.param_groups[:] = groups
-        return optimizer
-
-    def _prepare_inputs(self, inputs):
-        inputs = super()._prepare_inputs(inputs)
-        if "lengths" in inputs:
-            model = next(m for m in self.model.modules() if hasattr(m, "get_rope_index"))
-            inputs["position_ids"] = packed_positions(inputs, model.get_rope_index)
-            inputs = {name: x for name, x in inputs.items() if name not in ("lengths", "second_per_grid_ts")}
-        return inputs
-
-    def compute_loss(self, model, inputs, *args, **kwargs):
-        # At 36K tokens the logits of a vocabulary of 152K would take 22 GB; few positions have a loss.
-        shifted = nn.functional.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORED)
-        keep = (shifted != IGNORED).any(0).nonzero().squeeze(1)
-        inputs = {**inputs, "logits_to_keep": keep, "shift_labels": shifted[:, keep], "use_cache": False}
-        if model.training:
-            self.meter.count(inputs)
-            inputs["observe"] = self.meter.observe
-        return super().compute_loss(model, inputs, *args, **kwargs)
-
-    def _run_epoch(self, *args, **kwargs):
-        if self.state.global_step >= self.state.max_steps:  # resumed at its end: Trainer would make one step more
-            self.control.should_training_stop = True
-            return None
-        return super()._run_epoch(*args, **kwargs)
-
-    def prediction_step(self, model, inputs, *args, **kwargs):
-        inputs = self._prepare_inputs(inputs)
-        tokens = (inputs["labels"][:, 1:] != IGNORED).sum()
-        with torch.no_grad(), self.compute_loss_context_manager():
-            loss = self.compute_loss(model, inputs)
-        loss = torch.where(tokens > 0, loss, 0.0)
-        self.evaluated += torch.stack([loss.double() * tokens, tokens])
-        return loss, None, None
-
-    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
-        """As in Trainer, but the loss is the mean over tokens, however they are split into batches."""
-        self.evaluated = torch.zeros(2, dtype=torch.float64, device=self.args.device)  # sum of losses, tokens
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        total, tokens = self.accelerator.reduce(self.evaluated, "sum").tolist()
-        output.metrics[f"{metric_key_prefix}_loss"] = total / max(tokens, 1)
-        return output
-
-    def _save(self, *args, **kwargs):
-        with unsharded_class(self.model):
-            super()._save(*args, **kwargs)
-
-    def log(self, logs, *args, **kwargs):
-        if "loss" in logs:
-            logs = {**logs, **self.meter.read(self.accelerator)}
-        super().log(logs, *args, **kwargs)
-
-
-@contextlib.contextmanager
-def unsharded_class(model):
-    """Give a model its own class back to be saved: FSDP2 changes it, and its code would be saved as the model's."""
-    sharded = type(model)
-    model.__class__ = next(c for c in sharded.__mro__ if not issubclass(c, FSDPModule))
-    try:
-        yield
-    finally:
-        model.__class__ = sharded
-
-
-def short_logs(callback: type[TrainerCallback]) -> type[TrainerCallback]:
-    """A callback that prints logs, without the gates of every layer."""
-
-    class ShortLogs(callback):
-        def on_log(self, args, state, control, logs=None, **kwargs):
-            logs = {name: value for name, value in (logs or {}).items() if "/" not in name}
-            super().on_log(args, state, control, logs=logs, **kwargs)
-
-    return ShortLogs
-
-
-def part_of(name: str) -> str:
-    """Which of PARTS a parameter belongs to."""
-    if ".g_proj_" in name:
-        return "gates"
-    if "visual." in name:
-        return "merger" if "visual.merger." in name else "vision"
-    return "language"
-
-
 def trained_parts(arguments: ModelArguments) -> set[str]:
     """Those of PARTS that are trained."""
     chosen = () if arguments.method == "gates" else PARTS[:-1]
@@ -368,14 +192,9 @@ def trained_parts(arguments: ModelArguments) -> set[str]:
 def load_config(arguments: ModelArguments):
     """The model's configuration with the settings of the arguments."""
     config = AutoConfig.from_pretrained(arguments.model, trust_remote_code=True)
-    if config.model_type != "videonsa":
-        raise ValueError(
-            f"--model {arguments.model} is a {config.model_type} checkpoint, not a VideoNSA repository; "
-            f"make one with: python examples/convert.py {arguments.model} OUTPUT"
-        )
-    for name in ("nsa_variant", "block_size", "block_count", "window_size", "gate_temperature"):
-        if getattr(arguments, name) is not None:
-            setattr(config, name, getattr(arguments, name))
+    check_repository(arguments.model, config)
+    for name, value in given_fields(arguments).items():
+        setattr(config, name, value)
     if config.nsa_variant in ("merged", "dense") and trained_parts(arguments) == {"gates"}:
         raise ValueError(
             f"nothing would be trained: gates alone (--method gates) have no use in --nsa_variant {config.nsa_variant}"
@@ -506,87 +325,6 @@ def report_data(loaded, output: Path | None) -> None:
         (output / "dropped.jsonl").write_text("".join(lines))
 
 
-def find_resume(args: FinetuneArguments) -> str | None:
-    """The checkpoint to resume: the named one, or the last complete one.
-
-    Raises:
-        ValueError: there is none, it lacks something, or the folder holds checkpoints of another run.
-    """
-    output = Path(args.output_dir)
-    found = sorted(output.glob("checkpoint-*[0-9]"), key=lambda path: int(path.name.split("-")[-1]), reverse=True)
-    asked = args.resume_from_checkpoint
-    if asked is None or str(asked).lower() == "false":
-        if found:
-            raise ValueError(
-                f"--output_dir {output} holds {found[0].name}: resume it with "
-                "--resume_from_checkpoint last, or name another folder"
-            )
-        return None
-
-    last = str(asked).lower() in ("last", "true")
-    if not last:
-        if not Path(asked).is_dir():
-            raise ValueError(f"--resume_from_checkpoint must be a folder or last, got {asked}")
-        found = [Path(asked)]
-    refused = []
-    for folder in found:
-        reason = why_not_resumed(folder, args)
-        if reason is None:
-            if refused:
-                print(f"resumed from {folder.name}; " + "; ".join(refused))
-            return str(folder)
-        refused.append(f"{folder.name} {reason}")
-    if refused:
-        older = f"; nor are {len(refused) - 1} older ones" if len(refused) > 1 else ""
-        raise ValueError(f"--resume_from_checkpoint {asked}: {refused[0]}{older}")
-    raise ValueError(f"--resume_from_checkpoint {asked}: there is no checkpoint in {output}")
-
-
-def why_not_resumed(folder: Path, args: FinetuneArguments) -> str | None:
-    """What keeps a run from going on at a checkpoint, or None. Trainer would go on without what is missing."""
-    # DeepSpeed writes a file for each process. FSDP writes optimizer.bin or a folder.
-    shards = list(folder.glob("global_step*/*_optim_states.pt"))
-    deepspeed = args.deepspeed_plugin is not None
-    if shards and not deepspeed:
-        return "is of DeepSpeed: resume it with the same accelerate configuration"
-    if shards and len(shards) != args.world_size:
-        return f"is of {len(shards)} processes under DeepSpeed, and must be resumed by as many, not {args.world_size}"
-
-    weights = ["model.safetensors"]
-    if shards or list(folder.glob("pytorch_model_fsdp*")):
-        weights = []
-    elif (folder / "adapter_config.json").exists():
-        weights = ["adapter_model.safetensors"]
-    elif (index := folder / "model.safetensors.index.json").exists():
-        weights = sorted(set(json.loads(index.read_text())["weight_map"].values())) if is_whole(index) else [index.name]
-    missing = [name for name in (*weights, "scheduler.pt", "trainer_state.json") if not is_whole(folder / name)]
-    if deepspeed and not shards:
-        missing.append("global_step*/*_optim_states.pt")
-    elif not deepspeed and not any(is_whole(folder / f"optimizer{end}") for end in (".pt", ".bin", "_0")):
-        missing.append("optimizer.pt")
-    if not missing:
-        return None
-    hint = "" if "trainer_state.json" in missing else " (--save_only_model saves neither optimizer nor scheduler)"
-    return f"is not complete: {', '.join(missing)} missing or damaged{hint if 'scheduler.pt' in missing else ''}"
-
-
-def is_whole(path: Path) -> bool:
-    """Whether a file of a checkpoint is there to its end; a folder, whether it holds anything."""
-    try:
-        if path.suffix == ".json":
-            json.loads(path.read_text())
-        elif path.suffix == ".safetensors":
-            with safe_open(path, framework="pt"):
-                pass
-        elif path.is_dir():
-            return any(path.iterdir())
-        else:
-            return zipfile.is_zipfile(path)  # what torch.save writes; its directory stands at the end
-    except (OSError, ValueError, SafetensorError):
-        return False
-    return True
-
-
 def run_options(model: ModelArguments, config, args: FinetuneArguments) -> dict:
     """The options that make another run, or that Trainer would take from the checkpoint without a word."""
     names = ("method", "dtype", *(("lora_rank", "lora_alpha", "lora_dropout") if model.method == "lora" else ()))
@@ -597,72 +335,6 @@ def run_options(model: ModelArguments, config, args: FinetuneArguments) -> dict:
         **{name: getattr(config, name) for name in NSA_FIELDS if name != "nsa_backend"},
         **{name: getattr(args, name) for name in (*rates, "weight_decay", "optim")},
     }
-
-
-def describe_data(samples: list[Sample], settings: DataArguments, **options) -> dict:
-    """What the order of the data depends on."""
-    digest = hashlib.sha256(repr([(sample.id, sample.tokens) for sample in samples]).encode()).hexdigest()[:16]
-    described = {"samples": len(samples), "packing": settings.packing, "max_length": settings.max_length}
-    return {**described, "digest": digest, **options}
-
-
-def check_options(options: dict, data: dict, args: FinetuneArguments, resume: str | None) -> None:
-    """Refuse to resume with other options, or on other data, which would be in another order; keep what tells them in
-    data.json."""
-    now = json.loads(json.dumps({**options, **data}))  # lists for tuples, as in the file
-    if resume:
-        path = Path(resume).resolve().parent / "data.json"
-        if not path.is_file():
-            raise ValueError(
-                f"{path} is missing, which says how {Path(resume).name} was trained and on what: copy it from the "
-                "folder of that run"
-            )
-        before = {**now, **json.loads(path.read_text())}
-        changed = [name for name in now if before[name] != now[name]]
-        others = "; ".join(f"{name} {before[name]}, not {now[name]}" for name in changed if name in options)
-        if others:
-            raise ValueError(f"the checkpoint was trained with {others}")
-        if changed and not args.ignore_data_skip:
-            others = [name for name in changed if name not in ("samples", "digest")]
-            others = "".join(f"; {name} {before[name]} then, {now[name]} now" for name in others)
-            raise ValueError(
-                f"the data is not what the checkpoint was trained on ({before['samples']:,} samples then, "
-                f"{now['samples']:,} now{others}), so that the rest of it is not known; --ignore_data_skip "
-                "starts it over"
-            )
-    (Path(args.output_dir) / "data.json").write_text(json.dumps(now, indent=2) + "\n")
-
-
-def check_weights(model, folder: Path) -> None:
-    """Refuse a checkpoint whose weights are not those of the model, which Trainer would log and go on with.
-
-    Raises:
-        ValueError: names or shapes differ.
-    """
-    shapes = {}
-    for file in folder.glob("*model*.safetensors"):
-        with safe_open(file, framework="pt") as weights:
-            shapes |= {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118
-    wrong = f"{folder.name} does not hold the weights of this model"
-    if hasattr(model, "peft_config"):
-        from peft import get_peft_model_state_dict
-
-        expected = get_peft_model_state_dict(model).keys()
-        missing, unexpected = expected - shapes.keys(), shapes.keys() - expected
-    else:
-        # A model without memory takes the names as the true one will.
-        with torch.device("meta"):
-            skeleton = type(model)(model.config)
-            tensors = {name: torch.empty(shape) for name, shape in shapes.items()}
-        try:
-            result = skeleton.load_state_dict(tensors, strict=False)
-        except RuntimeError as error:
-            raise ValueError(f"{wrong}: {str(error).splitlines()[-1].strip()}") from error
-        missing = {name for name, _ in model.named_parameters()} & set(result.missing_keys)  # but tied ones
-        unexpected = result.unexpected_keys
-    for names, kind in ((missing, "not in it"), (unexpected, "not of the model")):
-        if names:
-            raise ValueError(f"{wrong}: {len(names)} are {kind}, such as {min(names)}")
 
 
 def publish(trainer: VideoTrainer, arguments: ModelArguments, saved: torch.dtype, note: str) -> None:
@@ -712,18 +384,29 @@ def report_time(trainer: VideoTrainer, steps_per_epoch: int) -> None:
     )
 
 
-class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Adds the default to the help of options that do not say it themselves."""
+class FinetuneParser(Underscores, HfArgumentParser):
+    """A parser whose help lists the options of `TOPICS` first."""
 
-    def _get_help_string(self, action):
-        return action.help if "(default:" in (action.help or "") else super()._get_help_string(action)
+    def format_help(self) -> str:
+        formatter = self._get_formatter()
+        formatter.add_text(USAGE)
+        formatter.add_text(self.description)
+
+        listed = {name for names in TOPICS.values() for name in names}
+        others = dict.fromkeys(action.dest for action in self._actions if action.dest not in listed)
+        for topic, names in {**TOPICS, TRAINER_TOPIC: others}.items():
+            formatter.start_section(topic)
+            for name in names:
+                formatter.add_arguments(action for action in self._actions if action.dest == name)
+            formatter.end_section()
+        return formatter.format_help()
 
 
 def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, FinetuneArguments]:
     """The three groups of options, of `--config FILE` and of the command line, which goes before it."""
     first = argparse.ArgumentParser(add_help=False)
     first.add_argument("--config", type=Path, help="YAML or JSON file of options")
-    parser = HfArgumentParser(
+    parser = FinetuneParser(
         (ModelArguments, DataArguments, FinetuneArguments),
         description=__doc__,
         parents=[first],
@@ -759,45 +442,24 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: Finetun
     resume = None if args.dry_run else on_main_process(args, find_resume, args)
     config = load_config(model_args)
     processor = load_processor(model_args.model, data_args)
-    seed = args.seed if args.data_seed is None else args.data_seed
-    loaded = on_main_process(args, load_data, data_args, processor, seed)
-    samples, held_out = loaded["train"][0], loaded["eval"][0]
-    if args.process_index == 0:
-        if not args.dry_run:
-            output.mkdir(parents=True, exist_ok=True)
-        report_data(loaded, None if args.dry_run else output)
-    if not samples:
-        raise ValueError("--train_data: no sample can be used")
-    if not held_out and args.eval_strategy != "no":
-        raise ValueError(f"--eval_strategy {args.eval_strategy} needs --eval_data with samples that can be used")
+    samples, held_out = open_data(data_args, args, processor)
 
     model, saved = load_model(model_args, config, args.bf16)
-    options = {
-        "max_length": data_args.max_length,
-        "capacity": data_args.max_length if data_args.packing else None,
-        "dtype": torch.bfloat16 if args.bf16 else torch.float32,
-        "skipped": None if args.dry_run else output / "skipped.jsonl",
-    }
-    train = ConversationDataset(samples, processor, **options)
-    multiple = args.world_size * args.per_device_eval_batch_size
-    evaluated = ConversationDataset(held_out, processor, multiple=multiple, **options) if held_out else None
+    skipped = None if args.dry_run else output / "skipped.jsonl"
+    train, evaluated = make_datasets(samples, held_out, processor, data_args, args, skipped)
     if args.process_index == 0:
-        if data_args.packing:
-            print(f"packing: {len(samples):,} samples in {len(train):,} sequences of up to {data_args.max_length:,}")
-        counts = Counter()
-        for name, parameter in model.named_parameters():
-            counts[part_of(name)] += (parameter.numel() or getattr(parameter, "ds_numel", 0)) * parameter.requires_grad
-        print("trained: " + ", ".join(f"{part} {count / 1e6:,.2f} M" for part, count in counts.items() if count))
-        if not args.dry_run and not resume:
-            options["skipped"].unlink(missing_ok=True)
+        report_training(model, samples, train, data_args)
+        if skipped and not resume:
+            skipped.unlink(missing_ok=True)
+
     per_step = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
-    if not args.dry_run:
-        described = describe_data(samples, data_args, seed=seed, batch=per_step)
-        on_main_process(args, check_options, run_options(model_args, config, args), described, args, resume)
+    if args.dry_run:
+        set_dry_run(args)
     else:
-        args.max_steps, args.logging_steps, args.report_to, args.push_to_hub = DRY_RUN_STEPS, 1, [], False
-        args.save_strategy = args.eval_strategy = "no"
-        args.output_dir = tempfile.gettempdir()  # Trainer makes the folder
+        described = describe_data(
+            samples, packing=data_args.packing, max_length=data_args.max_length, seed=data_seed(args), batch=per_step
+        )
+        on_main_process(args, check_options, run_options(model_args, config, args), described, args, resume)
     trainer = VideoTrainer(
         model=model,
         args=args,
@@ -806,7 +468,8 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: Finetun
         processing_class=processor,
         data_collator=Collator(processor, packed=data_args.packing, always_vision=args.world_size > 1),
     )
-    if resume and not trainer.is_deepspeed_enabled and not trainer.is_fsdp_enabled:  # these load strictly
+    # DeepSpeed and FSDP load strictly themselves.
+    if resume and not trainer.is_deepspeed_enabled and not trainer.is_fsdp_enabled:
         on_main_process(args, check_weights, model, Path(resume))
     result = trainer.train(resume_from_checkpoint=resume)
     if args.dry_run:
@@ -820,13 +483,80 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: Finetun
     )
     publish(trainer, model_args, saved, note)
     if args.process_index == 0:
-        print(f"wrote {output}")
-        if options["skipped"].exists():
-            count = len({json.loads(line)["id"] for line in options["skipped"].read_text().splitlines()})
-            print(f"{count:,} samples could not be read and were skipped: see {options['skipped']}")
+        report_output(output, skipped)
         if args.push_to_hub:
             push(output, trainer.hub_model_id, args.hub_revision, args.hub_token)
     return trainer
+
+
+def data_seed(args: TrainingArguments) -> int:
+    return args.seed if args.data_seed is None else args.data_seed
+
+
+def open_data(data_args: DataArguments, args: FinetuneArguments, processor) -> tuple[list[Sample], list[Sample]]:
+    """The samples to train on and those for evaluation; reports what is dropped."""
+    loaded = on_main_process(args, load_data, data_args, processor, data_seed(args))
+    if args.process_index == 0:
+        output = None if args.dry_run else Path(args.output_dir)
+        if output:
+            output.mkdir(parents=True, exist_ok=True)
+        report_data(loaded, output)
+
+    samples, held_out = loaded["train"][0], loaded["eval"][0]
+    if not samples:
+        raise ValueError("--train_data: no sample can be used")
+    if not held_out and args.eval_strategy != "no":
+        raise ValueError(f"--eval_strategy {args.eval_strategy} needs --eval_data with samples that can be used")
+    return samples, held_out
+
+
+def make_datasets(
+    samples: list[Sample],
+    held_out: list[Sample],
+    processor,
+    data_args: DataArguments,
+    args: FinetuneArguments,
+    skipped: Path | None,
+) -> tuple[ConversationDataset, ConversationDataset | None]:
+    """The data sets of training and of evaluation."""
+    options = {
+        "max_length": data_args.max_length,
+        "capacity": data_args.max_length if data_args.packing else None,
+        "dtype": torch.bfloat16 if args.bf16 else torch.float32,
+        "skipped": skipped,
+    }
+    train = ConversationDataset(samples, processor, **options)
+    if not held_out:
+        return train, None
+    multiple = args.world_size * args.per_device_eval_batch_size
+    return train, ConversationDataset(held_out, processor, multiple=multiple, **options)
+
+
+def set_dry_run(args: FinetuneArguments) -> None:
+    """Have the Trainer make a few steps and write nothing."""
+    args.max_steps = DRY_RUN_STEPS
+    args.logging_steps = 1
+    args.report_to = []
+    args.push_to_hub = False
+    args.save_strategy = args.eval_strategy = "no"
+    args.output_dir = tempfile.gettempdir()  # Trainer makes the folder
+
+
+def report_training(model, samples: list[Sample], train: ConversationDataset, data_args: DataArguments) -> None:
+    """Print how samples are packed, and how many weights of each part are trained."""
+    if data_args.packing:
+        print(f"packing: {len(samples):,} samples in {len(train):,} sequences of up to {data_args.max_length:,}")
+    counts = Counter()
+    for name, parameter in model.named_parameters():
+        counts[part_of(name)] += (parameter.numel() or getattr(parameter, "ds_numel", 0)) * parameter.requires_grad
+    print("trained: " + ", ".join(f"{part} {count / 1e6:,.2f} M" for part, count in counts.items() if count))
+
+
+def report_output(output: Path, skipped: Path) -> None:
+    print(f"wrote {output}")
+    if skipped.exists():
+        count = len({json.loads(line)["id"] for line in skipped.read_text().splitlines()})
+        print(f"{count:,} samples could not be read and were skipped: see {skipped}")
 
 
 def push(folder: Path, repo_id: str, revision: str | None, token: str | None) -> None:

@@ -58,7 +58,7 @@ def no_deprecated_calls():
 @pytest.fixture(scope="session")
 def stock_checkpoint(tmp_path_factory):
     """Folder of a stock Qwen2.5-VL repository with random weights: 2 layers, 7 query heads, 1 KV head."""
-    from tiny import make_stock_checkpoint
+    from lib.tiny import make_stock_checkpoint
 
     shape = {"hidden_size": 112, "num_attention_heads": 7, "num_key_value_heads": 1}
     folder = tmp_path_factory.mktemp("stock")
@@ -68,7 +68,7 @@ def stock_checkpoint(tmp_path_factory):
 @pytest.fixture(scope="session")
 def checkpoints(stock_checkpoint, tmp_path_factory):
     """Stock checkpoint folder of each of SHAPES."""
-    import tiny
+    from lib import tiny
     from prompts import SHAPES
 
     folder = tmp_path_factory.mktemp("stock")
@@ -108,7 +108,7 @@ def small(models):
 @pytest.fixture(scope="session")
 def tiny_repository(stock_checkpoint, tmp_path_factory):
     """Folder of a VideoNSA repository made of it: most blocks of a clip of a few seconds are not visible."""
-    from convert import convert
+    from lib.conversion import convert
 
     return convert(
         stock_checkpoint, tmp_path_factory.mktemp("videonsa") / "tiny", block_size=16, block_count=3, window_size=20
@@ -118,7 +118,7 @@ def tiny_repository(stock_checkpoint, tmp_path_factory):
 @pytest.fixture(scope="session")
 def needles(tmp_path_factory):
     """Folder of generated clips of 2 and 3 seconds and stills: train.json and .jsonl (12), validation (4), test (4)."""
-    from make_needle_videos import Settings, make_dataset
+    from lib.needles import Settings, make_dataset
 
     settings = Settings(seconds=(2.0, 3.0), needles=(1, 2), stills=0.25, size=84, turns=3)
     counts = {"train": 12, "validation": 4, "test": 4}
@@ -204,7 +204,7 @@ def processor(tmp_path_factory):
     """The processor of the miniature checkpoint."""
     from transformers import AutoImageProcessor, AutoTokenizer
 
-    import tiny
+    from lib import tiny
     from videonsa.processing_videonsa import VideoNSAProcessor, VideoNSAVideoProcessor
 
     stock = tiny.make_stock_checkpoint(tmp_path_factory.mktemp("stock"), hidden_size=112, num_hidden_layers=1)
@@ -219,7 +219,7 @@ def processor(tmp_path_factory):
 @pytest.fixture(scope="session")
 def clips(tmp_path_factory) -> Path:
     """A folder with `clip.mp4`: H.264, 8 s of 64 frames, 224 x 224."""
-    import tiny
+    from lib import tiny
 
     folder = tmp_path_factory.mktemp("clips")
     tiny.make_clip(folder / "clip.mp4")

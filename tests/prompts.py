@@ -6,7 +6,7 @@ from itertools import chain
 
 import torch
 
-import tiny
+from lib import tiny
 from videonsa.configuration_videonsa import VideoNSATextConfig
 from videonsa.modeling_videonsa import VideoNSAForConditionalGeneration, VideoNSATextModel
 

@@ -381,7 +381,7 @@ def make_public_checkpoint(
 
     block_counts, window_size: keys of config.json, left out where None; words: see `tiny.make_stock_checkpoint`.
     """
-    from tiny import make_stock_checkpoint
+    from lib.tiny import make_stock_checkpoint
 
     shape = {"hidden_size": 224, "num_attention_heads": 14, "num_key_value_heads": 2, "vision_hidden_size": 32}
     folder = make_stock_checkpoint(folder, num_hidden_layers=num_hidden_layers, seed=seed, words=words, **shape)

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import finetune
-from finetune import parse_arguments, part_of
+from finetune import parse_arguments
+from lib.training import part_of
 from videonsa.modeling_videonsa import VideoNSAForConditionalGeneration
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"

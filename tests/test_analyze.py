@@ -1,4 +1,4 @@
-"""analyze.py, observe.py and figures.py: every finding on the tiny model, its numbers against direct computation."""
+"""analyze.py, what it looks with: every finding on the tiny model, its numbers against direct computation."""
 
 import json
 import sys
@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import analyze
-import observe
-from demo import assemble_tiny_model, load
 from evaluate import evaluate
-from make_needle_videos import Settings, make_dataset
+from lib import observe
+from lib.loading import assemble_tiny_model, load
+from lib.needles import Settings, make_dataset
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +163,7 @@ def test_sinks_are_found_as_defined():
 
 
 def test_gates_are_those_of_the_hidden_states(run, tiny, prompts):
-    result = run("gates", "--limit", 2, "--max-new-tokens", 4, "--batch-size", 3)
+    result = run("gates", "--limit", 2, "--max_new_tokens", 4, "--batch_size", 3)
     model = tiny[0]
     hidden = [[] for _ in range(4)]
     handles = [
@@ -227,12 +227,12 @@ def test_the_answer_attends_as_its_queries_and_all_earlier_keys_say(seen):
 
 
 def test_transfer_counts_as_evaluate_does(run, folder, tmp_path):
-    result = run("transfer", "--max-new-tokens", 4, "--twin", folder / "tiny")
+    result = run("transfer", "--max_new_tokens", 4, "--twin", folder / "tiny")
     args = {"model": str(folder / "tiny"), "data": str(folder / "clips/test.jsonl"), "media_root": None, "limit": None}
     args |= {"fps": None, "max_frames": None, "batch_size": 1, "max_new_tokens": 4, "workers": 0, "device": "cpu"}
     answers = {}
     for name, variant in (("paper", None), ("dense, same weights", "dense")):
-        done = evaluate(SimpleNamespace(**args, variant=variant, output=str(tmp_path / f"{variant}.json")))
+        done = evaluate(SimpleNamespace(**args, nsa_variant=variant, output=str(tmp_path / f"{variant}.json")))
         assert done["accuracy"] == result["accuracy"][name]
         answers[name] = [entry["answered"] for entry in done["answers"]]
     assert result["accuracy"]["dense, dense-trained"] == result["accuracy"]["dense, same weights"]  # the twin is itself
@@ -242,7 +242,7 @@ def test_transfer_counts_as_evaluate_does(run, folder, tmp_path):
 
 
 def test_scaling_spends_the_context_as_asked_for(run):
-    result = run("scaling", "--frames", 4, 16, "--frame-tokens", 4, 16, "--max-new-tokens", 4)
+    result = run("scaling", "--frames", 4, 16, "--frame_tokens", 4, 16, "--max_new_tokens", 4)
     assert sum(row["questions"] for row in result["by_length"].values()) == 9
     tokens = {(c["frames"], c["frame_tokens"]): c["tokens"] for c in result["cells"]}
     text = tokens[4, 4] - 8
@@ -252,11 +252,11 @@ def test_scaling_spends_the_context_as_asked_for(run):
     winner = max(rivals, key=lambda cell: cell["accuracy"])
     assert len(rivals) == 2 and (best["frames"], best["frame_tokens"]) == (winner["frames"], winner["frame_tokens"])
     with pytest.raises(ValueError, match="no video has 1000 frames of 4 tokens"):
-        run("scaling", "--frames", 1000, "--frame-tokens", 4, "--max-new-tokens", 2)
+        run("scaling", "--frames", 1000, "--frame_tokens", 4, "--max_new_tokens", 2)
 
 
 def test_the_budget_has_the_trained_point_and_its_shares(run, tiny):
-    options = ["--budgets", 1, 2, "--window-shares", 0.5, "--max-new-tokens", 4]
+    options = ["--budgets", 1, 2, "--window_shares", 0.5, "--max_new_tokens", 4]
     result = run("budget", *options)
     cells = {(c["block_count"], c["window_size"]): c for c in result["cells"]}
     assert set(cells) == {(4, 32), (3, 48), (6, 96), (10, 32)}
@@ -268,7 +268,7 @@ def test_the_budget_has_the_trained_point_and_its_shares(run, tiny):
 
 
 def test_sinks_of_all_branches_add_up(run, seen, prompt):
-    options = ["--limit", 1, "--block-sizes", 16, 32, "--windows", 32]
+    options = ["--limit", 1, "--block_sizes", 16, 32, "--windows", 32]
     result = run("sinks", *options)
     found = result["branches"]
     assert list(found) == [*observe.BRANCHES, "gated", "dense"]
@@ -297,7 +297,7 @@ def test_latency_times_every_part(run):
 
 def test_looked_at_shows_the_frames_of_the_video(run, tiny, folder, tmp_path):
     clip = next((folder / "clips/test").glob("*.mp4"))
-    result = run("looked-at", "--video", clip, "--question", "What colour was it?", "--max-new-tokens", 4, data=False)
+    result = run("looked-at", "--video", clip, "--question", "What colour was it?", "--max_new_tokens", 4, data=False)
     t, h, w = result["grid"]
     assert len(result["seconds"]) == t and result["seconds"][:3] == [0.0, 0.5, 1.0] and (h, w) == (4, 4)
     assert list(result["frames"]) == ["early", "middle", "late", "answer"]

@@ -17,11 +17,15 @@ import pytest
 import yaml
 
 import app as app_module
-import demo
-import tiny
-from app import App, Limits, plan_html, refuse_private_addresses, sheet_html, timing_text, write_space
-from card import requirements
-from conversation import VideoChat
+from lib import tiny
+from lib.card import requirements
+from lib.conversation import VideoChat
+from lib.html import plan_html, sheet_html, timing_text
+from lib.loading import CLIP, UNSEEN, assemble_tiny_model, load
+from lib.needles import make_sample
+from lib.network import refuse_private_addresses
+from lib.space import write_space
+from lib.visits import App, Limits
 from videonsa import video_source
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -29,7 +33,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 
 @pytest.fixture(scope="module")
 def chat(tmp_path_factory):
-    return VideoChat(*demo.load(str(demo.assemble_tiny_model(tmp_path_factory.mktemp("tiny") / "model")), None, "cpu"))
+    return VideoChat(*load(str(assemble_tiny_model(tmp_path_factory.mktemp("tiny") / "model")), None, "cpu"))
 
 
 @pytest.fixture
@@ -79,7 +83,7 @@ def test_the_plan_follows_the_settings_and_says_why_it_cannot(app):
 
 
 def test_answers_are_streamed_and_later_ones_find_the_video_in_the_cache(app):
-    sample = demo.make_sample(app.files / "known", demo.CLIP, (1, demo.UNSEEN, 0))
+    sample = make_sample(app.files / "known", CLIP, (1, UNSEEN, 0))
     app.make_example("a", seed=1)
     assert app.visitors["a"].questions == tuple(item["question"] for item in sample["questions"])
     assert sample["needles"][0]["colour"] in app.visitors["a"].truth
@@ -268,8 +272,8 @@ def test_a_written_space_runs_its_own_files(tmp_path, monkeypatch):
     with pytest.raises(FileExistsError):
         write_space(space)
     program = (
-        "import json, sys, app, demo, pathlib, videonsa.video_reader as reader\n"
-        "chat = app.VideoChat(*demo.load(str(demo.assemble_tiny_model(pathlib.Path('model'))), None, 'cpu'))\n"
+        "import json, app, pathlib, lib.loading as loading, videonsa.video_reader as reader\n"
+        "chat = app.VideoChat(*loading.load(str(loading.assemble_tiny_model(pathlib.Path('model'))), None, 'cpu'))\n"
         "page = app.App(chat, 'files')\n"
         "page.make_example('a', seed=1)\n"
         "print(json.dumps([app.__file__, reader.__file__, list(page.ask('a', 'What appeared?'))[-1]]))"
@@ -336,6 +340,41 @@ def test_a_large_upload_is_refused_by_the_server(served):
         assert answer.status_code == expected
     (path,) = listing(app)
     (app.files / path).unlink()
+
+
+def call(server, page: dict, name: str, session: str, **given) -> list:
+    """What an event of the page returns, as a browser would ask for it; controls have their first values or `given`."""
+    number, event = next((i, x) for i, x in enumerate(page["dependencies"]) if x["api_name"] == name)
+    values = {component["id"]: component["props"].get("value") for component in page["components"]}
+    ids = {component["props"].get("elem_id"): component["id"] for component in page["components"]}
+    values |= {ids[control]: value for control, value in given.items()}
+    data = {"data": [values[i] for i in event["inputs"]], "fn_index": number, "session_hash": session}
+    request = urllib.request.Request(
+        f"{server}gradio_api/queue/join", json.dumps(data).encode(), {"Content-Type": "application/json"}
+    )
+    urllib.request.urlopen(request).close()
+    with urllib.request.urlopen(f"{server}gradio_api/queue/data?session_hash={session}") as stream:
+        messages = (json.loads(line[5:]) for line in stream if line.startswith(b"data:"))
+        done = next(message for message in messages if message["msg"] == "process_completed")
+    assert done["success"], done
+    return done["output"]["data"]
+
+
+def test_the_events_of_the_page_reach_the_app(served):
+    app, url = served
+    with urllib.request.urlopen(f"{url}config") as response:
+        page = json.load(response)
+    assert "A video of up to" in call(url, page, "plan", "me")[0]
+
+    video, panel, _, _, _, questions = call(url, page, "example", "me")
+    assert video["orig_name"] == "clip.mp4" and "256 of" in panel and questions["visible"]
+    chat, question, sheet, status = call(url, page, "answer", "me", question="What appeared?")
+    assert question == "" and "first token after" in status and sheet.count("<figure>") == 8
+    assert [turn["role"] for turn in chat] == ["user", "assistant"] and len(app.messages("me")) == 2
+
+    assert "Type a question" in call(url, page, "answer", "me", question=" ")[3]
+    assert call(url, page, "fetch", "me", url="file:///etc/passwd")[1].startswith("<p class='vn-error'")
+    assert call(url, page, "clear", "me")[0] is None and "me" not in app.visitors
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")

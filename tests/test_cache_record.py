@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache, StaticCache
 
-import tiny
+from lib import tiny
 from prompts import (
     IMAGE,
     MEDIA_KEYS,

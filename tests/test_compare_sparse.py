@@ -3,14 +3,14 @@
 import json
 import sys
 
-import compare_sparse
 import pytest
-import sparse_baselines
 import torch
-from sparse_baselines import METHODS, Prefill
 
-from demo import assemble_tiny_model
-from make_needle_videos import Settings, make_dataset
+import compare_sparse
+from lib import sparse_baselines
+from lib.loading import assemble_tiny_model
+from lib.needles import Settings, make_dataset
+from lib.sparse_baselines import METHODS, Prefill
 from prompts import MIXED, assert_close, generate, logits, make_inputs
 from videonsa.modeling_videonsa import VideoNSAForConditionalGeneration
 

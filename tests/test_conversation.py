@@ -7,28 +7,29 @@ import numpy as np
 import pytest
 import torch
 
-import demo
-from conversation import Conversation, VideoChat, count_choices, patch_frame, pick_moments
-from make_needle_videos import make_sample
+from lib.conversation import Conversation, VideoChat, pick_moments
+from lib.loading import CLIP, UNSEEN, assemble_tiny_model, load, read
+from lib.needles import make_sample
+from lib.observe import count_choices, patch_frame
 from videonsa.nsa_torch import compressed_attention, select_blocks
 from videonsa.video_reader import VideoFile
 
 
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory):
-    return demo.assemble_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
+    return assemble_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
 
 
 @pytest.fixture(scope="module")
 def chat(repository):
     """The trained tiny model."""
-    return VideoChat(*demo.load(str(repository), None, "cpu"))
+    return VideoChat(*load(str(repository), None, "cpu"))
 
 
 @pytest.fixture(scope="module")
 def talker(repository):
     """The same model, which comes to no end: it may not say that token."""
-    model, processor = demo.load(str(repository), None, "cpu")
+    model, processor = load(str(repository), None, "cpu")
     config = model.generation_config
     config.suppress_tokens, config.eos_token_id = [*config.suppress_tokens, config.eos_token_id], 10**6
     return VideoChat(model, processor)
@@ -36,7 +37,7 @@ def talker(repository):
 
 @pytest.fixture(scope="module")
 def sample(tmp_path_factory):
-    return make_sample(tmp_path_factory.mktemp("clip") / "clip", demo.CLIP, (1, demo.UNSEEN, 0))
+    return make_sample(tmp_path_factory.mktemp("clip") / "clip", CLIP, (1, UNSEEN, 0))
 
 
 def ask(chat, conversation, question, **kwargs) -> str:
@@ -47,7 +48,12 @@ def ask(chat, conversation, question, **kwargs) -> str:
 def test_later_questions_read_nothing_and_get_the_answers_of_the_whole_conversation(chat, sample, monkeypatch):
     conversation, calls = Conversation(sample["video"]), []
     handle = chat.model.model.visual.register_forward_hook(lambda *_: calls.append("vision tower"))
-    monkeypatch.setattr(demo, "read", lambda *args, read=demo.read, **kw: calls.append("video") or read(*args, **kw))
+
+    def read_and_note(*args, **settings):
+        calls.append("video")
+        return read(*args, **settings)
+
+    monkeypatch.setattr("lib.conversation.read", read_and_note)
     for i, item in enumerate(sample["questions"]):
         assert ask(chat, conversation, item["question"]) == item["answer"]
         assert calls == ["video", "vision tower"]
@@ -71,7 +77,7 @@ def test_an_answer_is_streamed_and_stops_when_told_and_the_next_one_is_that_of_t
     assert conversation.messages[-1]["content"][0]["text"] == seen[-1]
     conversation.stop.clear()
     ask(talker, conversation, "Where was it?", max_new_tokens=6)
-    inputs, _ = demo.read(talker.processor, sample["video"], "What appeared?", fps=1)
+    inputs, _ = read(talker.processor, sample["video"], "What appeared?", fps=1)
     ids = conversation.ids[None, :-6]
     whole = {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
     del whole["mm_token_type_ids"]
@@ -161,7 +167,7 @@ def test_planned_memory_is_what_the_cache_and_the_pixels_take(chat, sample):
     cache, pixels = chat.memory(plan)
     kept = sum(x.nbytes for layer in conversation.cache.layers[:-1] for x in (layer.keys, layer.values))
     assert cache == kept * plan.tokens / conversation.cache.get_seq_length()
-    inputs, _ = demo.read(chat.processor, sample["video"], "What appeared?", fps=2)
+    inputs, _ = read(chat.processor, sample["video"], "What appeared?", fps=2)
     assert pixels == inputs["pixel_values_videos"].nbytes
 
 

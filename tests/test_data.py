@@ -13,9 +13,8 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor
 
-import data
-import tiny
-from data import IGNORED, BadSample, Collator, ConversationDataset, load_samples, packed_positions
+from lib import data, tiny
+from lib.data import IGNORED, BadSample, Collator, ConversationDataset, load_samples, packed_positions
 from videonsa.modeling_videonsa import VideoNSAForConditionalGeneration
 
 ROOT = Path(__file__).resolve().parents[1]

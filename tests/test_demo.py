@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import demo
-import tiny
+from lib import tiny
 
 ROOT = Path(__file__).resolve().parents[1]
 LABELS = ("model", "video", "plan", "tokens", "budget", "question", "answer", "time")
@@ -95,7 +95,7 @@ def test_a_wrong_answer_about_the_fixed_clip_is_marked_and_ends_with_an_error(mi
     assert answers[1].split()[1:] == ["truth", "nowhere", "✗"]
 
 
-@pytest.mark.parametrize("options", [("--seed", 1), ("--fps", 4), ("--variant", "paper")])
+@pytest.mark.parametrize("options", [("--seed", 1), ("--fps", 4), ("--nsa_variant", "paper")])
 def test_a_wrong_answer_to_anything_else_is_no_error(mistaken, run_demo, options):
     lines = run_demo(*options)
     assert lines["answer"][1].endswith("✗")
@@ -103,8 +103,8 @@ def test_a_wrong_answer_to_anything_else_is_no_error(mistaken, run_demo, options
 
 
 def test_an_answer_that_is_cut_says_so_and_is_not_right(run_demo, monkeypatch):
-    assert run_demo("--seed", 1, "--max-new-tokens", 1)["answer"][0].split() == [
-        "start", "…", "(cut:", "--max-new-tokens)", "truth", "start", "✗",
+    assert run_demo("--seed", 1, "--max_new_tokens", 1)["answer"][0].split() == [
+        "start", "…", "(cut:", "--max_new_tokens)", "truth", "start", "✗",
     ]  # fmt: skip
     lines = run_demo("--seed", 1, "--question", "What colour was the star?")
     assert lines["answer"] == ["yellow"]
@@ -124,9 +124,9 @@ def test_deprecations_are_not_printed_into_an_answer(run_demo, monkeypatch, recw
 
 
 def test_a_repository_is_asked_about_a_given_video_in_either_variant(tiny_repository, clip, run_demo):
-    asked = ("--model", tiny_repository, "--video", clip, "--question", "Where is it?", "--max-new-tokens", 3)
+    asked = ("--model", tiny_repository, "--video", clip, "--question", "Where is it?", "--max_new_tokens", 3)
     for variant in ("paper", "dense"):
-        lines = run_demo(*asked, "--variant", variant, "--device", "cpu")
+        lines = run_demo(*asked, "--nsa_variant", variant, "--device", "cpu")
         assert f"nsa_variant={variant}" in lines["model"][0]
         assert lines["video"][0].startswith(f"{clip}: ")
         assert "12 frames of 168 × 84, 4 per second" in lines["plan"][0]  # 96 rounds to 3 * 28 = 84, 160 to 6 * 28
@@ -136,7 +136,7 @@ def test_a_repository_is_asked_about_a_given_video_in_either_variant(tiny_reposi
 
 
 def test_a_video_is_read_within_a_budget(tiny_repository, run_demo):
-    options = ("--max-tokens", 1100, "--prefer", "frames", "--fps", 2, "--max-new-tokens", 1)
+    options = ("--max_tokens", 1100, "--prefer", "frames", "--fps", 2, "--max_new_tokens", 1)
     (plan,) = run_demo("--model", tiny_repository, *options)["plan"]
     assert "16 frames of 84 × 84, 2 per second" in plan and "72 of 76 in all" in plan
 
@@ -145,7 +145,7 @@ def test_a_video_is_read_within_a_budget(tiny_repository, run_demo):
     ("options", "message"),
     [
         (["--video", "no-such-file.mp4"], "no-such-file.mp4"),
-        (["--variant", "sparse"], "nsa_variant must be one of"),
+        (["--nsa_variant", "sparse"], "nsa_variant must be one of"),
         (["--model", "{stock}"], "make one with: python examples/convert.py"),
     ],
 )

@@ -12,8 +12,10 @@ import torch
 from transformers import AutoProcessor
 
 import evaluate
-from data import load_samples
-from evaluate import Prompts, accuracy, format_table, is_correct, list_questions
+from evaluate import format_table
+from lib import answering
+from lib.answering import Prompts, accuracy, is_correct, list_questions
+from lib.data import load_samples
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -24,7 +26,14 @@ def run(tiny_repository, needles, tmp_path):
 
     def run(output="out.json", **changes):
         args = {"model": str(tiny_repository), "data": str(needles / "test.jsonl"), "output": str(tmp_path / output)}
-        args |= {"media_root": None, "variant": None, "fps": None, "max_frames": None, "batch_size": 3, "limit": None}
+        args |= {
+            "media_root": None,
+            "nsa_variant": None,
+            "fps": None,
+            "max_frames": None,
+            "batch_size": 3,
+            "limit": None,
+        }
         args |= {"max_new_tokens": 3, "workers": 0, "device": "cpu", **changes}
         result = evaluate.evaluate(SimpleNamespace(**args))
         assert json.loads((tmp_path / output).read_text()) == result
@@ -101,14 +110,14 @@ def test_a_limit_takes_samples_spread_over_the_lengths(run, tmp_path):
         for i in range(10)
     ]
     (tmp_path / "data.json").write_text(json.dumps(records))
-    result = run(data=str(tmp_path / "data.json"), variant="dense", limit=6)
+    result = run(data=str(tmp_path / "data.json"), nsa_variant="dense", limit=6)
     assert result["nsa"]["nsa_variant"] == "dense"
     assert [entry["id"] for entry in result["answers"]] == [f"data.json[{i}] 0" for i in (0, 1, 3, 5, 6, 8)]
 
 
 def test_an_interrupted_run_goes_on_where_it_was(run, tiny_repository, tmp_path, monkeypatch):
     whole = run("whole.json")
-    real, calls = evaluate.answer, []
+    real, calls = answering.answer, []
 
     def stop_at_the_second(*args):
         calls.append(len(args[2]))
@@ -116,13 +125,13 @@ def test_an_interrupted_run_goes_on_where_it_was(run, tiny_repository, tmp_path,
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(evaluate, "answer", stop_at_the_second)
+    monkeypatch.setattr(answering, "answer", stop_at_the_second)
     with pytest.raises(KeyboardInterrupt):
         run()
     partial = tmp_path / "out.json.partial"
     partial.write_text(partial.read_text() + '{"id": "cut')
-    with pytest.raises(ValueError, match="partial is of a run with another variant"):
-        run(variant="dense")
+    with pytest.raises(ValueError, match="partial is of a run with another nsa_variant"):
+        run(nsa_variant="dense")
     weights = next(tiny_repository.glob("*.safetensors"))
     before = weights.stat()
     os.utime(weights)  # another training may have written it
@@ -155,8 +164,8 @@ def test_right_answers_score_one_and_broken_media_are_dropped(run, needles, tmp_
     def know(model, processor, batch, max_new_tokens):
         return [next(expected) for _ in batch]
 
-    monkeypatch.setattr(evaluate, "answer", know)
-    original = evaluate.Prompts.__getitem__
+    monkeypatch.setattr(answering, "answer", know)
+    original = answering.Prompts.__getitem__
 
     def remember(self, index):
         nonlocal expected
@@ -165,7 +174,7 @@ def test_right_answers_score_one_and_broken_media_are_dropped(run, needles, tmp_
             expected = iter([*expected, *(question.expected.upper() for question, _ in prompts)])
         return prompts
 
-    monkeypatch.setattr(evaluate.Prompts, "__getitem__", remember)
+    monkeypatch.setattr(answering.Prompts, "__getitem__", remember)
     result = run(data=str(data), batch_size=1000)
     assert result["accuracy"]["all"]["all"]["accuracy"] == 1.0
     reasons = [drop["reason"] for drop in result["dropped"]]
@@ -202,7 +211,7 @@ def test_the_script_prints_the_table_and_says_what_is_wrong(tiny_repository, nee
         needles / "test.json",
         tmp_path / "out.json",
     ]
-    done = subprocess.run([*map(str, command), "--limit", "1", "--max-new-tokens", "2"], capture_output=True, text=True)
+    done = subprocess.run([*map(str, command), "--limit", "1", "--max_new_tokens", "2"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split()[:2] == ["type", "all"] and "wrote" in done.stdout
     with pytest.raises(SystemExit, match="evaluate.py: data file .*gone.json does not exist"):

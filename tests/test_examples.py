@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 import convert
-import tiny
+from lib import conversion, tiny
 from videonsa.configuration_videonsa import VideoNSAConfig
 from videonsa.modeling_videonsa import VideoNSAForConditionalGeneration
 
@@ -31,7 +31,7 @@ def stock(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def repository(stock, tmp_path_factory):
-    return convert.convert(stock, tmp_path_factory.mktemp("out") / "VideoNSA-tiny", **NSA)
+    return conversion.convert(stock, tmp_path_factory.mktemp("out") / "VideoNSA-tiny", **NSA)
 
 
 def run(script, *args, cwd=None, **env):
@@ -94,7 +94,7 @@ def test_convert_keeps_every_weight_and_adds_only_gates(stock, tmp_path, layout)
     if layout in ("shards", "flat config"):
         assert len(list(source.glob("*.safetensors"))) > 2
 
-    output = convert.convert(source, tmp_path / "out", **NSA)
+    output = conversion.convert(source, tmp_path / "out", **NSA)
     converted, info = VideoNSAForConditionalGeneration.from_pretrained(output, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert converted.dtype == model.dtype == converted.model.language_model.layers[0].self_attn.g_proj_1.weight.dtype
@@ -160,8 +160,8 @@ def test_published_configurations_give_the_shapes_of_their_sizes(
 
 
 def test_convert_splits_the_gates_of_large_models_into_shards(stock, tmp_path, monkeypatch):
-    monkeypatch.setattr(convert, "MAX_SHARD", 1)
-    output = convert.convert(stock, tmp_path / "out")
+    monkeypatch.setattr(conversion, "MAX_SHARD", 1)
+    output = conversion.convert(stock, tmp_path / "out")
     assert len(list(output.glob("*.safetensors"))) == 1 + SIZES["num_hidden_layers"]
     _, info = VideoNSAForConditionalGeneration.from_pretrained(output, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
@@ -178,7 +178,7 @@ def test_convert_keeps_gates_and_settings_that_the_source_has(stock, tmp_path, m
     rewrite_config(source, lambda config: config.update(model_type="qwen2_5_vl", block_counts=5))
     rewrite_config(source, lambda config: config["text_config"].pop("block_count") and None)
     output = tmp_path / "out"
-    run_convert(monkeypatch, Hub(), source, output, "--window-size", 99)
+    run_convert(monkeypatch, Hub(), source, output, "--window_size", 99)
     converted = VideoNSAForConditionalGeneration.from_pretrained(output)
     assert converted.model.language_model.layers[1].self_attn.g_proj_2.bias.eq(3.0).all()
     assert (converted.config.block_count, converted.config.window_size) == (5, 99)
@@ -198,8 +198,9 @@ def test_convert_memory_does_not_grow_with_the_model(stock, tmp_path):
     weight_map = {key: file for file, tensors in shards.items() for key in tensors}
     (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     measure = (
-        "import sys, resource, convert; before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
-        "convert.convert(*sys.argv[1:]); print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)"
+        "import sys, resource; from lib import conversion;"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; conversion.convert(*sys.argv[1:]);"
+        "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)"
     )
     done = run(measure, source, tmp_path / "out")
     assert done.returncode == 0, done.stderr
@@ -267,7 +268,7 @@ def test_convert_refuses_a_bad_source_and_leaves_nothing(stock, tmp_path, damage
         (source / path.name).write_bytes(path.read_bytes())
     damage(source)
     with pytest.raises(ValueError, match=message):
-        convert.convert(source, tmp_path / "out")
+        conversion.convert(source, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
@@ -276,7 +277,7 @@ def test_convert_refuses_to_overwrite_and_bad_settings(stock, repository, tmp_pa
     done = run("convert.py", stock, repository)
     assert done.returncode == 1 and "exists already" in done.stderr and "Traceback" not in done.stderr
     assert sorted((path.name, path.stat().st_mtime_ns) for path in repository.iterdir()) == before
-    done = run("convert.py", stock, tmp_path / "out", "--block-size", 24)
+    done = run("convert.py", stock, tmp_path / "out", "--block_size", 24)
     assert done.returncode == 1 and "block_size must be a power of two, got 24" in done.stderr
     assert not list(tmp_path.iterdir())
 
@@ -284,7 +285,7 @@ def test_convert_refuses_to_overwrite_and_bad_settings(stock, repository, tmp_pa
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_convert_leaves_nothing(stock, tmp_path, number):
     wait = (
-        "import sys, time, convert; convert.load_processor = lambda *_: time.sleep(60);"
+        "import sys, time, convert; from lib import conversion; conversion.load_processor = lambda *_: time.sleep(60);"
         "sys.argv = ['convert.py', *sys.argv[1:]]; convert.main()"
     )
     process = subprocess.Popen(
@@ -335,7 +336,7 @@ def run_convert(monkeypatch, hub, *args):
 
 def test_convert_makes_the_hub_repository_first_and_fills_it_last(stock, tmp_path, monkeypatch, capsys):
     hub = Hub()
-    run_convert(monkeypatch, hub, stock, tmp_path / "out", "--push-to-hub", "new", "--private")
+    run_convert(monkeypatch, hub, stock, tmp_path / "out", "--push_to_hub", "new", "--private")
     assert [call[:2] for call in hub.calls] == [("create", "new"), ("upload", "me/new")]
     assert hub.calls[0][2] is True
     assert {"config.json", "modeling_videonsa.py", "README.md"} <= set(hub.calls[1][2])
@@ -345,7 +346,7 @@ def test_convert_makes_the_hub_repository_first_and_fills_it_last(stock, tmp_pat
 
 def test_convert_converts_nothing_for_a_hub_repository_that_exists(stock, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="409"):
-        run_convert(monkeypatch, Hub(), stock, tmp_path / "out", "--push-to-hub", "taken")
+        run_convert(monkeypatch, Hub(), stock, tmp_path / "out", "--push_to_hub", "taken")
     assert not list(tmp_path.iterdir())
 
 
@@ -353,13 +354,13 @@ def test_convert_leaves_no_empty_hub_repository_when_it_fails(tmp_path, monkeypa
     hub = Hub()
     (tmp_path / "empty").mkdir()
     with pytest.raises(SystemExit, match="must be a Qwen2.5-VL checkpoint"):
-        run_convert(monkeypatch, hub, tmp_path / "empty", tmp_path / "out", "--push-to-hub", "new")
+        run_convert(monkeypatch, hub, tmp_path / "empty", tmp_path / "out", "--push_to_hub", "new")
     assert hub.calls[-1] == ("delete", "me/new")
 
 
 def test_convert_says_how_to_resume_an_upload_that_failed(stock, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="hf upload me/new .*out"):
-        run_convert(monkeypatch, Hub(OSError("503")), stock, tmp_path / "out", "--push-to-hub", "new")
+        run_convert(monkeypatch, Hub(OSError("503")), stock, tmp_path / "out", "--push_to_hub", "new")
     assert (tmp_path / "out/config.json").exists()
 
 
@@ -370,13 +371,13 @@ def test_convert_fetches_what_is_small_first_and_refuses_before_the_weights(stoc
         fetched.append((repo_id, revision, "*.safetensors" in allow_patterns))
         return str(stock)
 
-    monkeypatch.setattr(convert, "snapshot_download", snapshot_download)
-    convert.convert("Qwen/any", tmp_path / "out", revision="main")
+    monkeypatch.setattr(conversion, "snapshot_download", snapshot_download)
+    conversion.convert("Qwen/any", tmp_path / "out", revision="main")
     assert fetched == [("Qwen/any", "main", False), ("Qwen/any", "main", True)]
     assert "base_model: Qwen/any" in (tmp_path / "out/README.md").read_text()
     fetched.clear()
     with pytest.raises(ValueError, match="block_size"):
-        convert.convert("Qwen/any", tmp_path / "other", block_size=48)
+        conversion.convert("Qwen/any", tmp_path / "other", block_size=48)
     assert not fetched
 
 
@@ -422,7 +423,7 @@ def test_a_repository_loads_in_fresh_processes_saves_and_loads_again(repository,
 
 @pytest.mark.skipif(not REAL_CLIP.exists(), reason="the real clip lies beside the repository only on some machines")
 def test_the_demo_reads_a_real_clip(repository):
-    done = run("demo.py", "--model", repository, "--video", REAL_CLIP, "--max-new-tokens", 1)
+    done = run("demo.py", "--model", repository, "--video", REAL_CLIP, "--max_new_tokens", 1)
     assert done.returncode == 0, done.stderr
     assert "490 frames of 280 × 168, 2.99 per second" in done.stdout
     assert f"{245 * 6 * 10:,} vision" in done.stdout

@@ -19,7 +19,10 @@ from safetensors.torch import load_file, save_file
 from transformers import HfArgumentParser
 
 import finetune
-from finetune import DataArguments, FinetuneArguments, ModelArguments, parse_arguments, part_of
+from finetune import DataArguments, FinetuneArguments, ModelArguments, parse_arguments
+from lib import resuming
+from lib.observe import BRANCHES
+from lib.training import part_of
 from videonsa.modeling_videonsa import VideoNSAForConditionalGeneration
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -112,7 +115,7 @@ def test_full_training_through_the_script_saves_a_repository_that_generates(
     assert history[-1]["eval_loss"] < history[1]["eval_loss"]
     first = history[0]
     assert first["tokens_per_second"] > 0 and 0.4 < first["gate_selection"] < 0.6
-    assert {f"gate_{branch}/layer_01" for branch in finetune.BRANCHES} <= set(first)
+    assert {f"gate_{branch}/layer_01" for branch in BRANCHES} <= set(first)
     for folder in (output, output / "checkpoint-4"):
         assert {"config.json", "modeling_videonsa.py", "nsa_torch.py", "processing_videonsa.py", "tokenizer.json"} <= {
             path.name for path in folder.iterdir()
@@ -252,7 +255,7 @@ def checkpoint(tiny_repository, tmp_path):
 def resume(checkpoint, *options, asked="last"):
     """What find_resume says of the folder of a checkpoint."""
     given = ["--model", "m", "--train_data", "d", "--output_dir", checkpoint.parent, "--resume_from_checkpoint", asked]
-    return finetune.find_resume(parse_arguments([*map(str, [*given, *options])])[2])
+    return resuming.find_resume(parse_arguments([*map(str, [*given, *options])])[2])
 
 
 def cut(path: Path) -> None:
@@ -306,11 +309,11 @@ def test_a_checkpoint_of_deepspeed_is_resumed_by_as_many_processes_under_deepspe
         resume(checkpoint)
 
     args = SimpleNamespace(deepspeed_plugin=object(), world_size=2)
-    assert finetune.why_not_resumed(checkpoint, args) is None
+    assert resuming.why_not_resumed(checkpoint, args) is None
     args.world_size = 4
-    assert "is of 2 processes under DeepSpeed" in finetune.why_not_resumed(checkpoint, args)
+    assert "is of 2 processes under DeepSpeed" in resuming.why_not_resumed(checkpoint, args)
     shutil.rmtree(checkpoint / "global_step2")
-    assert "global_step*/*_optim_states.pt missing" in finetune.why_not_resumed(checkpoint, args)
+    assert "global_step*/*_optim_states.pt missing" in resuming.why_not_resumed(checkpoint, args)
 
 
 LORA = ["--method", "lora"]
@@ -337,9 +340,15 @@ def test_a_run_is_not_resumed_with_other_options(tiny_repository, tmp_path, opti
         given = ["--model", tiny_repository, "--train_data", "d", "--output_dir", tmp_path, *options]
         model, data, args = parse_arguments([*map(str, given)])
         samples = [SimpleNamespace(id=i, tokens=9) for i in range(3)]
-        data = finetune.describe_data(samples, data, seed=args.seed, batch=args.per_device_train_batch_size)
+        data = resuming.describe_data(
+            samples,
+            packing=data.packing,
+            max_length=data.max_length,
+            seed=args.seed,
+            batch=args.per_device_train_batch_size,
+        )
         kept = finetune.run_options(model, finetune.load_config(model), args)
-        finetune.check_options(kept, data, args, resume)
+        resuming.check_options(kept, data, args, resume)
 
     check(*options[: 2 * (options[:2] == LORA)])
     resume = str(tmp_path / "checkpoint-2")
@@ -357,10 +366,10 @@ def test_a_checkpoint_with_other_weights_than_the_model_is_refused(checkpoint, t
     model = VideoNSAForConditionalGeneration.from_pretrained(tiny_repository)
     file = checkpoint / "model.safetensors"
     saved = load_file(file)
-    finetune.check_weights(model, checkpoint)
+    resuming.check_weights(model, checkpoint)
     # Under ZeRO-3, transformers wrote "model" more than once.
     save_file({name.replace("model.", "model.model.", 1): x for name, x in saved.items()}, file)
-    finetune.check_weights(model, checkpoint)
+    resuming.check_weights(model, checkpoint)
 
     lost = {name: x for name, x in saved.items() if "layers.1.mlp" not in name}
     wrong = "checkpoint-2 does not hold the weights of this model: "
@@ -371,7 +380,7 @@ def test_a_checkpoint_with_other_weights_than_the_model_is_refused(checkpoint, t
     ):
         save_file(tensors, file)
         with pytest.raises(ValueError, match=wrong + message):
-            finetune.check_weights(model, checkpoint)
+            resuming.check_weights(model, checkpoint)
 
 
 def mixed_data(needles, path) -> Path:
@@ -429,8 +438,8 @@ import torch
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from data import Collator, ConversationDataset, load_samples
-from finetune import unsharded_class
+from lib.data import Collator, ConversationDataset, load_samples
+from lib.training import unsharded_class
 
 folder, file, saved = sys.argv[1:]
 torch.set_num_threads(1)
@@ -491,7 +500,7 @@ def test_gates_are_logged_as_the_model_has_them(train):
     gates = model(**batch, output_gates=True).gates
     vision = model.model.token_types(batch["input_ids"]) > 0
     for i, layer in enumerate(gates):
-        for branch, mean in zip(finetune.BRANCHES, layer[vision].mean((0, 1)).tolist(), strict=True):
+        for branch, mean in zip(BRANCHES, layer[vision].mean((0, 1)).tolist(), strict=True):
             assert logged[f"gate_{branch}/layer_{i:02}"] == pytest.approx(mean, rel=1e-4)
 
 

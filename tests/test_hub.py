@@ -30,15 +30,15 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor, BitsAndBytesConfig, TorchAoConfig
 
 import analyze
-import card
-import convert
 import finetune
-from demo import CLIP, UNSEEN, assemble_tiny_model
-from make_needle_videos import make_sample
+from lib import card, conversion
+from lib.loading import CLIP, UNSEEN, assemble_tiny_model
+from lib.needles import make_sample
 from videonsa.modeling_videonsa import VideoNSAForConditionalGeneration
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks/README.md"]
+READMES = [ROOT / folder / "README.md" for folder in ("", "benchmarks", "examples")]
+PAGES = [*READMES, *sorted((ROOT / "docs").glob("*.md"))]
 SETUP = configparser.ConfigParser()
 SETUP.read(ROOT / "setup.cfg")
 
@@ -123,7 +123,7 @@ def test_every_python_snippet_of_a_card_runs_as_pasted(
 ):
     folder = shutil.copytree(trained, tmp_path / "trained")
     config = VideoNSAForConditionalGeneration.config_class.from_pretrained(folder)
-    card.write_card(folder, folder, config, base=str(folder), name="trained", note=convert.TRAINED)
+    card.write_card(folder, folder, config, base=str(folder), name="trained", note=conversion.TRAINED)
     converted = shutil.copytree(tiny_repository, tmp_path / tiny_repository.name)
     shutil.copy(sample["video"], tmp_path / "clip.mp4")
     written = snippets(folder / "README.md", "python") + snippets(converted / "README.md", "python")
@@ -332,11 +332,11 @@ torch.distributed.destroy_process_group()
 
 
 def test_two_processes_share_a_model_by_its_tensor_parallel_plan(sample, tmp_path):
-    from tiny import make_stock_checkpoint
+    from lib.tiny import make_stock_checkpoint
 
     shape = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 1}
     stock = make_stock_checkpoint(tmp_path / "stock", vision_hidden_size=32, **shape)
-    folder = convert.convert(stock, tmp_path / "two", block_size=16, block_count=3, window_size=20)
+    folder = conversion.convert(stock, tmp_path / "two", block_size=16, block_count=3, window_size=20)
     program = tmp_path / "program.py"
     program.write_text(TENSOR_PARALLEL)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -366,7 +366,7 @@ def test_weights_in_pickles_are_refused_and_none_are_written(trained, tmp_path):
 
 
 def test_no_code_of_ours_unpickles():
-    for path in [*ROOT.glob("*.py"), *(ROOT / "examples").glob("*.py")]:
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("adapters/*.py"), *ROOT.glob("examples/**/*.py")]:
         assert not re.search(r"torch\.load|pickle\.load|import pickle|joblib|np\.load|eval\(|exec\(", path.read_text()
                              .replace(".eval()", "")), path  # fmt: skip
 
@@ -453,9 +453,10 @@ def test_the_wheel_holds_the_code_files_and_agrees_with_the_remote_code(
     with zipfile.ZipFile(wheel) as archive:
         packed = {name: archive.read(name) for name in archive.namelist() if name.startswith("videonsa/")}
         archive.extractall(tmp_path / "site")
-    assert packed == {f"videonsa/{path.name}": path.read_bytes() for path in ROOT.glob("*.py")}
+    code = [*ROOT.glob("*.py"), *ROOT.glob("adapters/*.py")]
+    assert packed == {f"videonsa/{path.relative_to(ROOT)}": path.read_bytes() for path in code}
     remote = {path.name: path.read_bytes() for path in trained.glob("*.py")}
-    assert remote == {path.name: path.read_bytes() for path in convert.code_files()}
+    assert remote == {path.name: path.read_bytes() for path in conversion.code_files()}
     messages = json.dumps(conversation(sample))
     (register,) = (s for s in snippets(ROOT / "docs/trust.md", "python") if ".register(" in s)
     first = f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r})\n"
@@ -488,7 +489,7 @@ def test_the_wheel_asks_for_the_versions_that_setup_cfg_allows(wheel):
 def test_code_files_listed_as_trusted_are_those_of_a_repository():
     page = (ROOT / "docs/trust.md").read_text()
     listed = re.findall(r"^\| `(\w+\.py)` \|", page, re.MULTILINE)
-    assert sorted(listed) == [path.name for path in convert.code_files()]
+    assert sorted(listed) == [path.name for path in conversion.code_files()]
 
 
 def test_every_dependency_has_its_licence_on_the_page():

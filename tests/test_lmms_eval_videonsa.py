@@ -1,5 +1,6 @@
-"""lmms_eval_videonsa.py: what it asks the model, in which order and with which settings; a whole run of lmms-eval."""
+"""adapters/lmms_eval.py: what it asks the model, in which order and with which settings; a whole run of lmms-eval."""
 
+import configparser
 import importlib.util
 import json
 import os
@@ -10,9 +11,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from demo import assemble_tiny_model, read
-from lmms_eval_videonsa import VideoNSA
-from make_needle_videos import Settings, make_dataset
+from lib.loading import assemble_tiny_model, read
+from lib.needles import Settings, make_dataset
+from videonsa.adapters.lmms_eval import VideoNSA
+from videonsa.configuration_videonsa import NSA_FIELDS, VideoNSATextConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 TASK = """\
@@ -119,9 +121,22 @@ def test_unknown_settings_are_named():
         VideoNSA("gone", frames=8)
 
 
-def test_the_wheel_has_the_module_that_the_entry_point_names():
-    config = (ROOT / "setup.cfg").read_text()
-    assert "videonsa = lmms_eval_videonsa:manifest" in config and "py_modules = lmms_eval_videonsa" in config
+def test_every_field_of_the_configuration_is_taken(clips):
+    changes = {"block_spread": False, "block_per_head": True, "block_remainder": True, "block_causal": True}
+    changes |= {"truncate_seconds": True, "nsa_variant": "merged", "nsa_backend": "torch", "gate_temperature": 0.3}
+    fields = {name: changes.get(name, getattr(VideoNSATextConfig(), name)) for name in NSA_FIELDS}
+    model = VideoNSA(clips.model, device="cpu", max_frames=9, **fields)
+    assert {name: getattr(model.model.config, name) for name in NSA_FIELDS} == fields
+    assert model.video_settings == {"max_frames": 9}
+
+
+def test_the_entry_point_names_the_manifest():
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    name, _, target = setup["options.entry_points"]["lmms_eval.models"].strip().partition(" = ")
+    module, _, function = target.partition(":")
+    assert name == "videonsa" and callable(getattr(importlib.import_module(module), function))
+    assert module.rpartition(".")[0] in setup["options"]["packages"].split()
 
 
 @pytest.mark.skipif(importlib.util.find_spec("lmms_eval") is None, reason='needs pip install -e ".[eval]"')

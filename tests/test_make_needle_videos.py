@@ -10,8 +10,9 @@ import av
 import numpy as np
 import pytest
 
-import make_needle_videos as needles_module
-from make_needle_videos import COLOURS, COUNTS, PLACES, QUESTIONS, SPLITS, TIMES, Settings, make_dataset, make_sample
+import make_needle_videos
+from lib import needles as needles_module
+from lib.needles import COLOURS, COUNTS, PLACES, QUESTIONS, SPLITS, TIMES, Settings, make_dataset, make_sample
 
 ROOT = Path(__file__).resolve().parents[1]
 ALL = Settings(seconds=(5.0, 9.0), needles=(1, 2, 3), repeats=0.4, questions=QUESTIONS, turns=30, fps=4)
@@ -108,7 +109,7 @@ def test_a_clip_follows_from_its_seed_alone(tmp_path):
 
 
 def test_a_clip_has_the_same_bytes_in_any_process(tmp_path):
-    program = "import sys; from pathlib import Path; from make_needle_videos import Settings, make_sample\n"
+    program = "import sys; from pathlib import Path; from lib.needles import Settings, make_sample\n"
     program += "for i in range(8): make_sample(Path(sys.argv[1]) / str(i), Settings(), (5, 0, i))"
     subprocess.run([sys.executable, "-c", program, tmp_path], cwd=ROOT / "examples", check=True)
     for i in range(8):
@@ -161,7 +162,7 @@ def test_a_clip_without_a_question_is_no_sample(tmp_path):
         (["--train", "1", "--size", "33"], "--size must be an even number"),
         (["--train", "1", "--needles", "9"], "--needles must be 1 to 8"),
         (["--train", "1", "--repeats", "2"], "--repeats must be from 0 to 1"),
-        (["--train", "1", "--needle-seconds", "2", "1"], "--needle-seconds must be positive and ascending"),
+        (["--train", "1", "--needle_seconds", "2", "1"], "--needle_seconds must be positive and ascending"),
         (["--train", "1", "--seed", "-1"], "--seed must be from 0"),
         (["--train", "1", "--questions", "count", "first"], "--questions must be .* count needs --repeats, first"),
         ([], "--train, --validation or --test"),
@@ -170,7 +171,7 @@ def test_a_clip_without_a_question_is_no_sample(tmp_path):
 def test_bad_settings_are_named_and_nothing_is_written(tmp_path, monkeypatch, options, message):
     monkeypatch.setattr(sys, "argv", ["make_needle_videos.py", str(tmp_path / "out"), *options])
     with pytest.raises(SystemExit, match=message):
-        needles_module.main()
+        make_needle_videos.main()
     assert not list(tmp_path.iterdir())
 
 

@@ -30,7 +30,7 @@ from prompts import (
     text_model,
     unpad,
 )
-from videonsa import nsa_torch
+from videonsa import nsa_merged, nsa_softmax, nsa_torch
 from videonsa.configuration_videonsa import VideoNSAConfig, VideoNSATextConfig
 from videonsa.modeling_videonsa import VideoNSAForConditionalGeneration
 from videonsa.transformers_compat import CACHE
@@ -153,7 +153,7 @@ def test_attention_equals_a_softmax_with_materialised_masks(case):
     samples, heads, groups, options = case
     kinds, where = lay_out(samples)
     tensors = make_tensors(where, heads, groups)
-    out = nsa_torch.merged_attention(*tensors, *where, **{**BLOCK, **options})
+    out = nsa_merged.merged_attention(*tensors, *where, **{**BLOCK, **options})
     torch.testing.assert_close(out, materialised(tensors, kinds, **options), rtol=1e-9, atol=1e-10)
 
 
@@ -168,7 +168,7 @@ def test_attention_is_dense_where_all_blocks_are_chosen(texts):
     seen = torch.ones(len(vision), len(vision), dtype=torch.bool).tril()[vision]
     expected = torch.einsum("hnm,md->nhd", scores.masked_fill(~seen, -torch.inf).softmax(-1), values)
     for count in (7, 50):
-        out = nsa_torch.merged_attention(*tensors, *where, **BLOCK, block_count=count, window_size=20)
+        out = nsa_merged.merged_attention(*tensors, *where, **BLOCK, block_count=count, window_size=20)
         torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-10)
 
 
@@ -176,14 +176,14 @@ def test_later_tokens_and_other_samples_change_nothing():
     kinds, where = lay_out(["t3 v40 t2 v60 t4", "t1 v50"])
     tensors = make_tensors(where, 7, 1)
     options = {**BLOCK, "block_count": 3, "window_size": 17}
-    before = nsa_torch.merged_attention(*tensors, *where, **options)
+    before = nsa_merged.merged_attention(*tensors, *where, **options)
     for query, (vision_key, text_key) in {20: (21, 3), 39: (40, 3), 63: (64, 5), 99: (100, 5)}.items():
         changed = [x.clone() for x in tensors]
         for x in changed[:3]:
             x[vision_key:] += 1
         for x in changed[3:]:
             x[text_key:] += 1
-        after = nsa_torch.merged_attention(*changed, *where, **options)
+        after = nsa_merged.merged_attention(*changed, *where, **options)
         assert torch.equal(after[: query + 1], before[: query + 1])
         assert not torch.equal(after[query + 1 :], before[query + 1 :])
 
@@ -193,9 +193,9 @@ def test_queries_over_earlier_keys_get_what_they_get_at_once(options):
     _, (seen, cu, cu_text) = lay_out(["t3 v70 t2 v30", "t1 v50"])
     q, *rest = make_tensors((seen, cu, cu_text), 7, 1)
     options = {**BLOCK, "window_size": 20, **options}
-    whole = nsa_torch.merged_attention(q, *rest, seen, cu, cu_text, **options)
+    whole = nsa_merged.merged_attention(q, *rest, seen, cu, cu_text, **options)
     kept = torch.tensor([*range(90, 100), *range(145, 150)])
-    part = nsa_torch.merged_attention(
+    part = nsa_merged.merged_attention(
         q[kept], *rest, seen[kept], cumulate([10, 5]), cu_text, cu_seqlens_k=cu, **options
     )
     torch.testing.assert_close(part, whole[kept], rtol=1e-9, atol=1e-10)
@@ -206,11 +206,11 @@ def test_gradients_are_exact(monkeypatch):
     tensors = [x.requires_grad_() for x in make_tensors(where, 4, 2, dim=3)]
     options = {**BLOCK, "block_count": 3, "window_size": 9}
     assert torch.autograd.gradcheck(
-        lambda *x: nsa_torch.merged_attention(*x, *where, **options), tensors, fast_mode=True
+        lambda *x: nsa_merged.merged_attention(*x, *where, **options), tensors, fast_mode=True
     )
-    expected = torch.autograd.grad(nsa_torch.merged_attention(*tensors, *where, **options).sum(), tensors)
-    monkeypatch.setattr(nsa_torch, "MAX_SCORES", 500)  # chunks, recomputed in the backward pass
-    actual = torch.autograd.grad(nsa_torch.merged_attention(*tensors, *where, **options).sum(), tensors)
+    expected = torch.autograd.grad(nsa_merged.merged_attention(*tensors, *where, **options).sum(), tensors)
+    monkeypatch.setattr(nsa_softmax, "MAX_SCORES", 500)  # chunks, recomputed in the backward pass
+    actual = torch.autograd.grad(nsa_merged.merged_attention(*tensors, *where, **options).sum(), tensors)
     for x, y in zip(actual, expected, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-10)
 
@@ -256,7 +256,7 @@ def test_a_wrong_argument_is_named(message):
     for index, value in BAD[message](arguments).items():
         arguments[index] = value
     with pytest.raises(ValueError, match=message):
-        nsa_torch.merged_attention(*arguments, **BLOCK)
+        nsa_merged.merged_attention(*arguments, **BLOCK)
 
 
 @pytest.mark.parametrize(
@@ -269,7 +269,7 @@ def test_a_wrong_argument_is_named(message):
 def test_a_wrong_setting_is_named(options, message):
     _, where = lay_out(["t2 v30"])
     with pytest.raises(ValueError, match=message):
-        nsa_torch.merged_attention(*make_tensors(where, 7, 1), *where, **{**BLOCK, **options})
+        nsa_merged.merged_attention(*make_tensors(where, 7, 1), *where, **{**BLOCK, **options})
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -297,12 +297,12 @@ KERNEL_CASES = {  # name: case as above, dtype, queries of each sample if fewer 
 @pytest.mark.parametrize("case", KERNEL_CASES.values(), ids=KERNEL_CASES)
 def test_kernels_and_their_gradients_equal_the_torch_path_in_fp64(case, monkeypatch):
     pytest.importorskip("triton")
-    from videonsa import nsa_triton
+    from videonsa import nsa_launches
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":  # the interpreter takes as long for a small tile as for a large one
         tiles = {"BM": 32, "BN": 32, "num_warps": 8, "num_stages": 1}
-        monkeypatch.setattr(nsa_triton, "_FP32", dict.fromkeys(nsa_triton._FP32, tiles))
+        monkeypatch.setattr(nsa_launches, "FP32", dict.fromkeys(nsa_launches.FP32, tiles))
     (samples, heads, groups, options), dtype, last = case
     _, (seen, cu, cu_text) = lay_out(samples)
     tensors = make_tensors((seen, cu, cu_text), heads, groups, dtype=dtype)
@@ -318,8 +318,8 @@ def test_kernels_and_their_gradients_equal_the_torch_path_in_fp64(case, monkeypa
     where = [x.to(device) for x in (seen, cu, cu_text)]
     lengths = {name: x.to(device) for name, x in lengths.items()}
     doubles = [x.detach().double().requires_grad_() for x in tensors]
-    out = nsa_triton.merged_attention(*tensors, *where, **lengths, **BLOCK, **options)
-    expected = nsa_torch.merged_attention(*doubles, *where, **lengths, **BLOCK, **options)
+    out = nsa_merged.merged_attention(*tensors, *where, **lengths, **BLOCK, **options, triton=True)
+    expected = nsa_merged.merged_attention(*doubles, *where, **lengths, **BLOCK, **options)
     tolerance = 1e-5 if dtype == torch.float32 else 6e-3
     assert (out.double() - expected).norm() <= tolerance * expected.norm()
     d_out = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(device, dtype)
@@ -547,8 +547,8 @@ with torch.no_grad():
 def test_a_converted_repository_answers_in_a_fresh_process(
     stock_checkpoint, stock, exact, tmp_path, run_fresh, monkeypatch
 ):
-    sizes = ("--block-size", 16, "--block-count", 12, "--window-size", 20)
-    arguments = ["convert.py", stock_checkpoint, tmp_path / "merged", "--variant", "merged", *sizes]
+    sizes = ("--block_size", 16, "--block_count", 12, "--window_size", 20)
+    arguments = ["convert.py", stock_checkpoint, tmp_path / "merged", "--nsa_variant", "merged", *sizes]
     monkeypatch.setattr(sys, "argv", list(map(str, arguments)))
     convert.main()
     assert 'nsa_variant="merged"' in (tmp_path / "merged" / "README.md").read_text()

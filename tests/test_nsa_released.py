@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
+from kernel_cases import DEVICE, needs_gpu, relative_rms
 from released import (
     load_released,
     make_prompt,
@@ -17,10 +18,9 @@ from released import (
     released_trace,
     vision_mask,
 )
-from test_nsa_triton import DEVICE, larger_tiles, needs_gpu, relative_rms  # noqa: F401 (a fixture)
 
 from videonsa.modeling_videonsa import VideoNSAForConditionalGeneration
-from videonsa.nsa_released import Stream, _text_means, padded_heads, released_attention, tied_choice
+from videonsa.nsa_released import Stream, _text_means, released_attention, tied_choice
 from videonsa.transformers_compat import CACHE, cache_of
 from videonsa.vision_layout import VisionLayout
 
@@ -246,12 +246,6 @@ def test_what_is_not_a_number_stays_one_and_raises_nothing():
     assert out[~text].isnan().all() and out[text].isfinite().all()
 
 
-def test_heads_and_their_copies_fill_the_padding_in_order():
-    lists = padded_heads(28, 4)
-    assert lists == [[*range(16)], [*range(16, 28), *range(4)], [*range(4, 20)], [*range(20, 28)]]
-    assert padded_heads(14, 2) == [[*range(14), 0, 1], [*range(2, 14)]]
-
-
 @pytest.mark.parametrize("block_size", [16, 64])
 def test_tied_choices_are_those_of_the_network_run_number_by_number(block_size):
     count = block_size // 2
@@ -471,7 +465,7 @@ print(model.generate(**torch.load(sys.argv[2]), max_new_tokens=8, do_sample=Fals
 
 
 def test_the_converted_repository_generates_the_same_in_a_fresh_process(public, model, reference, tmp_path, run_fresh):
-    from convert import convert
+    from lib.conversion import convert
 
     repository = convert(public, tmp_path / "repository")
     card = (repository / "README.md").read_text()
@@ -491,7 +485,7 @@ def test_the_demo_picks_the_variant_of_a_public_checkpoint_and_says_so(public):
         public,
         "--device",
         "cpu",
-        "--max-new-tokens",
+        "--max_new_tokens",
         2,
     ]
     done = subprocess.run([*map(str, command), "--seed", "1"], capture_output=True, text=True)

@@ -28,7 +28,7 @@ from kernel_cases import (
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
-from videonsa import nsa_launches, nsa_torch, nsa_triton
+from videonsa import nsa_launches, nsa_released, nsa_torch, nsa_triton
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.usefixtures("larger_tiles")
@@ -146,7 +146,7 @@ def test_attention_over_given_means_and_its_gradients_equal_the_torch_path_in_fp
     options = {"first": first, "block_size": block_size, "reverse": reverse}
     doubles = [x.detach().double().requires_grad_() for x in (q, k, v)]
     o, lse = nsa_triton.pooled_attention(q, k, v, **options)
-    expected, expected_lse = nsa_torch.pooled_attention(*doubles, **options)
+    expected, expected_lse = nsa_released.pooled_attention(*doubles, **options)
     assert_close(o, expected, TOLERANCE[dtype])
     assert_lse_close(lse, expected_lse, TOLERANCE[dtype])
     assert_gradients_close(o, (q, k, v), expected, doubles)
@@ -264,7 +264,7 @@ def test_thousands_of_blocks_before_a_few_queries(monkeypatch):
         x.requires_grad_()
     first = {"first": blocks * size - 3, "block_size": size}
     o, lse = nsa_triton.pooled_attention(q, *means, **first)
-    expected, expected_lse = nsa_torch.pooled_attention(doubles[0], *double_means, **first)
+    expected, expected_lse = nsa_released.pooled_attention(doubles[0], *double_means, **first)
     assert_close(o, expected, 1e-5)
     assert_gradients_close(o, (q, *means), expected, (doubles[0], *double_means))
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-import data
 import finetune
+from lib import data
 from videonsa.configuration_videonsa import NSA_FIELDS, VideoNSATextConfig
 from videonsa.processing_videonsa import VideoNSAVideoProcessor
 
@@ -22,6 +22,7 @@ PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
     *DOCS,
     ROOT / "benchmarks/README.md",
+    ROOT / "examples/README.md",
     ROOT / "examples/tiny/README.md",
 ]
 

@@ -7,8 +7,8 @@ from transformers import AutoProcessor, AutoVideoProcessor
 from transformers.dynamic_module_utils import check_imports, get_imports
 from videos import chat
 
-import tiny
 import videonsa.processing_videonsa as processing
+from lib import tiny
 from videonsa.processing_videonsa import VideoNSAProcessor, VideoNSAVideoProcessor
 
 

@@ -30,8 +30,8 @@ from videos import (
     shown,
 )
 
-import tiny
 import videonsa.processing_videonsa as processing
+from lib import tiny
 from videonsa.processing_videonsa import VideoNSAVideoProcessor
 
 

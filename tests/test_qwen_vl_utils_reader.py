@@ -15,8 +15,8 @@ class TestQwenVlUtils:
         monkeypatch.setattr(vision_process, "VIDEO_READER_BACKENDS", dict(vision_process.VIDEO_READER_BACKENDS))
         monkeypatch.setattr(vision_process, "get_video_reader_backend", lambda: "torchvision")
         monkeypatch.setattr(vision_process, "FORCE_QWENVL_VIDEO_READER", None)
-        sys.modules.pop("videonsa.qwen_vl_utils_reader", None)
-        importlib.import_module("videonsa.qwen_vl_utils_reader")
+        sys.modules.pop("videonsa.adapters.qwen_vl_utils_reader", None)
+        importlib.import_module("videonsa.adapters.qwen_vl_utils_reader")
         assert vision_process.FORCE_QWENVL_VIDEO_READER == "videonsa"
         self.fetch_video, self.readers = vision_process.fetch_video, vision_process.VIDEO_READER_BACKENDS
         self.read = vision_process.VIDEO_READER_BACKENDS["torchvision"]
@@ -84,3 +84,9 @@ class TestQwenVlUtils:
         self.readers["torchvision"] = self.readers["videonsa"] = read_whole
         assert torch.equal(small, self.fetch_video(element))
         assert self.read(element)[0].shape[2:] == (small.shape[2:] if len(element) > 2 else (224, 224))
+
+    def test_the_name_of_earlier_releases_is_imported(self):
+        self.readers.clear()
+        sys.modules.pop("videonsa.qwen_vl_utils_reader", None)
+        importlib.import_module("videonsa.qwen_vl_utils_reader")
+        assert "videonsa" in self.readers

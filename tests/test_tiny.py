@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from transformers import AutoConfig, AutoProcessor
 
-import tiny
-from demo import assemble_tiny_model
 from evaluate import evaluate
 from finetune import parse_arguments
-from make_needle_videos import QUESTIONS, Settings, ask, make_dataset, place_needles
+from lib.loading import assemble_tiny_model
+from lib.needles import QUESTIONS, Settings, ask, make_dataset, place_needles
+from make_tiny import NSA
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -22,14 +22,14 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny") / "start"
-    command = [sys.executable, ROOT / "examples/tiny.py", folder]
+    command = [sys.executable, ROOT / "examples/make_tiny.py", folder]
     subprocess.run(command, check=True, capture_output=True, timeout=300)
     return folder
 
 
 def test_the_training_starts_from_a_sparse_model_of_the_real_architecture(start):
     config = AutoConfig.from_pretrained(start, trust_remote_code=True)
-    assert {name: getattr(config, name) for name in tiny.NSA} == tiny.NSA
+    assert {name: getattr(config, name) for name in NSA} == NSA
     assert config.nsa_variant == "paper"
     text = config.text_config
     assert text.num_attention_heads // text.num_key_value_heads == 7
@@ -70,7 +70,7 @@ def accuracy(tmp_path_factory):
     settings = Settings(seconds=(4.0, 8.0), questions=("colour", "shape", "where", "when"))
     data = make_dataset(folder / "data", {"test": 25}, settings, seed=2026, workers=1) / "test.jsonl"
     args = {"model": str(assemble_tiny_model(folder / "tiny")), "data": str(data), "output": str(folder / "out.json")}
-    args |= {"media_root": None, "variant": None, "fps": None, "max_frames": None, "batch_size": 10, "limit": None}
+    args |= {"media_root": None, "nsa_variant": None, "fps": None, "max_frames": None, "batch_size": 10, "limit": None}
     args |= {"max_new_tokens": 4, "workers": 0, "device": "cpu"}
     return evaluate(SimpleNamespace(**args))["accuracy"]
 

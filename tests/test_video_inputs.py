@@ -17,7 +17,7 @@ from packaging import version
 from PIL import Image
 from videos import chat, encode, pil_frames, process, shown
 
-import tiny
+from lib import tiny
 
 
 class TestForms:

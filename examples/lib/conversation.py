@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from transformers import DynamicCache, TextIteratorStreamer
 
-import demo
-from observe import branch_functions, observing
+from .loading import read
+from .observe import branch_functions, count_choices, observing, patch_frame
 
 WATCHED_LAYERS = 3  # layers whose choices of blocks are counted
 MOMENTS = 8  # of a video that `Conversation.moments` holds at most
@@ -62,7 +62,7 @@ class Stopped(Exception):
 
 
 class VideoChat:
-    """Answers questions with a model and a processor, as `demo.load` gives them; safe to share between threads."""
+    """Answers questions with a model and a processor, as `loading.load` gives them; safe to share between threads."""
 
     def __init__(self, model, processor):
         self.model, self.processor = model, processor
@@ -140,7 +140,7 @@ class VideoChat:
             if conversation.messages:
                 raise ValueError("the cache of this conversation was lost; start a new one")
             content = [{"type": "video", "video": conversation.video}, {"type": "text", "text": question}]
-            inputs, metadata = demo.read(self.processor, conversation.video, question, **conversation.settings)
+            inputs, metadata = read(self.processor, conversation.video, question, **conversation.settings)
             pixels, times = inputs["pixel_values_videos"], metadata.sample_times
             watch = observing(model, partial(self._observe, choices))
             inputs, self.reading = inputs.to(model.device), conversation
@@ -231,31 +231,6 @@ class VideoChat:
         ]
 
 
-def count_choices(blocks: torch.Tensor, block_size: int, block_count: int) -> torch.Tensor:
-    """How often each block of one stream was chosen, and could have been, by tokens that had to choose.
-
-    Those are the tokens with more than `block_count` blocks before and around them. The first, the previous and the own
-    block of a token are no choice.
-
-    Args:
-        blocks: int32 [KV heads, tokens, block_count], of `select_blocks`, -1 for none.
-
-    Returns:
-        float64 [blocks, 2].
-    """
-    groups, n, _ = blocks.shape
-    own = torch.arange(n, device=blocks.device) // block_size
-    total = -(-n // block_size)
-    choosing = own >= block_count
-    picked, own = blocks[:, choosing], own[choosing]
-    free = (picked > 0) & (picked < own[:, None] - 1)
-    chosen = picked[free].long().bincount(minlength=total).double()
-    tokens = own.bincount(minlength=total + 2)
-    could = groups * tokens.flip(0).cumsum(0).flip(0)[2 : total + 2].double()  # tokens at least two blocks later
-    could[0] = 0
-    return torch.stack([chosen, could], -1)
-
-
 def pick_moments(shares: list[float], most: int = MOMENTS) -> list[int]:
     """Indices, ascending, of the largest shares that are not beside each other; of all alike where none is a number."""
     count = len(shares)
@@ -267,14 +242,3 @@ def pick_moments(shares: list[float], most: int = MOMENTS) -> list[int]:
         if len(picked) < most and all(abs(i - j) >= distance for j in picked):
             picked.append(i)
     return sorted(picked)
-
-
-def patch_frame(processor, pixels: torch.Tensor, grid: list[int], index: int) -> np.ndarray:
-    """uint8 [height, width, 3]: the first frame of a temporal patch, from the model's input."""
-    _, rows, columns = grid
-    size, merge = processor.patch_size, processor.merge_size
-    patch = pixels[index * rows * columns : (index + 1) * rows * columns].float()
-    patch = patch.view(rows // merge, columns // merge, merge, merge, 3, processor.temporal_patch_size, size, size)
-    frame = patch[..., 0, :, :].permute(4, 0, 2, 5, 1, 3, 6).reshape(3, rows * size, columns * size)
-    mean, std = (torch.tensor(x)[:, None, None] for x in (processor.image_mean, processor.image_std))
-    return ((frame * std + mean) * 255).round().clamp(0, 255).byte().permute(1, 2, 0).contiguous().numpy()

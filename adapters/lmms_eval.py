@@ -6,7 +6,7 @@
 
 lmms-eval finds `manifest` by the entry point `lmms_eval.models` of this package. Videos are read by the checkpoint's
 own processor: `--model_args` takes its settings (`fps`, `num_frames`, `frame_tokens`, `max_pixels`, `max_frames`,
-`max_tokens`, `prefer` ...) and the fields of the configuration (`nsa_variant`, `block_count`, `window_size` ...).
+`max_tokens`, `prefer` ...) and all fields of the configuration (`nsa_variant`, `block_count`, `window_size` ...).
 docs/findings.md has the lines with the paper's settings.
 """
 
@@ -14,16 +14,16 @@ import torch
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModel, AutoProcessor
 
+from videonsa.configuration_videonsa import NSA_FIELDS
+from videonsa.video_inputs import CLIP_KEYS
+
 try:
     from lmms_eval.api.model import lmms
 except ImportError:  # the class can be made and tested without lmms-eval, which alone can run it
     lmms = object
 
-NSA_FIELDS = ("nsa_variant", "nsa_backend", "block_size", "block_count", "window_size", "gate_temperature")
-VIDEO_SETTINGS = (
-    *("fps", "num_frames", "min_frames", "max_frames", "min_pixels", "max_pixels", "frame_tokens", "max_tokens"),
-    *("text_tokens", "prefer", "block_size", "on_error"),
-)
+# Settings of a video, but for its part, which a task gives.
+VIDEO_SETTINGS = tuple(dict.fromkeys(name for name in CLIP_KEYS.values() if name not in ("start", "end")))
 SAMPLING = ("temperature", "top_p", "top_k", "num_beams")
 FILL_BLOCKS = "fill_blocks"  # the processor's own `block_size`, which has the name of a field of the configuration
 

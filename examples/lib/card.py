@@ -9,6 +9,8 @@ from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
 
 from videonsa.configuration_videonsa import NSA_VARIANTS
 
+from .fields import MEANINGS, SIZES
+
 VIDEO = "https://huggingface.co/datasets/raushan-testing-hf/videos-test/resolve/main/sample_demo_1.mp4"
 # What `nsa_variant` offers; a card lists those that its checkpoint can run.
 VARIANTS = {
@@ -16,14 +18,6 @@ VARIANTS = {
     "released": "what the code computes that the public weights `Enxin/VideoNSA` were trained with; for these weights",
     "merged": "one softmax over earlier text and the chosen blocks, without gates; for weights without trained gates",
     "dense": "stock attention of Qwen2.5-VL: the baseline",
-}
-FIELDS = {
-    "nsa_variant": "what vision tokens compute, see below",
-    "block_size": "vision tokens per block",
-    "block_count": "blocks that a vision token selects",
-    "window_size": "vision tokens in the sliding window",
-    "gate_temperature": "divides the logits of the gates",
-    "nsa_backend": "`triton`, `torch`, or `auto`: Triton on NVIDIA GPUs from sm_80 on, else PyTorch",
 }
 NSA = """\
 through Native Sparse Attention: to the means of blocks of
@@ -170,8 +164,9 @@ def write_card(source: str | Path, folder: Path, config, *, base: str, name: str
     per_token = 2 * text.num_hidden_layers * text.num_key_value_heads * head_dim * itemsize
     weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     model_options = {key: value for key, value in options.items() if key not in ("dtype", "device_map")}
-    sizes = {key: getattr(config, key) for key in ("block_size", "block_count", "window_size")}
+    sizes = {key: getattr(config, key) for key in SIZES}
     merged = config.nsa_variant == "merged"
+    fields = [f"| `{key}` | {json.dumps(getattr(config, key))} | {text} |" for key, text in MEANINGS.items()]
     runs = [key for key in VARIANTS if _runs(text, key) and (not merged or key in ("merged", "dense"))]  # no gates
     card = CARD.format(
         name=name,
@@ -189,7 +184,7 @@ def write_card(source: str | Path, folder: Path, config, *, base: str, name: str
         kv_heads=text.num_key_value_heads,
         head_dim=head_dim,
         dtype=dtype,
-        fields="\n".join(f"| `{key}` | {json.dumps(getattr(config, key))} | {FIELDS[key]} |" for key in FIELDS),
+        fields="\n".join(fields),
         method=(MERGED if merged else NSA).format(**sizes),
         variants="\n".join(f'| `"{key}"` | {VARIANTS[key]} |' for key in runs),
         lengths=" | ".join(f"{n:,} tokens" for n in LENGTHS),
@@ -204,7 +199,7 @@ def write_card(source: str | Path, folder: Path, config, *, base: str, name: str
 def requirements(*extras: str) -> list[str]:
     """What the package needs, with its extras, as setup.cfg says it."""
     setup = configparser.ConfigParser()
-    setup.read(Path(__file__).resolve().parents[1] / "setup.cfg")
+    setup.read(Path(__file__).resolve().parents[2] / "setup.cfg")
     lists = [setup["options"]["install_requires"], *(setup["options.extras_require"][extra] for extra in extras)]
     return list(dict.fromkeys(line for text in lists for line in text.splitlines() if line))
 

@@ -1,9 +1,9 @@
 """Lets `qwen_vl_utils.process_vision_info` read videos by `VideoFile`: one import does it.
 
-    import videonsa.qwen_vl_utils_reader
+    import videonsa.adapters.qwen_vl_utils_reader
 
-A module of its own, which nothing else here imports: whoever loads a processor need not have qwen_vl_utils, nor have it
-changed. FORCE_QWENVL_VIDEO_READER in the environment still chooses another reader.
+Nothing else here imports it: a processor neither needs qwen_vl_utils nor changes it. FORCE_QWENVL_VIDEO_READER in the
+environment still chooses another reader.
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from qwen_vl_utils import vision_process
 
-from .video_reader import VideoFile
+from videonsa.video_reader import VideoFile
 
 
 def register(patch_size: int = 14) -> None:

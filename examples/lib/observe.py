@@ -11,13 +11,15 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from .fields import SIZES
+
 BRANCHES = ("compression", "selection", "window")
-SIZES = ("block_size", "block_count", "window_size")
 MAX_SCORES = 2**25  # attention scores held at a time
 SINK_ATTENTION = 0.1  # of `find_sinks`
 BINS = 20  # of positions, from the first token of a stream to the last
@@ -172,6 +174,42 @@ def branch_functions(model, q: torch.Tensor):
 def block_means(x: torch.Tensor, size: int) -> torch.Tensor:
     """[N, G, D] -> [complete blocks, G, D]"""
     return x[: len(x) // size * size].unflatten(0, (-1, size)).mean(1)
+
+
+def count_choices(blocks: torch.Tensor, block_size: int, block_count: int) -> torch.Tensor:
+    """How often each block of one stream was chosen, and could have been, by tokens that had to choose.
+
+    Those are the tokens with more than `block_count` blocks before and around them. The first, the previous and the own
+    block of a token are no choice.
+
+    Args:
+        blocks: int32 [KV heads, tokens, block_count], of `select_blocks`, -1 for none.
+
+    Returns:
+        float64 [blocks, 2].
+    """
+    groups, n, _ = blocks.shape
+    own = torch.arange(n, device=blocks.device) // block_size
+    total = -(-n // block_size)
+    choosing = own >= block_count
+    picked, own = blocks[:, choosing], own[choosing]
+    free = (picked > 0) & (picked < own[:, None] - 1)
+    chosen = picked[free].long().bincount(minlength=total).double()
+    tokens = own.bincount(minlength=total + 2)
+    could = groups * tokens.flip(0).cumsum(0).flip(0)[2 : total + 2].double()  # tokens at least two blocks later
+    could[0] = 0
+    return torch.stack([chosen, could], -1)
+
+
+def patch_frame(processor, pixels: torch.Tensor, grid: list[int], index: int) -> np.ndarray:
+    """uint8 [height, width, 3]: the first frame of a temporal patch, from the model's input."""
+    _, rows, columns = grid
+    size, merge = processor.patch_size, processor.merge_size
+    patch = pixels[index * rows * columns : (index + 1) * rows * columns].float()
+    patch = patch.view(rows // merge, columns // merge, merge, merge, 3, processor.temporal_patch_size, size, size)
+    frame = patch[..., 0, :, :].permute(4, 0, 2, 5, 1, 3, 6).reshape(3, rows * size, columns * size)
+    mean, std = (torch.tensor(x)[:, None, None] for x in (processor.image_mean, processor.image_std))
+    return ((frame * std + mean) * 255).round().clamp(0, 255).byte().permute(1, 2, 0).contiguous().numpy()
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -1,17 +1,12 @@
 """A miniature Qwen2.5-VL checkpoint and a short clip, made on the spot: what tests and the tiny VideoNSA begin with.
 
-    python examples/tiny.py build/tiny/start    # where the training of the tiny VideoNSA starts: see `make tiny`
-
 The checkpoint has the real architecture (vision tower with windows, multimodal rotary, grouped-query attention with a
 group of 7), a tokenizer with Qwen's special tokens and a chat template of the same format, all saved by the stock
 classes. Its weights are random: `convert.py` turns it into VideoNSA exactly as it would the 7B.
 """
 
-import argparse
 import math
 import re
-import sys
-import tempfile
 from pathlib import Path
 
 import av
@@ -28,11 +23,8 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
-from convert import convert
-from make_needle_videos import COLOURS, COUNTS, PLACES, SHAPES, TIMES
+from .needles import COLOURS, COUNTS, PLACES, SHAPES, TIMES
 
-# What the tiny VideoNSA sees: block_count of 8 blocks in 4 s, of 64 in 32 s, and as many tokens as two blocks nearby.
-NSA = {"block_size": 16, "block_count": 4, "window_size": 32}
 SPECIAL_TOKENS = (
     "<|endoftext|>",
     "<|im_start|>",
@@ -192,20 +184,3 @@ def make_clip(
             container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
         container.mux(stream.encode())
     return Path(path)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("output", help="folder to make: a VideoNSA repository with random weights and a token per word")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights (default: 0)")
-    args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            stock = make_stock_checkpoint(Path(folder) / "tiny-qwen2.5-vl", seed=args.seed, words=True)
-            convert(stock, args.output, **NSA, seed=args.seed)
-        except (OSError, ValueError) as error:
-            sys.exit(f"tiny.py: {error}")
-
-
-if __name__ == "__main__":
-    main()

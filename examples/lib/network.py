@@ -1,0 +1,40 @@
+"""Keeps an app from reading addresses in private networks."""
+
+import http.client
+import ipaddress
+import urllib.request
+
+
+class PublicHTTPConnection(http.client.HTTPConnection):
+    """A connection to a public address, or none."""
+
+    def connect(self):
+        super().connect()
+        check_public(self)
+
+
+class PublicHTTPSConnection(http.client.HTTPSConnection):
+    def connect(self):
+        super().connect()
+        check_public(self)
+
+
+class PublicHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
+    def http_open(self, request):
+        return self.do_open(PublicHTTPConnection, request)
+
+    def https_open(self, request):
+        return self.do_open(PublicHTTPSConnection, request)
+
+
+def check_public(connection) -> None:
+    # Of the connection, not of the name, which may stand for another address the next time it is looked up.
+    address = ipaddress.ip_address(connection.sock.getpeername()[0].partition("%")[0])
+    if not (getattr(address, "ipv4_mapped", None) or address).is_global:
+        connection.close()
+        raise ValueError(f"{connection.host} is in a private network, which this app does not read from")
+
+
+def refuse_private_addresses() -> None:
+    """Let `urllib.request.urlopen` connect to public addresses only, also where it is redirected."""
+    urllib.request.install_opener(urllib.request.build_opener(PublicHandler))

@@ -1,0 +1,186 @@
+"""The Trainer of `finetune.py`: rates per part, packed samples, losses as means over tokens, and logs."""
+
+import contextlib
+import time
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
+
+from .data import IGNORED, packed_positions
+from .observe import BRANCHES
+
+PARTS = ("language", "merger", "vision", "gates")
+
+
+class Meter(TrainerCallback):
+    """Measures between two logs: tokens, the seconds of training (without evaluation and saving), and mean gates."""
+
+    def __init__(self, layers: int):
+        self.layers = layers
+        self.step_seconds = []
+        self.reset()
+
+    def reset(self) -> None:
+        self.tokens = self.seconds = 0.0
+        self.gates = 0.0  # [layers, 4]: sums over vision tokens of the gates of each branch, and the number of these
+
+    def count(self, inputs) -> None:
+        """Note a batch; the layers of the model then call `observe`, first layer first."""
+        mask = inputs.get("attention_mask")
+        self.tokens += inputs["input_ids"].numel() if mask is None else mask.sum()
+        self.batch = []
+
+    def observe(self, attention, q, k, v, gates: torch.Tensor, layout) -> torch.Tensor:
+        """Note the gates [vision tokens, heads, 3] of a layer."""
+        if attention.layer_idx == len(self.batch):  # gradient checkpointing computes layers a second time
+            sums = gates.detach().float().mean(1).sum(0)
+            self.batch.append(torch.cat([sums, sums.new_tensor([len(gates)])]))
+            if len(self.batch) == self.layers:
+                self.gates = self.gates + torch.stack(self.batch)
+        return gates
+
+    def on_train_begin(self, *args, **kwargs):
+        self.mark = time.perf_counter()
+
+    on_evaluate = on_save = on_train_begin
+
+    def on_step_end(self, *args, **kwargs):
+        now = time.perf_counter()
+        self.step_seconds.append(now - self.mark)
+        self.seconds += now - self.mark
+        self.mark = now
+
+    def read(self, accelerator) -> dict[str, float]:
+        """Tokens per second of all processes and the mean gates, since the last call."""
+        gates = torch.as_tensor(self.gates, device=accelerator.device) + torch.zeros(
+            self.layers, 4, device=accelerator.device
+        )
+        tokens = torch.as_tensor(self.tokens, dtype=torch.float64, device=accelerator.device)
+        gates, tokens = accelerator.reduce(gates, "sum"), accelerator.reduce(tokens, "sum")
+        logs = {"tokens_per_second": round(tokens.item() / max(self.seconds, 1e-9), 1)}
+        if gates[:, 3].min() > 0:
+            means = gates[:, :3] / gates[:, 3:]  # [layers, branches]
+            for branch, values in zip(BRANCHES, means.T.tolist(), strict=True):
+                logs[f"gate_{branch}"] = sum(values) / len(values)
+                logs |= {f"gate_{branch}/layer_{i:02}": value for i, value in enumerate(values)}
+        self.reset()
+        return logs
+
+
+class VideoTrainer(Trainer):
+    """Trainer with learning rates per part, packed samples, logits where there is a loss only, and a `Meter`."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        # Qwen2.5-VL says it does not take `num_items_in_batch`, but it does: with it, every token of a step counts the
+        # same, however it is split into batches and processes.
+        self.model_accepts_loss_kwargs = True
+        self.meter = Meter(self.model.config.text_config.num_hidden_layers)
+        self.add_callback(self.meter)
+        for callback in (ProgressCallback, PrinterCallback):
+            if self.pop_callback(callback):
+                self.add_callback(short_logs(callback))
+
+    def create_optimizer(self, *args, **kwargs):
+        """The Trainer's optimizer, its groups split by part."""
+        if self.optimizer is not None:
+            return super().create_optimizer(*args, **kwargs)
+        optimizer = super().create_optimizer(*args, **kwargs)
+        model = args[0] if args else kwargs.get("model") or self.model
+        parts = {parameter: part_of(name) for name, parameter in model.named_parameters()}
+        groups = []
+        for group in optimizer.param_groups:
+            for part in PARTS:
+                parameters = [p for p in group["params"] if parts[p] == part]
+                rate = {
+                    "gates": self.args.gate_learning_rate,
+                    "merger": self.args.merger_learning_rate,
+                    "vision": self.args.vision_learning_rate,
+                }.get(part)
+                if parameters:
+                    groups.append({**group, "params": parameters, "lr": group["lr"] if rate is None else rate})
+        optimizer.param_groups[:] = groups
+        return optimizer
+
+    def _prepare_inputs(self, inputs):
+        inputs = super()._prepare_inputs(inputs)
+        if "lengths" in inputs:
+            model = next(m for m in self.model.modules() if hasattr(m, "get_rope_index"))
+            inputs["position_ids"] = packed_positions(inputs, model.get_rope_index)
+            inputs = {name: x for name, x in inputs.items() if name not in ("lengths", "second_per_grid_ts")}
+        return inputs
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        # At 36K tokens the logits of a vocabulary of 152K would take 22 GB; few positions have a loss.
+        shifted = nn.functional.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORED)
+        keep = (shifted != IGNORED).any(0).nonzero().squeeze(1)
+        inputs = {**inputs, "logits_to_keep": keep, "shift_labels": shifted[:, keep], "use_cache": False}
+        if model.training:
+            self.meter.count(inputs)
+            inputs["observe"] = self.meter.observe
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def _run_epoch(self, *args, **kwargs):
+        if self.state.global_step >= self.state.max_steps:  # resumed at its end: Trainer would make one step more
+            self.control.should_training_stop = True
+            return None
+        return super()._run_epoch(*args, **kwargs)
+
+    def prediction_step(self, model, inputs, *args, **kwargs):
+        inputs = self._prepare_inputs(inputs)
+        tokens = (inputs["labels"][:, 1:] != IGNORED).sum()
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, inputs)
+        loss = torch.where(tokens > 0, loss, 0.0)
+        self.evaluated += torch.stack([loss.double() * tokens, tokens])
+        return loss, None, None
+
+    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
+        """As in Trainer, but the loss is the mean over tokens, however they are split into batches."""
+        self.evaluated = torch.zeros(2, dtype=torch.float64, device=self.args.device)  # sum of losses, tokens
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        total, tokens = self.accelerator.reduce(self.evaluated, "sum").tolist()
+        output.metrics[f"{metric_key_prefix}_loss"] = total / max(tokens, 1)
+        return output
+
+    def _save(self, *args, **kwargs):
+        with unsharded_class(self.model):
+            super()._save(*args, **kwargs)
+
+    def log(self, logs, *args, **kwargs):
+        if "loss" in logs:
+            logs = {**logs, **self.meter.read(self.accelerator)}
+        super().log(logs, *args, **kwargs)
+
+
+@contextlib.contextmanager
+def unsharded_class(model):
+    """Give a model its own class back to be saved: FSDP2 changes it, and its code would be saved as the model's."""
+    sharded = type(model)
+    model.__class__ = next(c for c in sharded.__mro__ if not issubclass(c, FSDPModule))
+    try:
+        yield
+    finally:
+        model.__class__ = sharded
+
+
+def short_logs(callback: type[TrainerCallback]) -> type[TrainerCallback]:
+    """A callback that prints logs, without the gates of every layer."""
+
+    class ShortLogs(callback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            logs = {name: value for name, value in (logs or {}).items() if "/" not in name}
+            super().on_log(args, state, control, logs=logs, **kwargs)
+
+    return ShortLogs
+
+
+def part_of(name: str) -> str:
+    """Which of PARTS a parameter belongs to."""
+    if ".g_proj_" in name:
+        return "gates"
+    if "visual." in name:
+        return "merger" if "visual.merger." in name else "vision"
+    return "language"

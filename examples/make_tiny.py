@@ -1,0 +1,34 @@
+"""Make the model that the training of the tiny VideoNSA starts from: see `make tiny`.
+
+    python examples/make_tiny.py build/tiny/start
+
+It has the real architecture with a few million random weights, and a token per word of the questions about needles.
+"""
+
+import sys
+import tempfile
+from pathlib import Path
+
+from lib.conversion import convert
+from lib.options import OptionParser
+from lib.tiny import make_stock_checkpoint
+
+# What it sees: block_count of 8 blocks in 4 s, of 64 in 32 s, and as many tokens as two blocks nearby.
+NSA = {"block_size": 16, "block_count": 4, "window_size": 32}
+
+
+def main() -> None:
+    parser = OptionParser(description=__doc__)
+    parser.add_argument("output", help="folder to make: a VideoNSA repository with random weights and a token per word")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the weights")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            stock = make_stock_checkpoint(Path(folder) / "tiny-qwen2.5-vl", seed=args.seed, words=True)
+            convert(stock, args.output, **NSA, seed=args.seed)
+        except (OSError, ValueError) as error:
+            sys.exit(f"make_tiny.py: {error}")
+
+
+if __name__ == "__main__":
+    main()

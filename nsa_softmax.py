@@ -1,0 +1,354 @@
+"""Softmax attention over chosen keys in plain PyTorch: how `nsa_torch.py` and `nsa_merged.py` compute their sums.
+
+Packed samples are cut into *pieces* (`by_pieces`): adjacent queries of one sample, and its keys up to the last of them.
+In what follows, q is [C, H, D] of any dtype, the last C of the n tokens of k and v [n, G, D], which are fp32 or fp64.
+Results are o [C, H, D] and lse [C, H] in the dtype of k; lse is the natural log-sum-exp of a query's logits.
+
+There are two ways to compute a softmax over some of the keys:
+
+- `softmax_over` takes *parts* (some keys, and the queries that see them), and multiplies only these. It has exact
+  gradients and lse.
+- PyTorch's fused attention takes all keys up to the query (`causal`), a band of them (`bands`), or any with a mask
+  (`masked`). It multiplies more, but each product takes less time, and it has no lse.
+"""
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch.nn.functional import pad, scaled_dot_product_attention
+
+# Queries of a piece, at most.
+PIECE = 2048
+
+# Attention scores that are held at a time: 16 MB in fp32.
+MAX_SCORES = 2**22
+
+# Queries that share the keys of a window.
+RUN = 64
+
+# Queries of a product with gathered rows. The number is fixed, since the rounding of a product depends on its shape:
+# how many later queries choose a block changes nothing for earlier ones.
+TILE = 16
+
+# Share of the keys before the queries that are chosen, below which gathering rows takes less time than a mask. Fused
+# attention multiplies 16-bit floats faster.
+GATHER_BELOW = 0.7
+GATHER_BELOW_16_BIT = 0.35
+
+
+def accumulate(x: torch.Tensor) -> torch.Tensor:
+    """x in the dtype that softmax and sums are computed in: fp64 or fp32."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def by_pieces(
+    attend: Callable,
+    nothing: tuple,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    cu_seqlens_k: torch.Tensor | None,
+    *per_query: torch.Tensor,
+    cut: int = 0,
+) -> tuple[torch.Tensor, ...]:
+    """The results of attend(q, k, v, *per_query) for each piece, joined: a tuple of [N, ...].
+
+    Args:
+        nothing: The results if there are no queries.
+        per_query: Tensors [N, ...], cut as q is.
+        cut: A stream index that no piece crosses.
+
+    The first result gets the dtype of q. Gradients of k and v are summed in fp32 or fp64.
+    """
+    dtype = q.dtype
+    k, v = accumulate(k), accumulate(v)
+    cu_seqlens_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
+
+    sizes, keys = [], []
+    for count, (start, stop) in zip(cu_seqlens.diff().tolist(), pairwise(cu_seqlens_k.tolist()), strict=True):
+        length = stop - start
+        i = length - count
+        while i < length:
+            end = min(length, (i // PIECE + 1) * PIECE)
+            if i < cut:
+                end = min(end, cut)
+            sizes.append(end - i)
+            keys.append(slice(start, start + end))
+            i = end
+    if not sizes:
+        return nothing
+
+    outs = []
+    with torch.autocast(q.device.type, enabled=False):
+        for seen, *queries in zip(keys, *(x.split(sizes) for x in (q, *per_query)), strict=True):
+            o, *rest = attend(queries[0], k[seen], v[seen], *queries[1:])
+            outs.append((o.to(dtype) if o.is_floating_point() else o, *rest))
+    return tuple(torch.cat(x) for x in zip(*outs, strict=True))
+
+
+def nothing_of(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """o and lse of no queries."""
+    return q[:0], accumulate(q.detach()).new_empty(0, q.shape[1])
+
+
+def slices(n: int, step: int) -> list[slice]:
+    """0 ... n - 1 in slices of at most `step`."""
+    step = max(1, step)
+    return [slice(start, min(start + step, n)) for start in range(0, n, step)]
+
+
+def chunks(n: int, scores: int) -> list[slice]:
+    """0 ... n - 1 in slices whose queries have at most `MAX_SCORES` scores together, of `scores` each."""
+    return slices(n, MAX_SCORES // max(1, scores))
+
+
+def stream_index(q: torch.Tensor, first: int) -> torch.Tensor:
+    """int64 [C]: where queries stand in their stream, from `first` on."""
+    return torch.arange(first, first + len(q), device=q.device)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Softmax over parts
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Part(NamedTuple):
+    """Some queries of a chunk, and the keys that they see, except where `bias` hides one."""
+
+    rows: torch.Tensor  # int64 [m], of the chunk's c queries; c stands for none
+    keys: slice
+    bias: torch.Tensor | None  # bool [m, keys], False where hidden; or floating-point, added to the logits
+
+
+def every_row(q: torch.Tensor, rows: slice) -> torch.Tensor:
+    """The `rows` of a part that all queries of a chunk see."""
+    return torch.arange(rows.stop - rows.start, device=q.device)
+
+
+def block_parts(chosen: torch.Tensor, index: torch.Tensor, block_size: int, start: int = 0) -> list[Part]:
+    """A part for each block that a query of a chunk chose, of one KV head.
+
+    Args:
+        chosen: bool [c, blocks]; index: int64 [c], where the queries stand.
+        start: Where the stream starts among the keys.
+    """
+    first = int(index[0])
+    n = int(index[-1]) + 1
+    index = pad(index, (0, 1), value=-1)
+    parts = []
+    for j, is_row in enumerate(chosen.T.contiguous()):
+        rows = is_row.nonzero().squeeze(1)
+        stop = min((j + 1) * block_size, n)
+        if len(rows) == 0 or j * block_size >= n:
+            continue
+
+        rows = pad(rows, (0, -len(rows) % TILE), value=len(index) - 1)
+        bias = None
+        if stop > first + 1:
+            # Keys of the block come after some of the queries.
+            key = torch.arange(j * block_size, stop, device=index.device)
+            bias = key <= index[rows, None]
+        parts.append(Part(rows, slice(start + j * block_size, start + stop), bias))
+    return parts
+
+
+def visible_keys(chosen: torch.Tensor, index: torch.Tensor, block_size: int) -> torch.Tensor:
+    """Chosen blocks bool [G, c, blocks] -> bool [G, c, keys up to the last query], False after each query."""
+    key = torch.arange(int(index[-1]) + 1, device=chosen.device)
+    return chosen.repeat_interleave(block_size, -1)[..., : len(key)] & (key <= index[:, None])
+
+
+def is_cheaper_by_parts(chosen: torch.Tensor, index: torch.Tensor, block_size: int, dtype: torch.dtype) -> bool:
+    """Whether `block_parts` take less time than `masked`, for chosen blocks bool [G, C, blocks]."""
+    if chosen.device.type != "cpu":
+        # A GPU would wait for itself at every block.
+        return False
+    share = chosen.sum() / (len(chosen) * (index // block_size + 1).sum())
+    return bool(share < (GATHER_BELOW if dtype in (torch.float32, torch.float64) else GATHER_BELOW_16_BIT))
+
+
+def softmax_over(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float | None,
+    parts: Callable[[slice, int], list[Part]],
+    max_keys: int = 0,
+    step: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Softmax over the keys of all parts in which a query is a row: o and lse; 0 and -inf if there is none.
+
+    Args:
+        parts: Called with a chunk, a slice of the queries, and a KV head.
+        max_keys: The most keys that a query sees, from which the size of chunks follows.
+        step: The size of chunks, if not by `max_keys`.
+    """
+    heads, groups = q.shape[1], k.shape[1]
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+
+    found = []
+    for rows in slices(len(q), step) if step else chunks(len(q), max_keys * heads // groups):
+        for g in range(groups):
+            own = [part for part in parts(rows, g) if part.keys.start < part.keys.stop]
+            if own:
+                found.append((rows, slice(g * (heads // groups), (g + 1) * (heads // groups)), g, own))
+    return _Attention.apply(accumulate(q), k, v, scale, found)
+
+
+class _Attention(torch.autograd.Function):
+    """o = Σ p_j v_j and lse = log Σ exp(x_j), with x_j = scale q·k_j + bias_j and p_j = exp(x_j - lse), over the keys j
+    of all parts in which a query is a row. Chunks are (queries, their heads, KV head, parts)."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, scale, chunks):
+        o = torch.zeros_like(q)
+        lse = q.new_full(q.shape[:2], -torch.inf)
+        k, v = k.transpose(0, 1).contiguous(), v.transpose(0, 1).contiguous()  # [G, n, D]
+
+        for queries, heads, g, parts in chunks:
+            x = _with_none(q[queries, heads] * scale)  # [c + 1, r, D]
+            logits = [_logits(x, k[g], part) for part in parts]  # each [m, r, keys]
+            sizes = [len(part.rows) for part in parts]
+            rows = torch.cat([part.rows for part in parts])
+
+            tops = torch.cat([part.amax(-1) for part in logits])
+            top = x.new_full(x.shape[:2], -torch.inf)
+            top = top.scatter_reduce(0, rows[:, None].expand_as(tops), tops, "amax")
+            # A row that sees nothing: all p are 0.
+            top = top.masked_fill(top == -torch.inf, 0)
+
+            out = torch.zeros_like(x)
+            sums = []
+            for part, p, shift in zip(parts, logits, top.index_select(0, rows).split(sizes), strict=True):
+                p = p.sub_(shift.unsqueeze(-1)).exp_()
+                sums.append(p.sum(-1))
+                out.index_add_(0, part.rows, _rows_times(p, v[g, part.keys]))
+
+            total = torch.zeros_like(top).index_add_(0, rows, torch.cat(sums))
+            o[queries, heads] = out.div_(total.masked_fill(total == 0, 1).unsqueeze(-1))[:-1]
+            lse[queries, heads] = (top + total.log())[:-1]
+
+        ctx.save_for_backward(q, k, v, o, lse)
+        ctx.scale, ctx.chunks = scale, chunks
+        ctx.mark_non_differentiable(lse)
+        return o, lse
+
+    @staticmethod
+    def backward(ctx, do, _):
+        """dv_j = Σ p_j do, dx_j = p_j (do·v_j - do·o), dq = scale Σ dx_j k_j, dk_j = scale Σ dx_j q."""
+        q, k, v, o, lse = ctx.saved_tensors
+        dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+
+        # autograd runs this under the autocast of the loss.
+        with torch.autocast(q.device.type, enabled=False):
+            for queries, heads, g, parts in ctx.chunks:
+                x = _with_none(q[queries, heads] * ctx.scale)
+                grad = _with_none(do[queries, heads])
+                own = (grad * _with_none(o[queries, heads])).sum(-1, keepdim=True)
+                shift = _with_none(lse[queries, heads].unsqueeze(-1))
+                shift = shift.masked_fill(shift == -torch.inf, 0)
+
+                out = torch.zeros_like(x)
+                for part in parts:
+                    rows, keys, _ = part
+                    p = _logits(x, k[g], part).sub_(shift.index_select(0, rows)).exp_()
+                    grad_rows = grad.index_select(0, rows)
+                    dx = _rows_times(grad_rows, v[g, keys].T).sub_(own.index_select(0, rows)).mul_(p)
+                    out.index_add_(0, rows, _rows_times(dx, k[g, keys]))
+                    dk[g, keys].addmm_(dx.flatten(0, 1).T, x.index_select(0, rows).flatten(0, 1))
+                    dv[g, keys].addmm_(p.flatten(0, 1).T, grad_rows.flatten(0, 1))
+                dq[queries, heads] = out[:-1].mul_(ctx.scale)
+        return dq, dk.transpose(0, 1), dv.transpose(0, 1), None, None
+
+
+def _with_none(x) -> torch.Tensor:
+    """[c, r, D] -> [c + 1, r, D], with zeros for a row that stands for none."""
+    return pad(x, (0, 0, 0, 0, 0, 1))
+
+
+def _logits(x, k, part: Part) -> torch.Tensor:
+    """x [c + 1, r, D], k [n, D] -> [m, r, keys]"""
+    logits = _rows_times(x.index_select(0, part.rows), k[part.keys].T)
+    if part.bias is None:
+        return logits
+    bias = part.bias.unsqueeze(1)
+    return logits.masked_fill_(~bias, -torch.inf) if bias.dtype == torch.bool else logits.add_(bias)
+
+
+def _rows_times(x, y) -> torch.Tensor:
+    """x [m, r, a], y [a, b] -> [m, r, b]; in products of whole tiles, if m is a multiple of them."""
+    m, r, _ = x.shape
+    if m % TILE:
+        return (x.flatten(0, 1) @ y).unflatten(0, (m, r))
+    return torch.bmm(x.view(m // TILE, TILE * r, -1), y.expand(m // TILE, -1, -1)).view(m, r, -1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# PyTorch's fused attention
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None) -> torch.Tensor:
+    """o of attention over all keys up to the query."""
+    if len(q) == len(k):
+        return _fused(q, k, v, scale, is_causal=True)
+    index = stream_index(q, len(k) - len(q))
+    key = torch.arange(len(k), device=q.device)
+    return masked(q, k, v, lambda rows: (key[: index[rows][-1] + 1] <= index[rows, None])[None], scale)
+
+
+def masked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: Callable, scale: float | None) -> torch.Tensor:
+    """o of attention where visible(rows) gives the mask of a few queries: bool [G or 1, c, keys up to the last]."""
+    outs = []
+    for rows in slices(len(q), 4 * RUN):
+        mask = visible(rows)
+        m = mask.shape[-1]
+        outs.append(_fused(q[rows], k[:m], v[:m], scale, attn_mask=mask.unsqueeze(1)))
+    return torch.cat(outs)
+
+
+def bands(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window_size: int, scale: float | None) -> torch.Tensor:
+    """o of attention over the last `window_size` keys up to the query."""
+    first = len(k) - len(q)
+    # First the queries whose window holds all keys before them, then whole runs, then what is left.
+    dense = min(max(window_size - first, 0), len(q))
+    rest = (len(q) - dense) % RUN
+
+    outs = []
+    if dense > 0:
+        outs.append(causal(q[:dense], k[: first + dense], v[: first + dense], scale))
+    for start, stop, run in ((dense, len(q) - rest, RUN), (len(q) - rest, len(q), rest)):
+        if start < stop:
+            keys = slice(first + start - window_size + 1, first + stop)
+            outs.append(_whole_bands(q[start:stop], k[keys], v[keys], run, scale))
+    return torch.cat(outs)
+
+
+def _whole_bands(q, k, v, run: int, scale: float | None) -> torch.Tensor:
+    """As `bands`, of queries with a whole window, whose number is a multiple of `run`; k and v begin with the first
+    window."""
+    window_size = len(k) - len(q) + 1
+    groups, dim = k.shape[1:]
+    q = q.view(-1, run, groups, q.shape[1] // groups, dim).permute(0, 2, 3, 1, 4)  # [runs, G, r, run, D]
+    # Overlapping views, without a copy: [runs, G, keys, D].
+    k, v = (x.to(q.dtype).unfold(0, run + window_size - 1, run).transpose(2, 3) for x in (k, v))
+
+    i = torch.arange(run, device=q.device)[:, None]
+    j = torch.arange(run + window_size - 1, device=q.device)
+    visible = ((j >= i) & (j < i + window_size)).repeat(q.shape[2], 1)
+    bias = q.new_zeros(visible.shape).masked_fill(~visible, -torch.inf)  # [r * run, keys]
+
+    o = scaled_dot_product_attention(q.flatten(2, 3), k, v, attn_mask=bias, scale=scale)
+    o = o.unflatten(2, (-1, run)).permute(0, 3, 1, 2, 4)  # [runs, run, G, r, D]
+    return accumulate(o.flatten(2, 3).flatten(0, 1))
+
+
+def _fused(q, k, v, scale: float | None, **mask) -> torch.Tensor:
+    """PyTorch's attention. KV heads are its batch, so that none is copied for its query heads."""
+    q = q.unflatten(1, (k.shape[1], -1)).permute(1, 2, 0, 3)  # [G, r, C, D]
+    k, v = (x.to(q.dtype).transpose(0, 1).unsqueeze(1).expand(-1, q.shape[1], -1, -1) for x in (k, v))
+    o = scaled_dot_product_attention(q, k, v, scale=scale, **mask)
+    return accumulate(o.permute(2, 0, 1, 3).flatten(1, 2))
