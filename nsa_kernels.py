@@ -7,15 +7,15 @@ the rows of a matrix product are queries. The selection takes all heads of a KV 
 chosen blocks: its rows are queries times heads, its columns the *union* of the blocks that the tile's queries chose. A
 block is read once for all of them; rows whose query did not choose it do not take part in that turn.
 
-                        blocks of the union, ascending
-                      0     3     8     9    15    16
-    query 0, head 0   ██          ██          ██    ▙
-             head 1   ██          ██          ██    ▙       ██  chosen, and seen whole
-    query 1, head 0   ██    ██                ██    █▙      ▙   keys after the query are masked
-             head 1   ██    ██                ██    █▙
+                          blocks of the union
+                      0     3     8     9     15    16
+    query 0, head 0   ██    ██                ██    ▙
+             head 1   ██    ██                ██    ▙        ██  chosen, and seen whole
+    query 1, head 0   ██    ██    ██          ██    █▙       ▙   its own: keys after the query are masked
+             head 1   ██    ██    ██          ██    █▙
     query 2, head 0   ██                ██    ██    ██▙
              head 1   ██                ██    ██    ██▙
-                      └─ no mask: all queries come after ─┘ └ mask
+                      └─ first loop: no mask ───┘   └ second loop: mask
 
 Names, beside those of `nsa_torch.py` (N queries and M keys of all samples, H query heads, G KV heads, D channels):
 
@@ -31,8 +31,9 @@ Names, beside those of `nsa_torch.py` (N queries and M keys of all samples, H qu
     first, q0, k0, block0, n_q, n_k     see `place`
     m, i        queries of a tile: their indices among those of their sample, and in its stream of keys
     j, key      keys of a turn: their number in the turn, and their index in the sample
-    at          offsets, in rows of D channels unless something else is loaded there
+    at          offsets of rows
     valid       which rows stand for a query
+    keep        which keys a row sees
     on          which rows take part in a turn
     acc, peak, total    of an online softmax: weighted sum of values, largest logit so far, sum of weights
     scale       the factor of logits, times log2 e: exponentials are those of base 2

@@ -68,13 +68,12 @@ class _Band:
         return {"K": self.k, "V": self.v, "S": self.S, "REVERSE": self.reverse, **limits}
 
     def kernel(self, name: str) -> str:
-        """The entry of the tables of tiles: skipping costs registers."""
+        """The name of a kernel in the tables of tiles, where one that skips keys stands apart: it needs registers."""
         return name if self.skipped is None else name.replace("band", "remainder")
 
 
 class Launches:
-    """Kernel launches over one set of inputs: q [N, H, D]; k, v [M, G, D]; others as in
-    `nsa_triton._attend`."""
+    """Kernel launches over one set of inputs: q [N, H, D]; k, v [M, G, D]; others as in `nsa_triton._attend`."""
 
     def __init__(
         self, q, k, v, cu_seqlens, cu_seqlens_k, *,
@@ -137,6 +136,7 @@ class Launches:
         return means, variances
 
     def pool(self, v, k_means, v_means, variance):
+        """Write the means of k to `k_means`, and those of v, or its variances, to `v_means`."""
         self.launch(
             means_kernel,
             (self.all_blocks, self.groups),
@@ -150,6 +150,7 @@ class Launches:
         )
 
     def band(self, name):
+        """The keys of a branch other than the selection."""
         if name == "window":
             return _Band(self.k, self.v, 1, min(self.window_size, self.n_keys))
         if name == "prefix":
@@ -469,7 +470,7 @@ def _config(kernel: str, q: torch.Tensor) -> dict:
 
 
 def capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_devicecapability(device) if device.type == "cuda" else (0, 0)
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
 
 
 def _top_config(n_blocks: int) -> dict:

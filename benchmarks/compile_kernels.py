@@ -24,7 +24,7 @@ import torch
 # name: dtype, head dim, query heads, KV heads, block size, block count
 CASES = {
     "7B bf16": (torch.bfloat16, 128, 28, 4, 64, 32),
-    "7B bf16 released": (torch.bfloat16, 128, 64, 4, 64, 8),
+    "7B bf16 released": (torch.bfloat16, 128, 28, 4, 64, 8),
     "7B fp32": (torch.float32, 128, 28, 4, 64, 8),
     "fp16 dim 80 group 16 block 128": (torch.float16, 80, 16, 1, 128, 5),
     "bf16 dim 32 group 1 block 16": (torch.bfloat16, 32, 2, 2, 16, 5),
@@ -86,7 +86,7 @@ def compile_all(capability: int, names, sass_folder: Path | None = None) -> list
     import triton
     from triton.runtime.driver import driver
 
-    from videonsa import nsa_launches, nsa_merged, nsa_triton
+    from videonsa import nsa_launches, nsa_merged, nsa_released, nsa_triton
 
     driver.set_active(Driver(capability))
     nsa_triton._can_launch = lambda device: True
@@ -110,29 +110,21 @@ def compile_all(capability: int, names, sass_folder: Path | None = None) -> list
             cu_seqlens = torch.tensor([0, length], dtype=torch.int32)
             sizes = {"block_size": block_size, "block_count": block_count}
             if "released" in name:
-                out = run_released(nsa_triton, q, k, cu_seqlens, **sizes)
+                vision = torch.arange(length) > 9
+                stream = nsa_released.Stream.make(vision, length, **sizes)
+                out = nsa_released.released_attention(q, k, k.clone(), gates[10:], stream, triton=True, **sizes)
             else:
                 out = nsa_triton.nsa_attention(q, k, k.clone(), gates, cu_seqlens, **sizes)
             if out.requires_grad:
-                lse = torch.zeros(length, heads)
-                nsa_triton.select_blocks(q.detach(), k.detach(), lse, cu_seqlens, **sizes, spread=True)
+                # Of fewer blocks than there are, so that there is a choice.
+                lse, few = torch.zeros(length, heads), {"block_size": block_size, "block_count": 3}
+                nsa_triton.select_blocks(q.detach(), k.detach(), lse, cu_seqlens, **few, spread=True)
                 out.backward(torch.zeros_like(out))
                 if name == "7B bf16":
                     compile_merged(nsa_merged, q, k, cu_seqlens, sizes)
         for (kernel, _), (binary, tile) in compiled.items():
             rows.append({"case": name, "kernel": kernel, **tile, **read(binary, capability, sass_folder)})
     return rows
-
-
-def run_released(nsa_triton, q, k, cu_seqlens, block_size, block_count):
-    """The branches as nsa_released.py calls them, with 16 heads per KV head."""
-    size, length = {"block_size": block_size}, len(q)
-    means = k[: length // block_size].clone()
-    o, lse = nsa_triton.pooled_attention(q, means, means, first=0, **size, reverse=True)
-    own = torch.zeros(k.shape[1], length)
-    blocks = nsa_triton.select_blocks(q, k, lse, cu_seqlens, block_count=block_count, own_importance=own, **size)
-    o = o + nsa_triton.selected_attention(q, k, k.clone(), blocks, cu_seqlens, **size)[0]
-    return o + nsa_triton.window_attention(q, k, k.clone(), cu_seqlens)[0]
 
 
 def compile_merged(nsa_merged, q, k, cu_seqlens, sizes) -> None:

@@ -164,54 +164,46 @@ def attend_where(q, k, v, visible):
 
 @pytest.mark.parametrize("branch", ["compressed", "selected", "remainder", "prefix"])
 def test_softmaxes_that_are_to_be_joined_have_gradients_of_their_lse(branch):
-    lengths, size = [40, 70], 16
-    text = [5, 20]
-    (q, k, v, _), cu, _, _ = inputs(lengths, 4, 2, 16, size, 3, 9, torch.float32)
+    """Against one masked softmax over all keys in fp64. Samples of 40 and 70 tokens, 5 and 20 text tokens."""
+    (q, k, v, _), cu, _, _ = inputs([40, 70], 4, 2, 16, 16, 3, 9, torch.float32)
     cu_text = torch.tensor([0, 5, 25], dtype=torch.int32, device=DEVICE)
-    sample, i = (
-        torch.cat(x).to(DEVICE)
-        for x in zip(*((torch.full((n,), s), torch.arange(n)) for s, n in enumerate(lengths)), strict=True)
-    )
-    blocks = torch.rand(2, len(q), 5, generator=torch.Generator().manual_seed(2)).argsort(-1)[..., :2].to(DEVICE)
+    sample = torch.tensor([0] * 40 + [1] * 70, device=DEVICE)
+    i = torch.tensor([*range(40), *range(70)], device=DEVICE)
+    blocks = torch.rand(2, 110, 5, generator=torch.Generator().manual_seed(2)).argsort(-1)[..., :2].int().to(DEVICE)
     blocks[:, ::7, 1] = -1
     is_chosen = (blocks[..., None] == torch.arange(5, device=DEVICE)).any(2)  # [G, N, blocks]
-    options = {"block_size": size, "with_lse_gradient": True}
-    doubles = [x.detach().double().requires_grad_() for x in (q, k, v)]
-    keys = doubles[1:]
-
+    options = {"block_size": 16, "with_lse_gradient": True}
     if branch == "prefix":
-        k, v = (x[: sum(text)].detach().requires_grad_() for x in (k, v))
-        doubles[1:] = keys = [x.detach().double().requires_grad_() for x in (k, v)]
-        seen = (i // 3).clamp_max(torch.tensor(text, device=DEVICE)[sample]).int()
+        k, v = (x[:25].detach().requires_grad_() for x in (k, v))
+    doubles = keys = [x.detach().double().requires_grad_() for x in (q, k, v)]
+
+    if branch == "selected":
+        o, lse = nsa_triton.selected_attention(q, k, v, blocks, cu, **options)
+        visible = (sample == sample[:, None]) & (i <= i[:, None]) & is_chosen[:, :, i // 16]
+    elif branch == "prefix":
+        seen = (i // 3).clamp_max(torch.tensor([5, 20], device=DEVICE)[sample]).int()
         o, lse = nsa_triton.prefix_attention(q, k, v, seen, cu, cu_text, with_lse_gradient=True)
-        key = torch.arange(sum(text), device=DEVICE) - cu_text[sample][:, None]  # [N, T]
+        key = torch.arange(25, device=DEVICE) - cu_text[sample][:, None]  # [N, T]
         visible = ((key >= 0) & (key < seen[:, None])).expand(2, -1, -1)
-    elif branch == "selected":
-        o, lse = nsa_triton.selected_attention(q, k, v, blocks.int(), cu, **options)
-        visible = (sample == sample[:, None]) & (i <= i[:, None]) & is_chosen[:, :, i // size]
     else:
-        of_blocks = [torch.arange(n // size) for n in lengths]
-        block = torch.cat(of_blocks).to(DEVICE)
-        of_sample = torch.repeat_interleave(torch.tensor([len(x) for x in of_blocks])).to(DEVICE)
-        keys = [
-            torch.cat([y[: len(y) // size * size].unflatten(0, (-1, size)).mean(1) for y in x.split(lengths)])
-            for x in keys
-        ]
-        visible = ((of_sample == sample[:, None]) & ((block + 1) * size <= i[:, None] + 1)).expand(2, -1, -1)
+        means = [torch.cat([x[:32], x[40:104]]).unflatten(0, (6, 16)).mean(1) for x in doubles[1:]]
+        keys = [doubles[0], *means]
+        block, of_sample = torch.tensor([[0, 1, 0, 1, 2, 3], [0, 0, 1, 1, 1, 1]], device=DEVICE)
+        visible = ((of_sample == sample[:, None]) & ((block + 1) * 16 <= i[:, None] + 1)).expand(2, -1, -1)
         if branch == "compressed":
             o, lse = nsa_triton.compressed_attention(q, k, v, cu, **options)
         else:
-            o, lse = nsa_triton.remainder_attention(q, k, v, blocks.int(), cu, **options)
+            o, lse = nsa_triton.remainder_attention(q, k, v, blocks, cu, **options)
             visible = visible & ~is_chosen[:, :, block]
 
-    expected, expected_lse = attend_where(doubles[0], *keys, visible)
-    any_key = visible.any(-1).repeat_interleave(2, 0).T  # [N, H]
-    assert any_key.any() and not any_key.all()
-    assert (lse[~any_key] == -torch.inf).all()
+    expected, expected_lse = attend_where(*keys, visible)
+    some = visible.any(-1).repeat_interleave(2, 0).T  # [N, H]: rows with a key
+    assert some.any() and not some.all()
+    assert (lse[~some] == -torch.inf).all()
     assert_close(o, expected, 1e-5)
-    assert_close(lse[any_key], expected_lse[any_key], 1e-5)
-    outputs = torch.cat([o.flatten(), lse[any_key]]), torch.cat([expected.flatten(), expected_lse[any_key]])
-    assert_gradients_close(outputs[0], (q, k, v), outputs[1], doubles)
+    assert_close(lse[some], expected_lse[some], 1e-5)
+    both, expected_both = (torch.cat([x.flatten(), y[some]]) for x, y in ((o, lse), (expected, expected_lse)))
+    assert_gradients_close(both, (q, k, v), expected_both, doubles)
 
 
 def test_the_own_block_can_be_given_an_importance_instead_of_a_place():
@@ -322,7 +314,7 @@ def test_how_sums_are_split_changes_gradients_by_rounding_alone(launches, monkey
         return grads, *([grid for name, grid in launches if name == kernel] for kernel in kernels)
 
     grads, bands, pieces, collections = run()
-    assert bands[1][2] > 1 and len(collections) == 1  # the queries of the compression are split
+    assert bands[0][2] > 1 and len(collections) == 1  # the queries of the compression are split
     monkeypatch.setattr(nsa_launches, "MAX_PARTIAL", 1)
     by_head, _, _, collections = run()
     assert len(collections) == 2  # KV head by KV head
@@ -330,7 +322,7 @@ def test_how_sums_are_split_changes_gradients_by_rounding_alone(launches, monkey
     monkeypatch.setattr(nsa_launches, "MAX_LIST", 32)
     monkeypatch.setattr(nsa_launches, "MIN_PROGRAMS", 1)
     split, bands, more_pieces, _ = run()
-    assert bands[1][2] == 1 and more_pieces[0][0] > pieces[0][0]
+    assert bands[0][2] == 1 and more_pieces[0][0] > pieces[0][0]
     for grad, expected in zip(split, grads, strict=True):
         assert_close(grad, expected.double(), 1e-6)
 
