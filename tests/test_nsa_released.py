@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
-from kernel_cases import DEVICE, larger_tiles, needs_gpu, relative_rms  # noqa: F401 (a fixture)
+from kernel_cases import DEVICE, needs_gpu, relative_rms
 from released import (
     load_released,
     make_prompt,
