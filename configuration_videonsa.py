@@ -112,7 +112,7 @@ class VideoNSATextConfig(Qwen2_5_VLTextConfig):
                 f"must be in {most // 2 - 7} ... {most // 2} for num_key_value_heads={self.num_key_value_heads}, got "
                 f"{self.num_attention_heads}"
             )
-        least = 3 + (self.window_size - 2) // self.block_size  # see nsa_torch.least_blocks
+        least = 3 + (self.window_size - 2) // self.block_size  # see nsa_checks.check_block_count
         if self.nsa_variant == "merged" and self.block_count < least:
             raise ValueError(
                 f'block_count must be at least {least} for nsa_variant="merged": block 0 and those that a window of '

@@ -1,15 +1,16 @@
 """From videos to model inputs: which frames a prompt can afford, their pixels as patches, and the processor classes.
 
-What users give is brought to one form by `video_inputs.py`; files are read by `video_reader.py`, within a plan of
-`video_planner.py`. Patches, placeholders and the chat template
-are those of Qwen2.5-VL; what the model makes of them is in `modeling_videonsa.py`.
+`video_inputs.py` brings what users give to one form. `video_planner.py` decides how many frames to take, and
+`video_reader.py` reads them. Patches, placeholders and the chat template are those of Qwen2.5-VL.
 """
 
 import contextlib
+import inspect
+import math
 import os
-from collections.abc import Iterable, Iterator
-from dataclasses import replace
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -42,9 +43,10 @@ from .video_planner import VideoPlan, check_range, check_request, plan_video, sh
 from .video_reader import VideoFile, frames_on_screen
 from .video_source import open_source
 
-# Numbers that are normalised and cut into patches at a time; bytes of pixels that are given up together after that,
-# enough for malloc to return them.
-CHUNK, PART = 2**22, 2**26
+# Numbers that are normalised and cut into patches at a time.
+CHUNK_NUMBERS = 2**22
+# Bytes of pixels that are freed together after that: enough for malloc to return them to the system.
+PART_BYTES = 2**26
 
 logger = logging.get_logger(__name__)
 
@@ -73,10 +75,11 @@ class VideoNSAProcessor(Qwen2_5_VLProcessor):
             "tokenizer": AutoTokenizer,
             "video_processor": VideoNSAVideoProcessor,
         }
-        return [classes[name].from_pretrained(pretrained_model_name_or_path, **kwargs) for name in cls.get_attributes()]
+        parts = [classes[name] for name in cls.get_attributes()]
+        return [part.from_pretrained(pretrained_model_name_or_path, **kwargs) for part in parts]
 
     def save_pretrained(self, save_directory, *args, **kwargs):
-        components = self.image_processor, self.video_processor, self
+        components = (self.image_processor, self.video_processor, self)
         before = [vars(component).get("auto_map") for component in components]
         files = super().save_pretrained(save_directory, *args, **kwargs)
 
@@ -134,27 +137,131 @@ class VideoNSAVideoProcessorKwargs(Qwen2VLVideoProcessorInitKwargs, total=False)
     max_duration: int | float
 
 
+@dataclass(frozen=True)
+class VideoSettings:
+    """What one video is processed with: settings of the call and, for those that it leaves out, of the processor.
+
+    `VideoNSAVideoProcessorKwargs` names what a call may give, the attributes of `VideoNSAVideoProcessor` are the
+    defaults. `plan_video` explains its arguments.
+    """
+
+    # Exact wishes, arguments of `plan_video`. A processor may have `num_frames` and `frame_tokens`; those of a call,
+    # and the rivals of these (`RIVALS`), replace them.
+    fps: float | None
+    num_frames: int | None
+    max_pixels: int | None
+    frame_tokens: int | None
+    # Whether the call or the processor names `num_frames`; if so, frames without metadata are thinned out.
+    counted: bool
+
+    # The budget and the choice within it, arguments of `plan_video`.
+    max_tokens: int
+    text_tokens: int
+    prefer: str
+    block_size: int | None
+    start: float | None
+    end: float | None
+    min_frames: int
+    max_frames: int | None
+    # What is wanted if the budget allows: frames per second, and the least and most pixels of a frame. `min_pixels`
+    # of a call replaces the least.
+    default_fps: float
+    size: Mapping[str, int]
+    min_pixels: int | None
+    # False takes all frames.
+    do_sample_frames: bool
+    # Whether the stock rule for the size of frames replaces the budget, and the tokens that this rule divides.
+    cap_pixels_per_frame: bool
+    max_video_tokens: int
+
+    # "raise", or "keep" to use what can be decoded of a damaged file, or of a folder of images.
+    on_error: str
+    # Seconds that a server may take to answer or to go on.
+    timeout: float
+    # Most pixels of a frame and most seconds of a file.
+    max_source_pixels: int
+    max_duration: float
+    # Where arrays have their channels; None to infer it.
+    input_data_format: str | None
+
+    # Pixels and patches, as in the stock class.
+    do_resize: bool
+    do_rescale: bool
+    resample: Any
+    patch_size: int
+    temporal_patch_size: int
+    merge_size: int
+
+    # What the call gives for the stock class: all but the settings that are carried out here.
+    stock: dict[str, Any]
+
+    @classmethod
+    def resolve(cls, processor: Qwen2VLVideoProcessor, given: Mapping[str, Any]) -> "VideoSettings":
+        """The settings of a call that gives `given`; None counts as left out. Values are not checked here."""
+        values = {name: given.get(name) for name in (*CALL_ONLY, *INHERITED)}
+        for name in INHERITED:
+            if values[name] is None:
+                values[name] = getattr(processor, name)
+
+        values["counted"] = values["num_frames"] is not None or processor.num_frames is not None
+        if values["fps"] is None and values["num_frames"] is None:
+            values["num_frames"] = processor.num_frames
+        if values["max_pixels"] is None and values["frame_tokens"] is None:
+            values["frame_tokens"] = processor.frame_tokens
+
+        values["default_fps"] = processor.fps
+        values["stock"] = {name: value for name, value in given.items() if name not in CARRIED_OUT}
+        return cls(**values)
+
+    def plan_request(self) -> dict[str, Any]:
+        """The arguments of `plan_video` that do not depend on the video.
+
+        Raises:
+            ValueError: `size` lacks one of its two numbers.
+        """
+        size = dict(self.size)
+        if not size.get("shortest_edge") or not size.get("longest_edge"):
+            raise ValueError(f"size must have `shortest_edge` and `longest_edge`, both in pixels per frame, got {size}")
+        return {
+            **{name: getattr(self, name) for name in PLANNED},
+            "default_pixels": size["longest_edge"],
+            "min_pixels": self.min_pixels or size["shortest_edge"],
+            "factor": self.patch_size * self.merge_size,
+        }
+
+
+# Settings that only a call has, or that have a rule of their own; the processor has a default for the others.
+CALL_ONLY = ("fps", "num_frames", "max_pixels", "frame_tokens", "min_pixels", "input_data_format")
+INHERITED = {field.name for field in fields(VideoSettings)} - {*CALL_ONLY, "counted", "default_fps", "stock"}
+# Arguments of `plan_video` by the same names.
+PLANNED = {field.name for field in fields(VideoSettings)} & inspect.signature(plan_video).parameters.keys()
+# Settings that the stock class does not know, or would carry out a second time.
+CARRIED_OUT = {
+    *(VideoNSAVideoProcessorKwargs.__annotations__.keys() - Qwen2VLVideoProcessorInitKwargs.__annotations__.keys()),
+    *("fps", "num_frames", "min_pixels", "max_pixels", "min_frames", "max_frames"),
+}
+
+
+class Sample(NamedTuple):
+    """The frames to take of an open video."""
+
+    source: Any  # a `VideoFile`, or a sequence of frames: `Animation`, list, array
+    metadata: SampledVideoMetadata  # of these frames
+    indices: list[int]  # of these frames in the source; they may repeat
+
+
 class VideoNSAVideoProcessor(Qwen2VLVideoProcessor):
     """`Qwen2VLVideoProcessor` with a budget of tokens instead of frames, decoding by PyAV, and exact times.
 
-    A video, each by itself so that a batch may mix them, is one of
+    A batch may mix all kinds of videos:
     - a file: a path (`str` or `pathlib.Path`), `file://` or `http(s)://`, bytes, or a binary file object. Frames are
-      sampled evenly in time, or with `do_sample_frames=False` all taken. Its metadata comes from the file.
+      sampled evenly in time; `do_sample_frames=False` takes all. The metadata comes from the file.
     - frames: a list of images (PIL, array or path), a folder of images, or a 4-D array. Without `video_metadata` they
       count as already sampled at `fps`, and only `num_frames` thins them out; with it, they are sampled like a file.
     - a `VideoClip` of either.
 
-    How many frames and how large is the matter of `plan_video`, whose arguments are settings here: `max_tokens`,
-    `text_tokens`, `prefer`, `fps` or `num_frames`, `max_pixels` or `frame_tokens`, `block_size`, `start`, `end`,
-    `min_frames` and `max_frames`. The budget is for each video. In a call `fps`, `num_frames`, `max_pixels` and
-    `frame_tokens` are exact; as attributes, `fps` and `size` (least and most pixels per frame) are what is wanted if
-    the budget allows. `plan` tells what a video comes to, `video_metadata[i].plan` what it came to.
-
-    Args:
-        on_error: "raise", or "keep" to make do with what can be decoded of damaged files, images of a folder too.
-        timeout: seconds that a server may take to answer or to go on.
-        max_source_pixels, max_duration: most pixels of a frame and seconds that a file may have.
-        cap_pixels_per_frame: the stock rule for the size of frames, by `max_video_tokens`; then there is no budget.
+    `VideoSettings` explains the settings. A call may give each of them; the attributes are the defaults. The budget
+    is for each video. `plan` tells what a video would take, `video_metadata[i].plan` what it took.
     """
 
     fps = 4
@@ -198,13 +305,17 @@ class VideoNSAVideoProcessor(Qwen2VLVideoProcessor):
             raise ValueError("no video to process")
         metadata = list_metadata(kwargs.pop("video_metadata", None), len(videos))
         return_tensors = kwargs.pop("return_tensors", None)
-        return_metadata = self._setting("return_metadata", kwargs)
-        settings = settings_of(kwargs, len(videos))
-        features = [self._preprocess_one(*video) for video in zip(videos, metadata, settings, strict=True)]
+        return_metadata = kwargs.get("return_metadata")
+        if return_metadata is None:
+            return_metadata = self.return_metadata
+
+        given = settings_of(kwargs, len(videos))
+        features = [self._preprocess_one(*video) for video in zip(videos, metadata, given, strict=True)]
 
         def join(name: str) -> torch.Tensor:
             parts = [feature[name] for feature in features]
-            return torch.cat(parts) if len(parts) > 1 else parts[0]  # to concatenate one would only copy its pixels
+            # To concatenate a single part would only copy its pixels.
+            return torch.cat(parts) if len(parts) > 1 else parts[0]
 
         batch = BatchFeature({name: join(name) for name in self.model_input_names}, tensor_type=return_tensors)
         if return_metadata:
@@ -219,199 +330,234 @@ class VideoNSAVideoProcessor(Qwen2VLVideoProcessor):
         if unknown := kwargs.keys() - self.valid_kwargs.__annotations__.keys():
             raise TypeError(f"plan() got unknown settings: {shorten(', '.join(sorted(unknown)))}")
         if isinstance(video, VideoMetadata):
+            settings = VideoSettings.resolve(self, kwargs)
             metadata = frames_metadata(video, video.total_num_frames, video.height, video.width)
-            return self._sample(metadata, kwargs, self._setting("do_sample_frames", kwargs))[0].plan
-        (kwargs,) = settings_of(kwargs, 1)
-        (video,), (metadata,) = list_videos(as_one(video)), list_metadata(kwargs.pop("video_metadata", None), 1)
-        with self._opened(video, metadata, kwargs) as (_, _, sampled, _):
-            return sampled.plan
+            return choose_frames(metadata, settings, settings.do_sample_frames)[0].plan
+
+        (given,) = settings_of(kwargs, 1)
+        (video,) = list_videos(as_one(video))
+        (metadata,) = list_metadata(given.pop("video_metadata", None), 1)
+        video, settings = self._resolve(video, given)
+        with open_sample(video, metadata, settings) as sample:
+            return sample.metadata.plan
 
     def sample_frames(self, metadata: VideoMetadata, **kwargs) -> torch.Tensor:
         """Indices [n] of the frames to take of a video with this metadata; without a size in it, frames are squares."""
-        if not metadata.fps and kwargs.get("num_frames") is None and self.num_frames is None:
+        settings = VideoSettings.resolve(self, kwargs)
+        if not metadata.fps and not settings.counted:
             raise ValueError("to sample at `fps`, `video_metadata` needs the fps of the video")
-        shape = metadata.height or 224, metadata.width or 224
-        return torch.tensor(self._sample(frames_metadata(metadata, metadata.total_num_frames, *shape), kwargs, True)[1])
+        height = metadata.height or 224
+        width = metadata.width or 224
+        metadata = frames_metadata(metadata, metadata.total_num_frames, height, width)
+        _, indices = choose_frames(metadata, settings, sample=True)
+        return torch.tensor(indices)
 
-    def _preprocess_one(self, video, metadata: VideoMetadata | None, kwargs: dict[str, Any]) -> BatchFeature:
-        """Features of one entry of `list_videos`, and its metadata."""
-        with self._opened(video, metadata, kwargs) as (source, kwargs, metadata, indices):
-            size = {"height": metadata.plan.height, "width": metadata.plan.width}
-            resample = self._setting("resample", kwargs)
+    def _resolve(self, video, given: dict[str, Any]) -> tuple[Any, VideoSettings]:
+        """An entry of `list_videos` without its own settings, and the settings that hold for it."""
+        if isinstance(video, VideoClip):
+            (own,) = settings_of(video.settings, 1)
+            given = merge_settings(given, own)
+            (video,) = list_videos(video.source)
+        return video, VideoSettings.resolve(self, given)
 
-            def resize(frame: torch.Tensor, height: int, width: int) -> torch.Tensor:
-                # The stock class's own, past its choice of a size.
-                size = SizeDict(height=height, width=width)
-                return super(Qwen2VLVideoProcessor, self).resize(image=frame, size=size, resample=resample)
-
-            if isinstance(source, VideoFile):
-                patch, frame = self._setting("temporal_patch_size", kwargs), 3 * size["height"] * size["width"]
-                parts = source.read_parts(indices, **size, size=-(-PART // (frame * patch)) * patch, resize=resize)
-            else:
-                frames = self._frames(source, indices, kwargs)
-                if self._setting("do_rescale", kwargs) and not isinstance(source, Animation):
-                    factor = pixel_factor(source[i] for i in indices)
-                    frames = frames if factor == 1 else (frame.float() * factor for frame in frames)
-                parts = [stack_frames((resize(frame[None], **size) for frame in frames), len(indices))]
-        features = self._patches(parts, kwargs)
-        features["video_metadata"] = metadata
+    def _preprocess_one(self, video, metadata: VideoMetadata | None, given: dict[str, Any]) -> BatchFeature:
+        """Features of one entry of `list_videos`, and the metadata of its frames."""
+        video, settings = self._resolve(video, given)
+        with open_sample(video, metadata, settings) as sample:
+            parts = self._read(sample, settings)
+        features = self._patches(parts, settings)
+        features["video_metadata"] = sample.metadata
         return features
 
-    def _patches(self, parts: list[torch.Tensor], kwargs: dict[str, Any]) -> BatchFeature:
-        """Stock features of sampled and resized frames, tensors [n, C, H, W] of whole patches but for the last.
+    def _read(self, sample: Sample, settings: VideoSettings) -> list[torch.Tensor]:
+        """The frames of a sample, resized: tensors [n, C, H, W] of whole temporal patches, except for the last."""
+        height = sample.metadata.plan.height
+        width = sample.metadata.plan.width
 
-        Chunk by chunk, so that floats are not held twice, and each part is taken from the list, and given up."""
-        ours = {*OWN_SETTINGS, "fps", "num_frames", "min_pixels", "max_pixels", "min_frames", "max_frames"}
-        kwargs = {key: value for key, value in kwargs.items() if key not in ours}
-        kwargs |= {"do_sample_frames": False, "do_resize": False, "return_metadata": False}
-        kwargs["input_data_format"] = "channels_first"
-        patch = self._setting("temporal_patch_size", kwargs)
-        patches, start, count = None, 0, sum(map(len, parts))
+        def resize(frame: torch.Tensor, height: int, width: int) -> torch.Tensor:
+            # The method of the base class: that of the stock class would choose a size.
+            size = SizeDict(height=height, width=width)
+            return super(Qwen2VLVideoProcessor, self).resize(image=frame, size=size, resample=settings.resample)
+
+        if isinstance(sample.source, VideoFile):
+            patch_bytes = 3 * height * width * settings.temporal_patch_size
+            part_frames = math.ceil(PART_BYTES / patch_bytes) * settings.temporal_patch_size
+            return sample.source.read_parts(sample.indices, height, width, part_frames, resize)
+
+        frames = read_frames(sample.source, sample.indices, settings)
+        if settings.do_rescale and not isinstance(sample.source, Animation):
+            factor = pixel_factor(sample.source[i] for i in sample.indices)
+            if factor != 1:
+                frames = (frame.float() * factor for frame in frames)
+        resized = (resize(frame[None], height, width) for frame in frames)
+        return [stack_frames(resized, len(sample.indices))]
+
+    def _patches(self, parts: list[torch.Tensor], settings: VideoSettings) -> BatchFeature:
+        """Stock features of frames from `_read`.
+
+        Takes each part from the list and frees it once its floats are made. Works in chunks, so that no video's
+        floats are held twice.
+        """
+        options = {**settings.stock, "do_sample_frames": False, "do_resize": False, "return_metadata": False}
+        options["input_data_format"] = "channels_first"
+        patch = settings.temporal_patch_size
+        count = sum(map(len, parts))
+        patches = None
+        start = 0
         while parts:
             pixels = parts.pop(0)
-            for chunk in pixels.split(max(CHUNK // pixels[0].numel() // patch, 1) * patch):
-                features = super().preprocess([chunk], **kwargs)
+            chunk_patches = max(CHUNK_NUMBERS // pixels[0].numel() // patch, 1)
+            for chunk in pixels.split(chunk_patches * patch):
+                features = super().preprocess([chunk], **options)
                 if len(chunk) == count:
                     return features
-                made, (t, h, w) = features["pixel_values_videos"], features["video_grid_thw"][0].tolist()
+
+                made = features["pixel_values_videos"]
+                _, height, width = features["video_grid_thw"][0].tolist()
                 if patches is None:
-                    t = -(-count // patch)
-                    patches, grid = made.new_empty(t * h * w, made.shape[1]), torch.tensor([[t, h, w]])
+                    time = math.ceil(count / patch)
+                    patches = made.new_empty(time * height * width, made.shape[1])
+                    grid = torch.tensor([[time, height, width]])
                 patches[start : start + len(made)] = made
                 start += len(made)
         return BatchFeature({"pixel_values_videos": patches, "video_grid_thw": grid})
 
-    @contextlib.contextmanager
-    def _opened(self, video, metadata: VideoMetadata | None, kwargs: dict[str, Any]):
-        """For an entry of `list_videos`: a `VideoFile` or a sequence of frames; the kwargs with its own settings; the
-        metadata of the frames to take, and their indices."""
-        if isinstance(video, VideoClip):
-            kwargs = merge_settings(kwargs, *settings_of(video.settings, 1))
-            (video,) = list_videos(video.source)
-        sample = self._setting("do_sample_frames", kwargs)
-        timeout, on_error = self._setting("timeout", kwargs), self._setting("on_error", kwargs)
-        limits = self._setting("max_source_pixels", kwargs), self._setting("max_duration", kwargs)
-        with contextlib.ExitStack() as stack:
-            if is_file(video):
-                opened = open_source(video, timeout, on_error == "keep")
-                stack.callback(opened.close)
-                video = open_animation(opened, *limits)
-                if video is not None:
-                    stack.callback(video.image.close)
-                else:
-                    limits = {"max_pixels": limits[0], "max_seconds": limits[1]}
-                    video = stack.enter_context(VideoFile(opened, on_error=on_error, timeout=timeout, **limits))
-                if isinstance(video, VideoFile) or video.times:
-                    try:
-                        sampled = self._sample(file_metadata(video), kwargs, sample)
-                    except ValueError as error:
-                        raise ValueError(f"{video.name}: {error}") from error
-                    yield video, kwargs, *sampled
-                    return
-            yield video, kwargs, *self._sampled_frames(video, metadata, kwargs, sample)
 
-    def _sampled_frames(self, video, metadata: VideoMetadata | None, kwargs: dict[str, Any], sample: bool):
-        """The same for a sequence of frames, whose metadata may be known."""
-        if metadata is None:
-            fps, total = float(kwargs.get("fps") or self.fps), len(video)
-            sample = sample and (kwargs.get("num_frames") or self.num_frames) is not None
-            metadata = VideoMetadata(total, fps=fps, frames_indices=list(range(total)))
-        elif sample and metadata.total_num_frames != len(video):
-            raise ValueError(
-                f"`video_metadata` is of {metadata.total_num_frames} frames, the video has {len(video)}; "
-                "if these are sampled already, pass do_sample_frames=False"
-            )
-        shape = next(self._frames(video, range(len(video)), kwargs)).shape[1:]
-        metadata = frames_metadata(metadata, len(video), *shape, sampled=not sample)
-        return self._sample(metadata, kwargs, sample)
+@contextlib.contextmanager
+def open_sample(video, metadata: VideoMetadata | None, settings: VideoSettings) -> Iterator[Sample]:
+    """The frames to take of an entry of `list_videos` that is no `VideoClip`; its file is open in the `with` block."""
+    if not is_file(video):
+        yield sample_frames_given(video, metadata, settings)
+        return
 
-    def _frames(self, video, indices: Iterable[int], kwargs: dict[str, Any]) -> Iterator[torch.Tensor]:
-        """Frames [C, H, W], all alike, of a list or array; with `on_error="keep"`, for images that cannot be read those
-        before stand in."""
-        data_format, timeout = kwargs.get("input_data_format"), self._setting("timeout", kwargs)
-        limit = self._setting("max_source_pixels", kwargs)
-        last, missing, problem = None, 0, None
-        for i in indices:
+    with open_file(video, settings) as file:
+        if isinstance(file, Animation) and not file.times:
+            sample = sample_frames_given(file, metadata, settings)
+        else:
             try:
-                frame = frame_to_tensor(video[i], data_format, limit, timeout)
+                sample = Sample(file, *choose_frames(file_metadata(file), settings, settings.do_sample_frames))
             except ValueError as error:
-                if self._setting("on_error", kwargs) != "keep":
-                    raise
-                problem, frame, missing = error, last, missing + (last is None)
-            if frame is None:
+                raise ValueError(f"{file.name}: {error}") from error
+        yield sample
+
+
+@contextlib.contextmanager
+def open_file(video, settings: VideoSettings) -> Iterator[VideoFile | Animation]:
+    """Open a file in one of the forms of `is_file`."""
+    with contextlib.closing(open_source(video, settings.timeout, settings.on_error == "keep")) as source:
+        animation = open_animation(source, settings.max_source_pixels, settings.max_duration)
+        if animation is not None:
+            with contextlib.closing(animation.image):
+                yield animation
+            return
+
+        with VideoFile(
+            source,
+            on_error=settings.on_error,
+            timeout=settings.timeout,
+            max_pixels=settings.max_source_pixels,
+            max_seconds=settings.max_duration,
+        ) as file:
+            yield file
+
+
+def sample_frames_given(video, metadata: VideoMetadata | None, settings: VideoSettings) -> Sample:
+    """What to take of a sequence of frames, whose metadata may be known."""
+    sample = settings.do_sample_frames
+    if metadata is None:
+        # The frames count as sampled at `fps`; only a number of frames thins them out.
+        sample = sample and settings.counted
+        fps = float(settings.fps or settings.default_fps)
+        metadata = VideoMetadata(len(video), fps=fps, frames_indices=list(range(len(video))))
+    elif sample and metadata.total_num_frames != len(video):
+        raise ValueError(
+            f"`video_metadata` is of {metadata.total_num_frames} frames, the video has {len(video)}; "
+            "if these are sampled already, pass do_sample_frames=False"
+        )
+
+    first = next(read_frames(video, range(len(video)), settings))
+    metadata = frames_metadata(metadata, len(video), *first.shape[1:], sampled=not sample)
+    return Sample(video, *choose_frames(metadata, settings, sample))
+
+
+def read_frames(video, indices: Iterable[int], settings: VideoSettings) -> Iterator[torch.Tensor]:
+    """Frames [C, H, W], all of one shape, of a list or array.
+
+    With `on_error="keep"`, the frame before stands in for an image that cannot be read, and the first good one for
+    those before it.
+    """
+    last = None
+    missing = 0  # frames that wait for the first good one
+    problem = None
+    for i in indices:
+        try:
+            frame = frame_to_tensor(video[i], settings.input_data_format, settings.max_source_pixels, settings.timeout)
+        except ValueError as error:
+            if settings.on_error != "keep":
+                raise
+            problem = error
+            if last is None:
+                missing += 1
                 continue
-            if last is not None and frame.shape != last.shape:
-                name = shorten(video[i]) if isinstance(video[i], (str, os.PathLike)) else f"frame {i}"
-                raise ValueError(f"{name} is {tuple(frame.shape)}, those before are {tuple(last.shape)} [C, H, W]")
-            last = frame
-            for _ in range(missing + 1):
-                yield frame
-            missing = 0
-        if last is None:
-            raise problem or ValueError("a video without frames")
-        if problem:
-            logger.warning(f"{problem}; for all such images, those before stand in")
+            frame = last
 
-    def _sample(
-        self, metadata: SampledVideoMetadata, kwargs: dict[str, Any], sample: bool
-    ) -> tuple[SampledVideoMetadata, list[int]]:
-        """From the metadata of all frames to that of those to take, and their indices; not to `sample` takes all."""
-        times = np.asarray(metadata.frame_times)
-        request = self._request(kwargs)
-        check_request(request)
-        duration = metadata.duration
-        if not sample:  # frames of a part of a video, sampled already, keep the times that they have in the whole
-            request["start"] = times[0] if request["start"] is None else request["start"]
-            duration = max(times[0] + duration, np.nextafter(times[-1], np.inf))
-        start, end = check_range(request["start"], request["end"], duration)
-        first = int(frames_on_screen(times, np.array([start]))[0])
-        part = np.arange(first, max(np.searchsorted(times, end), first + 1))
-        request |= {"total_frames": len(part), "every_frame": not sample}
-        shape = duration, metadata.width, metadata.height
-        if self._setting("cap_pixels_per_frame", kwargs):
-            # The stock rule: an even share of a number of pixels for each frame.
-            request["max_tokens"] = 2**62
-            frames, least = plan_video(*shape, **request).num_frames, request["min_pixels"]
-            pixels = int(self._setting("max_video_tokens", kwargs) * request["factor"] ** 2 * 0.9)
-            share = pixels * request["temporal_patch_size"] // frames
-            request["default_pixels"] = max(min(request["default_pixels"], share), int(least * 1.05))
-        plan = plan_video(*shape, **request)
-        if sample:
-            part = frames_on_screen(times, plan.times)
-        taken = {"frame_times": times[part].tolist(), "sample_times": (plan.times if sample else times[part]).tolist()}
-        if len(metadata.frames_indices) == len(times):  # of an array they may be others: it can be sampled already
-            taken["frames_indices"] = [metadata.frames_indices[i] for i in part]
-        return replace(metadata, plan=plan, **taken), part.tolist()
+        if last is not None and frame.shape != last.shape:
+            name = shorten(video[i]) if isinstance(video[i], (str, os.PathLike)) else f"frame {i}"
+            raise ValueError(f"{name} is {tuple(frame.shape)}, those before are {tuple(last.shape)} [C, H, W]")
+        last = frame
+        for _ in range(missing + 1):
+            yield frame
+        missing = 0
 
-    def _request(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The arguments of `plan_video` that do not depend on the video."""
-        request = {name: kwargs.get(name) for name in ("fps", "num_frames", "max_pixels", "frame_tokens")}
-        if request["fps"] is None and request["num_frames"] is None:
-            request["num_frames"] = self.num_frames
-        if request["max_pixels"] is None and request["frame_tokens"] is None:
-            request["frame_tokens"] = self.frame_tokens
-        size = dict(self._setting("size", kwargs))
-        if not size.get("shortest_edge") or not size.get("longest_edge"):
-            raise ValueError(f"size must have `shortest_edge` and `longest_edge`, both in pixels per frame, got {size}")
-        names = ("max_tokens", "text_tokens", "prefer", "block_size", "start", "end", "min_frames", "max_frames")
-        return {
-            **request,
-            **{name: self._setting(name, kwargs) for name in (*names, "temporal_patch_size")},
-            "default_fps": self.fps,
-            "default_pixels": size["longest_edge"],
-            "min_pixels": kwargs.get("min_pixels") or size["shortest_edge"],
-            "factor": self._setting("patch_size", kwargs) * self._setting("merge_size", kwargs),
-            "do_resize": self._setting("do_resize", kwargs),
-        }
-
-    def _setting(self, name: str, kwargs: dict[str, Any]) -> Any:
-        value = kwargs.get(name)
-        return getattr(self, name) if value is None else value
+    if last is None:
+        raise problem or ValueError("a video without frames")
+    if problem:
+        logger.warning(f"{problem}; for all such images, those before stand in")
 
 
-OWN_SETTINGS = (
-    VideoNSAVideoProcessorKwargs.__annotations__.keys() - Qwen2VLVideoProcessorInitKwargs.__annotations__.keys()
-)
+def choose_frames(
+    metadata: SampledVideoMetadata, settings: VideoSettings, sample: bool
+) -> tuple[SampledVideoMetadata, list[int]]:
+    """From the metadata of all frames of a video to that of the frames to take, and their indices.
+
+    Without `sample`, these are all frames from `start` to `end`.
+    """
+    times = np.asarray(metadata.frame_times)
+    request = settings.plan_request()
+    check_request(request)
+
+    duration = metadata.duration
+    if not sample:
+        # Frames that were sampled from a part of a video keep the times that they have in the whole.
+        if request["start"] is None:
+            request["start"] = times[0]
+        duration = max(times[0] + duration, np.nextafter(times[-1], np.inf))
+    start, end = check_range(request["start"], request["end"], duration)
+
+    first = int(frames_on_screen(times, np.array([start]))[0])
+    part = np.arange(first, max(np.searchsorted(times, end), first + 1))
+    request |= {"total_frames": len(part), "every_frame": not sample}
+    shape = duration, metadata.width, metadata.height
+    if settings.cap_pixels_per_frame:
+        # The stock rule: no budget, but an even share of a number of pixels for each frame.
+        request["max_tokens"] = 2**62
+        frames = plan_video(*shape, **request).num_frames
+        pixels = int(settings.max_video_tokens * request["factor"] ** 2 * 0.9)
+        share = pixels * settings.temporal_patch_size // frames
+        least = int(request["min_pixels"] * 1.05)
+        request["default_pixels"] = max(min(request["default_pixels"], share), least)
+    plan = plan_video(*shape, **request)
+
+    if sample:
+        part = frames_on_screen(times, plan.times)
+        sample_times = plan.times
+    else:
+        sample_times = times[part]
+    taken = {"frame_times": times[part].tolist(), "sample_times": sample_times.tolist()}
+    # Of an array that was sampled before, these may be the indices of other frames.
+    if len(metadata.frames_indices) == len(times):
+        taken["frames_indices"] = [metadata.frames_indices[i] for i in part]
+    return replace(metadata, plan=plan, **taken), part.tolist()
 
 
 def reference(component) -> str:
@@ -420,15 +566,25 @@ def reference(component) -> str:
 
 
 def seconds_per_patch(metadata: list[SampledVideoMetadata], patch: int) -> list[float] | list[list[float]]:
-    """Seconds that a temporal patch of each video spans. If frames of one are not spaced evenly, to a frame of its
-    source, then for each video the seconds at which its patches begin, counted from the first, filled up by 0."""
-    steps = [patch / m.sampled_fps for m in metadata]
-    starts = [np.array(m.sample_times[::patch]) - m.sample_times[0] for m in metadata]
-    even = [np.arange(len(start)) * step for start, step in zip(starts, steps, strict=True)]
-    uneven = [np.abs(a - b).max() > 1 / m.fps + 1e-6 for a, b, m in zip(starts, even, metadata, strict=True)]
-    if not any(uneven):
-        return steps
-    rows = [start if odd else grid for start, grid, odd in zip(starts, even, uneven, strict=True)]
+    """Seconds that a temporal patch of each video spans, if the frames of all videos are evenly spaced.
+
+    Frames are evenly spaced if they are off by no more than one frame of their source. Otherwise: for each video, the
+    seconds from its first frame at which its patches begin, padded with 0.
+    """
+    spans = [patch / m.sampled_fps for m in metadata]
+    rows = []
+    uneven = False
+    for m, span in zip(metadata, spans, strict=True):
+        starts = np.array(m.sample_times[::patch]) - m.sample_times[0]
+        even = np.arange(len(starts)) * span
+        if np.abs(starts - even).max() > 1 / m.fps + 1e-6:
+            uneven = True
+            rows.append(starts)
+        else:
+            rows.append(even)
+    if not uneven:
+        return spans
+
     longest = max(map(len, rows))
     return [[*row.tolist(), *[0.0] * (longest - len(row))] for row in rows]
 

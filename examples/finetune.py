@@ -106,7 +106,7 @@ class ModelArguments(FieldArguments):
     )
     attn_implementation: str | None = HfArg(
         default=None,
-        help="attention of the vision tower and of text tokens: sdpa, flash_attention_2, ... (default: "
+        help="attention of the vision tower and of prompts without vision: sdpa, flash_attention_2, ... (default: "
         "transformers' choice). On a CPU with --bf16 and short samples, eager is twice as fast",
     )
 

@@ -1,4 +1,4 @@
-"""A brute force of nsa_torch.py, written from section 2.1 of the design with nothing but loops, and what tests that
+"""A brute force of nsa_torch.py, written with nothing but loops, and what tests that
 compare with it share.
 
 `Brute` has the doors of nsa_torch and asks, for every query token and head, which keys it may see. It is slow, needs no

@@ -18,6 +18,13 @@ SHAPES = {
 KERNEL_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NSA = {"block_size": 16, "block_count": 4, "window_size": 20}
 MEDIA_KEYS = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw", "second_per_grid_ts")
+# Names of what a model has beyond the stock one, of two layers.
+GATES = {
+    f"model.language_model.layers.{layer}.self_attn.g_proj_{i}.{kind}"
+    for layer in (0, 1)
+    for i in (1, 2)
+    for kind in ("weight", "bias")
+}
 
 
 def load(folder, **config):

@@ -187,8 +187,8 @@ class TestBudget:
         path, numbers = long_clips(".mp4"), 3 * 56 * 84
         expected, _ = process(processor, path, num_frames=frames)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(processing, "PART", part * numbers)
-            patch.setattr(processing, "CHUNK", chunk * numbers)
+            patch.setattr(processing, "PART_BYTES", part * numbers)
+            patch.setattr(processing, "CHUNK_NUMBERS", chunk * numbers)
             features, _ = process(processor, path, num_frames=frames)
         assert torch.equal(features["pixel_values_videos"], expected["pixel_values_videos"])
         assert torch.equal(features["video_grid_thw"], expected["video_grid_thw"])

@@ -166,8 +166,9 @@ def watch_dense(model, inputs: dict, see: Callable) -> None:
 
 def branch_functions(model, q: torch.Tensor):
     """`nsa_triton` or `nsa_torch`, of the files that this model runs."""
-    code = sys.modules[type(model).__module__]
-    triton = model.model.language_model.layers[0].self_attn.uses_triton(q)
+    attention = model.model.language_model.layers[0].self_attn
+    code = sys.modules[type(attention).__module__]
+    triton = attention.uses_triton(q)
     return sys.modules[(code.nsa_attention_triton if triton else code.nsa_attention_torch).__module__]
 
 

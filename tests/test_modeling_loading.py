@@ -1,0 +1,290 @@
+"""Loading and saving of a model: stock, public and own checkpoints, remote code in fresh processes, offloaded layers,
+low precision; settings that do not fit are refused."""
+
+import json
+from copy import deepcopy
+from itertools import pairwise
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import Qwen2_5_VLForConditionalGeneration
+
+from prompts import GATES, MIXED, TEXT, VIDEO, generate, logits, make_inputs, unpad
+from videonsa.configuration_videonsa import VideoNSAConfig, is_public
+from videonsa.modeling_videonsa import VideoNSAForConditionalGeneration, VideoNSAModel
+
+
+def test_stock_checkpoint_loads_with_only_the_gates_missing(checkpoints):
+    for folder in checkpoints.values():
+        model, info = VideoNSAForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
+        stock = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder)
+        assert set(info["missing_keys"]) == GATES
+        assert not info["unexpected_keys"]
+        assert not info["mismatched_keys"]
+        ours, theirs = model.state_dict(), stock.state_dict()
+        assert ours.keys() - theirs.keys() == GATES
+        assert all(torch.equal(ours[key], value) for key, value in theirs.items())
+        assert model.config.model_type == "videonsa"
+        assert model.lm_head.weight is model.model.language_model.embed_tokens.weight
+
+
+def test_model_without_head_loads_the_same_weights(checkpoints, small, tmp_path):
+    _, info = VideoNSAModel.from_pretrained(checkpoints["1 KV head"], output_loading_info=True)
+    assert set(info["missing_keys"]) == {name.removeprefix("model.") for name in GATES}
+    small.save_pretrained(tmp_path / "old")
+    small.save_pretrained(tmp_path / "new", save_original_format=False)
+    for folder in ("old", "new"):
+        model, info = VideoNSAModel.from_pretrained(tmp_path / folder, output_loading_info=True)
+        assert not info["missing_keys"]
+        assert set(info["unexpected_keys"]) <= {"lm_head.weight"}
+        assert all(torch.equal(value, small.model.state_dict()[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("made", ["loaded", "from a configuration"])
+def test_new_gates_are_small_whatever_the_initializer_range(checkpoints, made):
+    folder = checkpoints["1 KV head"]
+    if made == "loaded":
+        model = VideoNSAForConditionalGeneration.from_pretrained(folder)
+    else:
+        config = VideoNSAConfig.from_pretrained(folder)
+        config.text_config.initializer_range = 0.5
+        model = VideoNSAForConditionalGeneration(config)
+        assert model.model.language_model.layers[0].mlp.up_proj.weight.std() > 0.4
+    for name, value in model.named_parameters():
+        if "g_proj" in name and name.endswith("bias"):
+            assert not value.any()
+        elif "g_proj" in name:
+            assert abs(value.std() - 0.02) < 0.001
+            assert abs(value.mean()) < 0.002
+
+
+def test_gates_start_at_one_half(checkpoints):
+    model = VideoNSAForConditionalGeneration.from_pretrained(checkpoints["1 KV head"])
+    gates = model.model.language_model.layers[0].self_attn.gates(torch.randn(50, 112))
+    assert (gates - 0.5).abs().max() < 0.1
+
+
+def test_saved_model_loads_with_equal_logits_and_brings_its_code(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    loaded, info = VideoNSAForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    inputs = make_inputs(VIDEO, MIXED)
+    assert torch.equal(logits(loaded.eval(), inputs), logits(model, inputs))
+    assert all(torch.equal(loaded.state_dict()[key], model.state_dict()[key]) for key in GATES)
+    names = {
+        "cache_record.py",
+        "configuration_videonsa.py",
+        "modeling_videonsa.py",
+        "nsa_kernels.py",
+        "nsa_kernels_backward.py",
+        "nsa_launches.py",
+        "nsa_released.py",
+        "nsa_torch.py",
+        "nsa_triton.py",
+        "rope_positions.py",
+        "transformers_compat.py",
+        "vision_layout.py",
+    }
+    assert {path.name for path in tmp_path.glob("*.py")} == names
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert (config["model_type"], config["architectures"]) == ("videonsa", ["VideoNSAForConditionalGeneration"])
+    keys = load_file(tmp_path / "model.safetensors").keys()
+    assert {key.replace("model.language_model.", "model.") for key in GATES} <= keys  # the public checkpoint's names
+
+
+def write_public_checkpoint(model, folder, published, style):
+    """The layout of the public checkpoint: keys and configuration of transformers 4.x with the gates added."""
+
+    def old_name(key):
+        return key.replace("model.visual.", "visual.").replace("model.language_model.", "model.")
+
+    def ours(config, published):  # published values replaced by those of the miniature
+        return {name: getattr(config, name, value) for name, value in published.items()}
+
+    rope = model.config.text_config.rope_parameters
+    tokens = [f"{name}_token_id" for name in ("image", "video", "vision_start", "vision_end")]
+    top = {
+        **{name: published[name] for name in ("model_type", "transformers_version", "tie_word_embeddings")},
+        **{name: getattr(model.config, name) for name in tokens},
+        "architectures": ["VideoNSAForConditionalGeneration"],
+        "vision_config": ours(model.config.vision_config, published["vision_config"]),
+        "torch_dtype": "float32",
+        "block_size": model.config.block_size,  # the public one has the default; the miniature needs small blocks
+    }
+    text = {name: value for name, value in ours(model.config.text_config, published).items() if name not in top}
+    text |= {
+        "rope_theta": rope["rope_theta"],
+        "rope_scaling": {"type": "mrope", "mrope_section": rope["mrope_section"]},
+    }
+    legacy = {"block_counts": model.config.block_count, "window_size": model.config.window_size}
+    config = {
+        "flat": {**text, **top, **legacy},
+        "text_config": {**top, "text_config": {**text, **legacy, "model_type": "qwen2_5_vl_text"}},
+        "text_config, settings at the top": {**top, **legacy, "text_config": text},
+        "both": {**text, **top, **legacy, "text_config": text},
+    }[style]
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file({old_name(key): value.clone() for key, value in model.state_dict().items()}, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("style", ["flat", "text_config", "text_config, settings at the top", "both"])
+def test_checkpoint_in_the_public_layout_loads_whole(model, published_config, tmp_path, style):
+    write_public_checkpoint(model, tmp_path / "public", published_config, style)
+    assert is_public(json.loads((tmp_path / "public" / "config.json").read_text()))
+    same = {"nsa_variant": "paper", "gate_temperature": 1.0}
+    loaded, info = VideoNSAForConditionalGeneration.from_pretrained(
+        tmp_path / "public", output_loading_info=True, **same
+    )
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert not info["mismatched_keys"]
+    assert loaded.dtype == torch.float32
+    inputs = make_inputs(VIDEO, MIXED)
+    assert torch.equal(logits(loaded.eval(), inputs), logits(model, inputs))
+
+
+def test_new_key_layout_loads_whole(small, tmp_path):
+    small.save_pretrained(tmp_path, save_original_format=False)
+    assert load_file(tmp_path / "model.safetensors").keys() >= GATES
+    loaded, info = VideoNSAForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert torch.equal(logits(loaded.eval(), make_inputs(VIDEO)), logits(small, make_inputs(VIDEO)))
+
+
+def test_state_dict_with_saved_names_loads_into_a_model(small, tmp_path):
+    small.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    other = deepcopy(small)
+    for weight in other.parameters():
+        weight.data.zero_()
+    result = other.load_state_dict(saved, strict=False)
+    assert set(result.missing_keys) <= {"lm_head.weight"}  # tied, therefore not saved
+    assert not result.unexpected_keys
+    assert torch.equal(logits(other, make_inputs(VIDEO)), logits(small, make_inputs(VIDEO)))
+    assert small.load_state_dict(small.state_dict()).missing_keys == []
+
+
+def test_copied_model_computes_the_same(model):
+    inputs = make_inputs(VIDEO)
+    assert torch.equal(logits(deepcopy(model), inputs), logits(model, inputs))
+
+
+def test_low_precision_model_is_close_to_fp32(small):
+    inputs = make_inputs(VIDEO, TEXT)
+    expected = logits(small, inputs)
+    actual = logits(deepcopy(small).to(torch.bfloat16), inputs)
+    assert actual.dtype == torch.bfloat16
+    for a, b in zip(unpad(actual.float(), inputs), unpad(expected, inputs), strict=True):
+        assert ((a - b).pow(2).mean() / b.pow(2).mean()).sqrt() < 0.1
+
+
+REMOTE = """if True:
+    import sys, torch
+    from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
+    folder, again = sys.argv[1:]
+    inputs = torch.load(folder + "/inputs.pt")
+    expected = inputs.pop("expected")
+    assert type(AutoConfig.from_pretrained(folder, trust_remote_code=True)).__name__ == "VideoNSAConfig"
+    for auto in (AutoModel, AutoModelForImageTextToText):
+        model = auto.from_pretrained(folder, trust_remote_code=True).eval()
+        assert type(model).__name__ == "VideoNSAForConditionalGeneration"
+        assert type(model).__module__.startswith("transformers_modules.")
+        assert type(model.config).__name__ == "VideoNSAConfig"
+        assert not any(name.split(".")[0] == "videonsa" for name in sys.modules)
+        with torch.no_grad():
+            assert torch.equal(model(**inputs).logits, expected)
+        print(auto.__name__, model.generate(**inputs, max_new_tokens=4, do_sample=False)[0, -4:].tolist())
+    dense = AutoModel.from_pretrained(folder, trust_remote_code=True, nsa_variant="dense").eval()
+    assert dense.config.text_config.nsa_variant == dense.model.language_model.layers[0].self_attn.config.nsa_variant
+    with torch.no_grad():
+        assert (dense(**inputs).logits - expected).abs().max() > 0.1
+    model.save_pretrained(again)
+    torch.save({**inputs, "expected": expected}, again + "/inputs.pt")
+"""
+
+
+def test_remote_code_loads_generates_and_saves_in_fresh_processes(small, tmp_path, run_fresh):
+    inputs = make_inputs(VIDEO)
+    folders = [tmp_path / name for name in ("first", "second", "third")]
+    small.save_pretrained(folders[0])
+    torch.save({**inputs, "expected": logits(small, inputs)}, folders[0] / "inputs.pt")
+    tokens = generate(small, inputs, 4).new_tokens[0].tolist()
+    for folder, again in pairwise(folders):
+        lines = run_fresh(REMOTE, folder, again).splitlines()
+        assert lines == [f"AutoModel {tokens}", f"AutoModelForImageTextToText {tokens}"]
+    files = [{path.name for path in folder.iterdir()} for folder in folders]
+    assert files[0] == files[1] == files[2]
+
+
+def test_gates_survive_the_hooks_of_accelerate(checkpoints):
+    from accelerate import dispatch_model
+
+    model = VideoNSAForConditionalGeneration.from_pretrained(checkpoints["1 KV head"]).eval()
+    devices = dict.fromkeys(("model.visual", "model.language_model", "lm_head"), "cpu")
+    dispatch_model(model, devices, force_hooks=True)
+    assert len(model(**make_inputs(VIDEO), output_gates=True).gates) == len(model.model.language_model.layers)
+
+
+def test_offloaded_model_computes_the_same(small, tmp_path):
+    inputs = make_inputs(VIDEO, TEXT)
+    small.save_pretrained(tmp_path / "saved")
+    layers = {f"model.language_model.layers.{i}": place for i, place in enumerate(("cpu", "disk"))}
+    rest = ("embed_tokens", "norm", "rotary_emb")
+    places = {"model.visual": "disk", "lm_head": "cpu", **layers, **{f"model.language_model.{x}": "cpu" for x in rest}}
+    loaded = VideoNSAForConditionalGeneration.from_pretrained(
+        tmp_path / "saved", device_map=places, offload_folder=tmp_path / "offload"
+    )
+    assert loaded.model.language_model.layers[1].self_attn.g_proj_1.weight.device.type == "meta"
+    assert torch.equal(logits(loaded.eval(), inputs), logits(small, inputs))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Errors
+# ----------------------------------------------------------------------------------------------------------------------
+
+BAD = {
+    "nsa_variant": "sparse",
+    "nsa_backend": "cuda",
+    "block_size": 48,
+    "block_count": 2,
+    "window_size": 0,
+    "gate_temperature": 0.0,
+}
+
+
+@pytest.mark.parametrize("given", ["to from_pretrained", "afterwards", "afterwards on the text config"])
+@pytest.mark.parametrize("name", BAD)
+def test_bad_settings_are_refused_when_a_model_is_made(checkpoints, name, given):
+    folder, message = checkpoints["1 KV head"], f"{name} must be .*{BAD[name]}"
+    if given == "to from_pretrained":
+        with pytest.raises(ValueError, match=message):
+            VideoNSAForConditionalGeneration.from_pretrained(folder, **{name: BAD[name]})
+        return
+    config = VideoNSAConfig.from_pretrained(folder)
+    if given == "afterwards":
+        before = getattr(config, name)
+        with pytest.raises(ValueError, match=message):
+            setattr(config, name, BAD[name])
+        assert getattr(config, name) == before
+        return
+    setattr(config.text_config, name, BAD[name])
+    with pytest.raises(ValueError, match=message):
+        VideoNSAForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("num_key_value_heads", 3, "num_attention_heads must be a multiple of num_key_value_heads, got 7 and 3"),
+        ("layer_types", ["full_attention", "sliding_attention"], "layer_types must not contain 'sliding_attention'"),
+    ],
+)
+def test_unsuitable_architectures_are_refused_when_a_model_is_made(checkpoints, name, value, message):
+    config = VideoNSAConfig.from_pretrained(checkpoints["1 KV head"])
+    setattr(config.text_config, name, value)
+    with pytest.raises(ValueError, match=message):
+        VideoNSAForConditionalGeneration(config)
