@@ -68,3 +68,13 @@ def assert_gradients_close(out, tensors, reference, doubles, tolerance=None):
 def assert_all_equal(tensors, others):
     for x, other in zip(tensors, others, strict=True):
         assert torch.equal(x, other)
+
+
+def attend_where(q, k, v, visible):
+    """o and lse of attention over the keys that `visible` [G, N, M] says."""
+    visible = visible[:, :, None]
+    x = torch.einsum("ngrd,mgd->gnrm", q.unflatten(1, (k.shape[1], -1)), k) * q.shape[2] ** -0.5
+    x = x.masked_fill(~visible, -1e30)
+    lse = x.logsumexp(-1)
+    p = (x - lse[..., None]).exp().where(visible, 0)
+    return torch.einsum("gnrm,mgd->ngrd", p, v).flatten(1, 2), lse.transpose(0, 1).flatten(1)

@@ -19,6 +19,7 @@ from kernel_cases import (
     assert_close,
     assert_gradients_close,
     assert_lse_close,
+    attend_where,
     cotangent,
     gradients,
     inputs,
@@ -150,16 +151,6 @@ def test_attention_over_given_means_and_its_gradients_equal_the_torch_path_in_fp
     assert_close(o, expected, TOLERANCE[dtype])
     assert_lse_close(lse, expected_lse, TOLERANCE[dtype])
     assert_gradients_close(o, (q, k, v), expected, doubles)
-
-
-def attend_where(q, k, v, visible):
-    """o and lse of attention over the keys that `visible` [G, N, M] says."""
-    visible = visible[:, :, None]
-    x = torch.einsum("ngrd,mgd->gnrm", q.unflatten(1, (k.shape[1], -1)), k) * q.shape[2] ** -0.5
-    x = x.masked_fill(~visible, -1e30)
-    lse = x.logsumexp(-1)
-    p = (x - lse[..., None]).exp().where(visible, 0)
-    return torch.einsum("gnrm,mgd->ngrd", p, v).flatten(1, 2), lse.transpose(0, 1).flatten(1)
 
 
 @pytest.mark.parametrize("branch", ["compressed", "selected", "remainder", "prefix"])
