@@ -231,7 +231,7 @@ print(call(n))
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from /proc")
-@pytest.mark.parametrize("n, mode, matrices", [(8192, "inference", 0.5), (6144, "training", 1.5)])
+@pytest.mark.parametrize("n, mode, matrices", [(4096, "inference", 0.5), (3072, "training", 1.5)])
 def test_memory_stays_below_that_of_all_scores(n, mode, matrices):
     # All at once, scores, masked scores and probabilities are three or more matrices, and training keeps two.
     command = [sys.executable, "-c", MEMORY_SCRIPT, str(Path(__file__).parent), str(n), mode]
