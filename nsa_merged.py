@@ -147,8 +147,8 @@ def _attend(q, k, v, text_k, text_v, seen, spread, remainder, *, block_size, blo
             found.append(Part(every_row(q, rows), slice(last + n, len(keys)), bias))
         return found
 
-    width = last + block_size * int(chosen.sum(-1).max()) + (len(keys) - last - n)
-    return softmax_over(q, keys, values, scale, parts, width)[0]
+    own = block_size * chosen.sum().item() / chosen.numel()
+    return softmax_over(q, keys, values, scale, parts, keys=max(last, own, len(keys) - last - n))[0]
 
 
 def _by_kernels(

@@ -22,8 +22,9 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 # Queries of a piece, at most.
 PIECE = 2048
 
-# Attention scores that are held at a time: 16 MB in fp32.
+# Attention scores that are held at a time: 16 MB in fp32. On a CPU fewer, so that they stay in the cache of a core.
 MAX_SCORES = 2**22
+MAX_SCORES_CPU = 2**18
 
 # Queries that share the keys of a window.
 RUN = 64
@@ -31,6 +32,9 @@ RUN = 64
 # Queries of a product with gathered rows. The number is fixed, since the rounding of a product depends on its shape:
 # how many later queries choose a block changes nothing for earlier ones.
 TILE = 16
+
+# By how much a logit may exceed the shift of its softmax before sums are scaled again: exp(20) is far from overflow.
+SLACK = 20
 
 # Share of the keys before the queries that are chosen, below which gathering rows takes less time than a mask. Fused
 # attention multiplies 16-bit floats faster.
@@ -100,9 +104,10 @@ def slices(n: int, step: int) -> list[slice]:
     return [slice(start, min(start + step, n)) for start in range(0, n, step)]
 
 
-def chunks(n: int, scores: int) -> list[slice]:
-    """0 ... n - 1 in slices whose queries have at most `MAX_SCORES` scores together, of `scores` each."""
-    return slices(n, MAX_SCORES // max(1, scores))
+def chunks(q: torch.Tensor, scores: float) -> list[slice]:
+    """The queries in slices that hold no more than `MAX_SCORES` scores, if a query has so many."""
+    most = MAX_SCORES_CPU if q.device.type == "cpu" else MAX_SCORES
+    return slices(len(q), int(most // max(1, scores)))
 
 
 def stream_index(q: torch.Tensor, first: int) -> torch.Tensor:
@@ -176,21 +181,21 @@ def softmax_over(
     v: torch.Tensor,
     scale: float | None,
     parts: Callable[[slice, int], list[Part]],
-    max_keys: int = 0,
+    keys: float = 0,
     step: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Softmax over the keys of all parts in which a query is a row: o and lse; 0 and -inf if there is none.
 
     Args:
         parts: Called with a chunk, a slice of the queries, and a KV head.
-        max_keys: The most keys that a query sees, from which the size of chunks follows.
-        step: The size of chunks, if not by `max_keys`.
+        keys: How many keys of a part a query sees on average, from which the size of chunks follows.
+        step: The size of chunks, if not by `keys`.
     """
     heads, groups = q.shape[1], k.shape[1]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
 
     found = []
-    for rows in slices(len(q), step) if step else chunks(len(q), max_keys * heads // groups):
+    for rows in slices(len(q), step) if step else chunks(q, keys * heads // groups):
         for g in range(groups):
             own = [part for part in parts(rows, g) if part.keys.start < part.keys.stop]
             if own:
@@ -200,7 +205,10 @@ def softmax_over(
 
 class _Attention(torch.autograd.Function):
     """o = Σ p_j v_j and lse = log Σ exp(x_j), with x_j = scale q·k_j + bias_j and p_j = exp(x_j - lse), over the keys j
-    of all parts in which a query is a row. Chunks are (queries, their heads, KV head, parts)."""
+    of all parts in which a query is a row. Chunks are (queries, their heads, KV head, parts).
+
+    Part by part, out = Σ exp(x_j - shift) v_j and total = Σ exp(x_j - shift); shift follows the largest logit so far.
+    """
 
     @staticmethod
     def forward(ctx, q, k, v, scale, chunks):
@@ -210,26 +218,30 @@ class _Attention(torch.autograd.Function):
 
         for queries, heads, g, parts in chunks:
             x = _with_none(q[queries, heads] * scale)  # [c + 1, r, D]
-            logits = [_logits(x, k[g], part) for part in parts]  # each [m, r, keys]
-            sizes = [len(part.rows) for part in parts]
-            rows = torch.cat([part.rows for part in parts])
-
-            tops = torch.cat([part.amax(-1) for part in logits])
-            top = x.new_full(x.shape[:2], -torch.inf)
-            top = top.scatter_reduce(0, rows[:, None].expand_as(tops), tops, "amax")
-            # A row that sees nothing: all p are 0.
-            top = top.masked_fill(top == -torch.inf, 0)
-
             out = torch.zeros_like(x)
-            sums = []
-            for part, p, shift in zip(parts, logits, top.index_select(0, rows).split(sizes), strict=True):
-                p = p.sub_(shift.unsqueeze(-1)).exp_()
-                sums.append(p.sum(-1))
-                out.index_add_(0, part.rows, _rows_times(p, v[g, part.keys]))
+            total = x.new_zeros(x.shape[:2])
+            shift = x.new_full(x.shape[:2], -torch.inf)
 
-            total = torch.zeros_like(top).index_add_(0, rows, torch.cat(sums))
+            for part in parts:
+                rows = part.rows
+                p = _logits(x, k[g], part)
+                top = p.amax(-1)  # [m, r]
+                old = shift.index_select(0, rows)
+                rises = top > old + SLACK
+                if rises.any():
+                    new = torch.where(rises, top, old)
+                    factor = (old - new).exp_().nan_to_num_(1.0)
+                    shift.index_copy_(0, rows, new)
+                    total.index_copy_(0, rows, total.index_select(0, rows) * factor)
+                    out.index_copy_(0, rows, out.index_select(0, rows) * factor.unsqueeze(-1))
+                    old = new
+
+                p = p.sub_(old.masked_fill(old == -torch.inf, 0).unsqueeze(-1)).exp_()
+                total.index_add_(0, rows, p.sum(-1))
+                out.index_add_(0, rows, _rows_times(p, v[g, part.keys]))
+
             o[queries, heads] = out.div_(total.masked_fill(total == 0, 1).unsqueeze(-1))[:-1]
-            lse[queries, heads] = (top + total.log())[:-1]
+            lse[queries, heads] = (shift + total.log())[:-1]
 
         ctx.save_for_backward(q, k, v, o, lse)
         ctx.scale, ctx.chunks = scale, chunks

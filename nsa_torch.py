@@ -248,7 +248,7 @@ def see_means(q, k, v, first, block_size, scale):
         seen = slice(0, (first + rows.stop) // block_size)
         return [Part(every_row(q, rows), seen, block[seen] < complete[rows])]
 
-    return softmax_over(q, k, v, scale, parts, max_keys=len(k))
+    return softmax_over(q, k, v, scale, parts, keys=len(k))
 
 
 @torch.no_grad()
@@ -296,7 +296,7 @@ def choose(
         ties = (order == least) & (order > -torch.inf)
         return above | (ties & (ties.cumsum(-1) <= block_count - above.sum(-1, keepdim=True)))
 
-    return torch.cat([choose_chunk(rows) for rows in chunks(len(q), q.shape[1] * len(block))], 1)
+    return torch.cat([choose_chunk(rows) for rows in chunks(q, q.shape[1] * len(block))], 1)
 
 
 def _selected(q, k, v, chosen, block_size, scale, with_lse=True):
@@ -313,7 +313,8 @@ def _selected(q, k, v, chosen, block_size, scale, with_lse=True):
             return [Part(every_row(q, rows), slice(0, visible.shape[-1]), visible)]
         return block_parts(chosen[g, rows], index[rows], block_size)
 
-    return softmax_over(q, k, v, scale, parts, max_keys=block_size * int(chosen.sum(-1).max()))
+    keys = len(k) if q.device.type != "cpu" else block_size * chosen.sum().item() / chosen.numel()
+    return softmax_over(q, k, v, scale, parts, keys)
 
 
 def block_means(x: torch.Tensor, block_size: int) -> torch.Tensor:

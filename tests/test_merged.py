@@ -209,7 +209,7 @@ def test_gradients_are_exact(monkeypatch):
         lambda *x: nsa_merged.merged_attention(*x, *where, **options), tensors, fast_mode=True
     )
     expected = torch.autograd.grad(nsa_merged.merged_attention(*tensors, *where, **options).sum(), tensors)
-    monkeypatch.setattr(nsa_softmax, "MAX_SCORES", 500)  # chunks, recomputed in the backward pass
+    monkeypatch.setattr(nsa_softmax, "MAX_SCORES_CPU", 500)  # chunks, recomputed in the backward pass
     actual = torch.autograd.grad(nsa_merged.merged_attention(*tensors, *where, **options).sum(), tensors)
     for x, y in zip(actual, expected, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-10)

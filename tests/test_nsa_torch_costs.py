@@ -87,7 +87,7 @@ def test_any_number_of_heads_may_share_a_kv_head(branch, group):
 @pytest.mark.parametrize("branch", BRANCHES)
 def test_pieces_and_chunks_are_invisible(branch, piece, scores, monkeypatch):
     monkeypatch.setattr(nsa_softmax, "PIECE", piece)
-    monkeypatch.setattr(nsa_softmax, "MAX_SCORES", scores)
+    monkeypatch.setattr(nsa_softmax, "MAX_SCORES_CPU", scores)
     tensors, lengths, ends = make((230, 0, 65), (200, 0, 33), 4, 2)
     q, k, v, _ = tensors
     blocks = random_blocks(lengths)

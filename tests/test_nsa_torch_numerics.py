@@ -81,7 +81,7 @@ def test_chunks_are_invisible(branch, max_scores, case, monkeypatch):
     expected = run_branch(branch, tensors, lengths, case)
     expected_grads = gradients(expected, tensors)
     blocks = choose(tensors, lengths, case)
-    monkeypatch.setattr(nsa_softmax, "MAX_SCORES", max_scores)
+    monkeypatch.setattr(nsa_softmax, "MAX_SCORES_CPU", max_scores)
     out = run_branch(branch, tensors, lengths, case)
     assert_close(out, expected, 1e-12)
     for grad, expected_grad in zip(gradients(out, tensors), expected_grads, strict=True):
@@ -93,7 +93,7 @@ def test_chunks_are_invisible(branch, max_scores, case, monkeypatch):
 
 @each_branch
 def test_a_sample_of_many_chunks_equals_brute_force(branch, monkeypatch):
-    monkeypatch.setattr(nsa_softmax, "MAX_SCORES", 2000)
+    monkeypatch.setattr(nsa_softmax, "MAX_SCORES_CPU", 2000)
     case = CASES[9]
     assert case.keys == (200,)
     tensors, lengths = make_inputs(case)
@@ -118,7 +118,7 @@ LOW_PRECISION_CASE = Case((200, 33), heads=4, kv_heads=2, dim=32, block_count=4,
 @each_branch
 def test_low_precision_is_close_to_the_same_values_in_fp64(branch, dtype, tolerance, max_scores, monkeypatch):
     if max_scores is not None:  # gradients of k and v must not be summed over chunks in bf16
-        monkeypatch.setattr(nsa_softmax, "MAX_SCORES", max_scores)
+        monkeypatch.setattr(nsa_softmax, "MAX_SCORES_CPU", max_scores)
     case = LOW_PRECISION_CASE
     tensors, lengths = make_inputs(case, dtype)
     blocks = choose(tensors, lengths, case)  # near-ties are the next test's business
