@@ -126,6 +126,22 @@ def needles(tmp_path_factory):
 
 
 @pytest.fixture
+def train(tiny_repository, needles, tmp_path, capsys):
+    """Runs finetune.py in this process and returns (trainer, output folder, what it printed)."""
+    import finetune
+
+    def run(*options, data=None, output="out", model=tiny_repository):
+        folder = tmp_path / output
+        data = needles / "train.json" if data is None else data
+        given = ["--model", model, "--train_data", data, "--output_dir", folder, *options]
+        capsys.readouterr()
+        trainer = finetune.finetune(*finetune.parse_arguments([*map(str, given)]))
+        return trainer, folder, capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture
 def published_config():
     """The configuration of Qwen2.5-VL-7B-Instruct as published: flat, written by transformers 4.41."""
     return {
@@ -240,6 +256,23 @@ def threads():
     """Sets the number of threads, which is 1 in other tests."""
     yield torch.set_num_threads
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def side_by_side(threads, monkeypatch):
+    """Lets even clips of a few frames be decoded by several threads, each from key frames of its own."""
+    from videonsa import video_reader
+
+    monkeypatch.setattr(video_reader, "MIN_WORK", 1)
+    threads(3)
+
+
+@pytest.fixture(params=["one", "several"])
+def decoders(request):
+    """Reads by one decoder in the thread that asks, or by several in threads of their own."""
+    if request.param == "several":
+        request.getfixturevalue("side_by_side")
+    return request.param
 
 
 @pytest.fixture

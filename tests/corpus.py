@@ -9,9 +9,12 @@ from pathlib import Path
 
 import av
 import numpy as np
+import torch
+
+from videonsa.video_reader import VideoFile
 
 BITS = 8
-SIZE = 128, 64  # width, height
+SIZE = WIDTH, HEIGHT = 128, 64
 X264 = {"x264-params": "scenecut=0:bframes=2:b-adapt=0:keyint=12:min-keyint=12", "preset": "veryfast"}
 X265 = {"x265-params": "log-level=none:scenecut=0:bframes=3:keyint=12:min-keyint=12:pools=none", "preset": "ultrafast"}
 VPX = {"deadline": "realtime", "cpu-used": "8", "g": "12"}
@@ -147,3 +150,9 @@ def make(folder: Path, name: str) -> Path:
     if kind := spec.pop("times", None):
         spec["times"] = [time + (1.6 if kind == "late" else 0) for time in times_of(name)]
     return write(folder / name, (picture(i) for i in range(FRAMES)), **spec)
+
+
+def read(source, indices=None, height=HEIGHT, width=WIDTH, **kwargs) -> torch.Tensor:
+    """Frames of a file, uint8 [frames, 3, height, width]; all of them unless there are indices."""
+    with VideoFile(source, **kwargs) as file:
+        return file.read(range(len(file)) if indices is None else indices, height, width)

@@ -5,21 +5,17 @@ import json
 import shutil
 import struct
 import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from transformers import AutoProcessor
+from videos import REAL_ANNOTATIONS, needs_real_clip
 
 from lib import data, tiny
 from lib.data import IGNORED, BadSample, Collator, ConversationDataset, load_samples, packed_positions
 from videonsa.modeling_videonsa import VideoNSAForConditionalGeneration
-
-ROOT = Path(__file__).resolve().parents[1]
-REAL = ROOT.parent / "shared/clips/annotations.json"
-needs_real_clip = pytest.mark.skipif(not REAL.exists(), reason="the real clip lies beside the repository only on some")
 
 
 @pytest.fixture(scope="module")
@@ -255,7 +251,7 @@ def test_tokens_are_known_before_anything_is_decoded(processor, needles, media):
 
 @needs_real_clip
 def test_the_real_clip_is_read_as_annotated(processor):
-    (sample,), drops = load_samples([str(REAL)], processor)
+    (sample,), drops = load_samples([str(REAL_ANNOTATIONS)], processor)
     (feature,) = ConversationDataset([sample], processor, max_length=20_000)[0]
     assert not drops and len(feature["input_ids"]) == sample.tokens
     assert feature["video_grid_thw"].tolist() == [[245, 12, 20]]

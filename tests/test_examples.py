@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2_5_VLForConditionalGeneration
+from videos import REAL_CLIP, needs_real_clip
 
 import convert
 from lib import conversion, tiny
@@ -19,7 +20,6 @@ from videonsa.configuration_videonsa import VideoNSAConfig
 from videonsa.modeling_videonsa import VideoNSAForConditionalGeneration
 
 ROOT = Path(__file__).resolve().parents[1]
-REAL_CLIP = ROOT.parent / "shared/clips/v_TpB_zMG3XBA.mp4"
 SIZES = {"hidden_size": 112, "num_hidden_layers": 2, "vision_hidden_size": 64}
 NSA = {"block_size": 16, "block_count": 3, "window_size": 20}
 
@@ -421,7 +421,7 @@ def test_a_repository_loads_in_fresh_processes_saves_and_loads_again(repository,
     assert results[0][2] == [[8, 16, 16]]
 
 
-@pytest.mark.skipif(not REAL_CLIP.exists(), reason="the real clip lies beside the repository only on some machines")
+@needs_real_clip
 def test_the_demo_reads_a_real_clip(repository):
     done = run("demo.py", "--model", repository, "--video", REAL_CLIP, "--max_new_tokens", 1)
     assert done.returncode == 0, done.stderr

@@ -5,6 +5,7 @@ from copy import deepcopy
 import pytest
 import torch
 import torch.nn.functional as F
+from trainings import losses
 from transformers import Trainer, TrainingArguments
 
 from prompts import GATES, IMAGE, MEDIA_KEYS, MIXED, TEXT, VIDEO, assert_close, is_vision, load, make_inputs, video
@@ -138,10 +139,6 @@ def make_trainer(checkpoints, tmp_path):
         )
 
     return make
-
-
-def losses(trainer, key="loss"):
-    return [entry[key] for entry in trainer.state.log_history if key in entry]
 
 
 def test_resumed_training_continues_as_if_uninterrupted(make_trainer, tmp_path):

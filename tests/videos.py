@@ -1,8 +1,10 @@
 """Clips and processor calls that tests of videos share.
 
-The clips made here are flat: frame i is grey level 8 + 3i, so that a sampled frame can be told from its pixels.
+The clips made here are flat: frame i is grey level 8 + 3i, so that a sampled frame can be told from its pixels. A real
+clip comes from the folder that VIDEONSA_REAL_CLIPS names.
 """
 
+import os
 from fractions import Fraction
 from pathlib import Path
 
@@ -12,10 +14,13 @@ import pytest
 import torch
 from PIL import Image
 
-REAL_CLIP = Path(__file__).resolve().parents[2] / "shared/clips/v_TpB_zMG3XBA.mp4"
+REAL_CLIPS = os.environ.get("VIDEONSA_REAL_CLIPS", "")
+REAL_CLIP = Path(REAL_CLIPS, "v_TpB_zMG3XBA.mp4")
+# Its question and answer.
+REAL_ANNOTATIONS = Path(REAL_CLIPS, "annotations.json")
 B_FRAMES = {"bf": "2", "x264-params": "b-adapt=0:scenecut=0"}
 PAPER_SIZE = {"shortest_edge": 28 * 28, "longest_edge": 224 * 224}
-needs_real_clip = pytest.mark.skipif(not REAL_CLIP.exists(), reason=f"{REAL_CLIP} is not here")
+needs_real_clip = pytest.mark.skipif(not REAL_CLIPS, reason="VIDEONSA_REAL_CLIPS names no folder of real clips")
 
 
 def encode(path, frames=32, fps=8, *, times=None, width=56, height=56, codec="libx264", container=None, options=None):
