@@ -148,21 +148,12 @@ def plan_video(
         frames = count_frames(end - start, float(fps or default_fps), num_frames, *bounds, temporal_patch_size)
     patches = math.ceil(frames / temporal_patch_size)
 
-    if not do_resize:
-        if width % factor or height % factor:
-            raise ValueError(f"do_resize=False needs sides that are multiples of {factor}, got {width} × {height}")
-        sizes = [(width * height // factor**2, (height, width))]
-    elif frame_tokens is not None:
-        limit = frame_tokens * factor**2
-        sizes = frame_sizes(width, height, min(min_pixels, limit), limit, factor, block_size)
-        sizes = [(tokens, size) for tokens, size in sizes if tokens <= frame_tokens][-1:]
-        if not sizes:
-            raise ValueError(f"frame_tokens={frame_tokens} cannot hold a frame of {width} × {height}")
+    if do_resize:
+        sizes = wanted_sizes(width, height, max_pixels, frame_tokens, default_pixels, min_pixels, factor, block_size)
+    elif width % factor or height % factor:
+        raise ValueError(f"do_resize=False needs sides that are multiples of {factor}, got {width} × {height}")
     else:
-        limit = max_pixels or default_pixels
-        sizes = frame_sizes(width, height, min(min_pixels, limit), limit, factor, block_size)
-        if max_pixels is not None:
-            sizes = sizes[-1:]
+        sizes = [(width * height // factor**2, (height, width))]
 
     options = []
     for tokens, size in sizes:
@@ -177,16 +168,43 @@ def plan_video(
             f"{min(n * temporal_patch_size, frames):,} frames of {w} × {h} are {n * tokens:,} tokens"
         )
 
-    largest = max(tokens for tokens, _ in sizes)
-    key = {
-        "pixels": lambda o: (o[1], o[0]),
-        "frames": lambda o: (o[0], o[1]),
-        "balanced": lambda o: (min(o[0] / patches, o[1] / largest), o[0] * o[1], o[1]),
-    }[prefer]
-    n, tokens, (h, w) = max(options, key=key)
+    n, tokens, (h, w) = best_option(options, prefer, patches, max(tokens for tokens, _ in sizes))
     if n < patches:
         frames = n * temporal_patch_size
     return VideoPlan(frames, h, w, start, end, tokens, budget, temporal_patch_size)
+
+
+def best_option(options: list[tuple], prefer: str, max_patches: int, max_tokens: int) -> tuple:
+    """The option, (patches, tokens of each, size), that `plan_video` prefers."""
+    key = {
+        "pixels": lambda o: (o[1], o[0]),
+        "frames": lambda o: (o[0], o[1]),
+        "balanced": lambda o: (min(o[0] / max_patches, o[1] / max_tokens), o[0] * o[1], o[1]),
+    }[prefer]
+    return max(options, key=key)
+
+
+def wanted_sizes(
+    width: int,
+    height: int,
+    max_pixels: int | None,
+    frame_tokens: int | None,
+    default_pixels: int,
+    min_pixels: int,
+    factor: int,
+    block_size: int | None,
+) -> list[tuple[int, tuple[int, int]]]:
+    """The sizes of `frame_sizes` that a request allows: one if it names `max_pixels` or `frame_tokens`."""
+    limit = max_pixels or default_pixels
+    if frame_tokens is not None:
+        limit = frame_tokens * factor**2
+    sizes = frame_sizes(width, height, min(min_pixels, limit), limit, factor, block_size)
+    if frame_tokens is not None:
+        sizes = [(tokens, size) for tokens, size in sizes if tokens <= frame_tokens]
+        if not sizes:
+            raise ValueError(f"frame_tokens={frame_tokens} cannot hold a frame of {width} × {height}")
+    exact = max_pixels is not None or frame_tokens is not None
+    return sizes[-1:] if exact else sizes
 
 
 def count_frames(seconds, fps, num_frames, min_frames, max_frames, total, patch) -> int:

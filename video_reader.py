@@ -12,10 +12,8 @@ import gc
 import math
 import os
 import threading
-from array import array
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
 
 import av
 import numpy as np
@@ -26,7 +24,8 @@ from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
 from transformers.utils import logging
 
-from .video_planner import ROUNDING, shorten
+from .video_packets import Packets, Scan, decoder_ticks, read_packets, without_rounding
+from .video_planner import shorten
 from .video_source import asf_seconds, movie_edits, open_source, refers_to_others
 
 logger = logging.get_logger(__name__)
@@ -61,38 +60,6 @@ ANY_MATRIX = 4
 # threads forever, so closed decoders are collected before each fork.
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=gc.collect)
-
-
-@dataclass
-class Packets:
-    """The packets of a stream, in the order of the file; times in ticks of the stream."""
-
-    pts: np.ndarray  # int64 [packets], presentation time; 0 if unknown
-    dts: np.ndarray  # int64 [packets], decoding time; `pts` if unknown
-    durations: np.ndarray  # int64 [packets], 0 if unknown
-    known: np.ndarray  # bool [packets], whether the presentation time is known
-    timed: np.ndarray  # bool [packets], whether the decoding time is known
-    key: np.ndarray  # bool [packets], key frames
-    discard: np.ndarray  # bool [packets], to be decoded but not shown
-
-    def __len__(self) -> int:
-        return len(self.pts)
-
-    def head(self, count: int) -> "Packets":
-        """Views of the first packets."""
-        return Packets(*(values[:count] for values in vars(self).values()))
-
-
-@dataclass
-class Scan:
-    """What reading all packets of a file tells."""
-
-    packets: Packets
-    spans: list[tuple[float, float]]  # of each other stream: seconds at which it begins and ends
-    first: av.VideoFrame | None  # the first frame
-    fed: int  # packets that the decoder took until it gave that frame
-    broken: Exception | None  # what ended the reading early
-    damaged: int | None  # the first packet that is marked as damaged
 
 
 class VideoFile:
@@ -218,7 +185,7 @@ class VideoFile:
             declared = self._declared_seconds(container)
             track = (stream.start_time or 0, stream.duration or 0, stream.frames) if "mov" in kind else None
 
-            scan = self._read_packets(container, stream)
+            scan = read_packets(container, stream)
             shape = scan.first or context
             if not shape.width or not shape.height:
                 raise ValueError(f"{self.name}: no frames in its video stream")
@@ -240,44 +207,6 @@ class VideoFile:
             declared = declared or asf_seconds(self.source)
         self._check_duration(declared - max(container.start_time or 0, 0) / av.time_base)
         return declared
-
-    def _read_packets(self, container, stream) -> Scan:
-        """Read the packets of all streams, and decode those of `stream` until the first frame."""
-        pts, dts, durations = array("q"), array("q"), array("q")
-        known, timed, key, discard = array("b"), array("b"), array("b"), array("b")
-        first = broken = damaged = None
-        fed = 0
-        others = {}  # stream: its earliest and latest time, in its ticks
-        try:
-            for packet in container.demux():
-                if packet.stream.index != stream.index:
-                    if packet.pts is not None:
-                        begin, end = others.get(packet.stream, (packet.pts, packet.pts))
-                        end = max(end, packet.pts + (packet.duration or 0))
-                        others[packet.stream] = min(begin, packet.pts), end
-                    continue
-
-                if packet.is_corrupt and damaged is None:
-                    damaged = len(pts)
-                if first is None:
-                    first = first_frame(packet)
-                    fed += 1
-                if packet.size:
-                    known.append(packet.pts is not None)
-                    timed.append(packet.dts is not None)
-                    key.append(packet.is_keyframe)
-                    discard.append(packet.is_discard)
-                    pts.append(packet.pts if known[-1] else 0)
-                    dts.append(packet.dts if timed[-1] else pts[-1])
-                    durations.append(packet.duration or 0)
-        except av.FFmpegError as error:
-            # libav takes the end of an mpjpeg file for damage.
-            broken = error if container.format.name != "mpjpeg" else None
-
-        times = [np.asarray(values) for values in (pts, dts, durations)]
-        flags = [np.asarray(values).view(bool) for values in (known, timed, key, discard)]
-        spans = [(begin * float(s.time_base), end * float(s.time_base)) for s, (begin, end) in others.items()]
-        return Scan(Packets(*times, *flags), spans, first, fed, broken, damaged)
 
     def _set_length(self, scan: Scan, declared: float, track: tuple[int, int, int] | None) -> None:
         """Set `times` and `duration`, and check that the file is whole.
@@ -332,13 +261,19 @@ class VideoFile:
             delay: packets that the decoder takes before it gives the first frame.
             end: ticks at which the last frame leaves the screen, if known.
         """
-        restart = self._find_restart(packets)
+        restart = packets.restart(self.tick)
         if restart is not None:
+            if not self.keep:
+                raise ValueError(
+                    f"{self.name}: its clock starts anew after {restart} of {len(packets)} frames, as where files "
+                    "were strung together: remux it; on_error='keep' makes do with those"
+                )
             packets = packets.head(restart)
             # No jumps to key frames: one of the same time may follow.
             packets.key[:] = False
         by_decoder = restart is None and packets.timed.all()
-        self._time_first_frames(packets)
+        if self.matroska and packets.time_first_frames(1 / self.rate / self.tick):
+            self.in_order = True
 
         pts, known, durations = packets.pts, packets.known, packets.durations
         key = packets.key & known
@@ -371,11 +306,7 @@ class VideoFile:
 
         ticks = pts[positions]
         if self.in_order and by_decoder:
-            # A frame is shown when the decoder gives it up: at the time of the packet that it has then got to.
-            ticks = np.sort(packets.dts[positions])
-            delay = min(delay, len(ticks) - 1)
-            step = ticks[-1] - ticks[-2:][0]
-            ticks = np.append(ticks[delay:], ticks[-1] + step * np.arange(1, delay + 1))
+            ticks = decoder_ticks(packets.dts[positions], delay)
         if end is None or end <= ticks[-1]:
             step = np.median(np.diff(ticks)) if len(ticks) > 1 else 1 / self.rate
             end = ticks[-1] + (durations[positions[-1]] or step)
@@ -385,41 +316,7 @@ class VideoFile:
         else:
             times = (ticks - ticks[0]) * self.tick
             duration = float((end - ticks[0]) * self.tick)
-        # Containers round times. What a constant rate explains is of a constant rate.
-        at_rate = len(times) / self.rate
-        self.duration = at_rate if abs(duration - at_rate) < ROUNDING else duration
-        constant = np.arange(len(times)) * (self.duration / len(times))
-        self.times = constant if np.abs(times - constant).max() < ROUNDING else times
-
-    def _find_restart(self, packets: Packets) -> int | None:
-        """The position of the packet at which the clock starts anew, if it does.
-
-        Raises:
-            ValueError: it does, unless `on_error="keep"`.
-        """
-        timed = np.flatnonzero(packets.timed)
-        restarts = timed[1:][np.diff(packets.dts[timed]) * self.tick < -1]
-        if not len(restarts):
-            return None
-        if not self.keep:
-            raise ValueError(
-                f"{self.name}: its clock starts anew after {restarts[0]} of {len(packets)} frames, as where files "
-                "were strung together: remux it; on_error='keep' makes do with those"
-            )
-        return int(restarts[0])
-
-    def _time_first_frames(self, packets: Packets) -> None:
-        """Give times to the frames of a Matroska file that start before zero.
-
-        libav knows no times below zero, so that the packets without a time are the first frames, in order.
-        """
-        untimed = np.flatnonzero(~packets.known)
-        if self.matroska and 0 < 2 * len(untimed) <= len(packets):
-            step = int(np.median(packets.durations[untimed])) or round(1 / self.rate / self.tick)
-            first = packets.pts[packets.known].min()
-            packets.pts[untimed] = first - step * np.arange(len(untimed), 0, -1)
-            packets.known[:] = True
-            self.in_order = True
+        self.times, self.duration = without_rounding(times, duration, self.rate)
 
     def _edit(self, ticks: np.ndarray, end: int) -> tuple[np.ndarray, float]:
         """Put the frames in the order of `self.edits`, which may leave out and repeat frames.
@@ -641,7 +538,8 @@ class VideoFile:
             if not isinstance(source, str):
                 source.seek(0)
             elif not remote:
-                source = f"file:{source}"  # a colon in a path is no protocol
+                # Without this, a colon in a path would mark a protocol.
+                source = f"file:{source}"
             timeout = self.timeout if remote else None
             container = av.open(source, options=self.options, metadata_errors="replace", timeout=timeout)
         except (av.FFmpegError, OSError) as error:
@@ -664,7 +562,8 @@ class VideoFile:
             if context is None:
                 raise ValueError(f"{self.name}: no decoder for its video stream")
             context.options = {"max_pixels": str(self.max_pixels)} | ({} if self.keep else {"err_detect": "explode"})
-            context.thread_count, context.thread_type = threads, "AUTO"
+            context.thread_count = threads
+            context.thread_type = "AUTO"
             yield container, stream
 
     def _check_size(self, shape, where: str) -> None:
@@ -685,19 +584,24 @@ def reason(error: Exception) -> str:
 
 def frames_on_screen(times: np.ndarray, moments: np.ndarray) -> np.ndarray:
     """Indices of the frames on screen at the moments: `times` are those of all frames; seconds, both ascending."""
-    late = 1e-8  # against the rounding of floats
-    return np.searchsorted(times, moments + late, side="right").clip(1) - 1
+    # The margin covers the rounding of floats.
+    return np.searchsorted(times, moments + 1e-8, side="right").clip(1) - 1
 
 
 def orientation(frame: av.VideoFrame | None) -> tuple[int, bool]:
-    """(quarter turns counterclockwise, whether to mirror from left to right before) to show a frame upright, nearest to
-    its display matrix. One that cannot be inverted says nothing."""
+    """How to show a frame upright: (quarter turns counterclockwise, whether to mirror left to right before that).
+
+    It is the nearest to the frame's display matrix; a matrix that cannot be inverted is ignored.
+    """
     try:
         side = frame and frame.side_data.get(SideData.DISPLAYMATRIX)
-    except ValueError:  # PyAV knows no name for some other side data
-        return (round(frame.rotation / 90) % 4 if abs(frame.rotation) <= 360 else 0), False
+    except ValueError:
+        # PyAV has no name for some other side data of the frame.
+        turns = round(frame.rotation / 90) % 4 if abs(frame.rotation) <= 360 else 0
+        return turns, False
     if not side:
         return 0, False
+
     a, b, _, c, d = (int(x) for x in np.frombuffer(side, np.int32)[:5])
     mirrored = a * d < b * c
     if a * d == b * c:
@@ -705,13 +609,6 @@ def orientation(frame: av.VideoFrame | None) -> tuple[int, bool]:
     if mirrored:
         a, b = -a, -b
     return -round(math.atan2(b - c, a + d) / (math.pi / 2)) % 4, mirrored
-
-
-def first_frame(packet: av.Packet) -> av.VideoFrame | None:
-    try:
-        return next(iter(packet.decode()), None)
-    except av.FFmpegError:
-        return None  # reading the frames will tell
 
 
 def to_rgb(frame: av.VideoFrame, reformatter: VideoReformatter) -> np.ndarray:
@@ -726,7 +623,8 @@ def to_rgb(frame: av.VideoFrame, reformatter: VideoReformatter) -> np.ndarray:
         src_color_range=FULL_RANGE if full else LIMITED_RANGE,
         dst_color_range=FULL_RANGE,
     )
-    plane, channels = rgb.planes[0], 4 if alpha else 3
+    plane = rgb.planes[0]
+    channels = 4 if alpha else 3
     rows = np.frombuffer(plane, np.uint8).reshape(plane.height, plane.line_size)
     pixels = rows[:, : channels * plane.width].reshape(plane.height, plane.width, channels)
     if alpha:
