@@ -1,7 +1,7 @@
-"""The forms in which users give videos, their frames and their metadata, each brought to one form.
+"""Brings videos, their frames, their settings and their metadata from all forms that users give to one.
 
-`processing_videonsa.py` turns that into model inputs. Here, files are only told from frames; `video_reader.py` reads
-them.
+`processing_videonsa.py` makes model inputs of the result. This file tells video files from images, and opens images;
+`video_reader.py` reads video files.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from .video_planner import COUNTS, RIVALS, VideoPlan, shorten
 from .video_reader import VideoFile
 from .video_source import Source, is_data_url, local_path, open_source, opened
 
-# Names of still images. What a file is, its first bytes tell; names have to do for what is on a server.
+# Suffixes of still images, for addresses: a file on disk is known by its first bytes.
 IMAGE_SUFFIXES = (
     *(".avif", ".bmp", ".heic", ".jfif", ".jp2", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm"),
     *(".tga", ".tif", ".tiff", ".webp"),
@@ -36,7 +36,7 @@ IMAGE_SIGNATURES = re.compile(
 )
 # Files of these formats may hold several pictures; libav reads only one.
 PAGED_FORMATS = ("WEBP", "TIFF")
-# Keys that a video of a conversation may have of its own, by their names in qwen_vl_utils too; then those it may not.
+# Keys that a video of a message may have, and the settings that they are; the last three are those of qwen_vl_utils.
 CLIP_KEYS = {
     **{key: key for key in ("fps", "num_frames", "max_pixels", "frame_tokens", "max_tokens", "prefer", "start", "end")},
     **{key: key for key in ("min_frames", "max_frames", "min_pixels", "text_tokens", "block_size", "on_error")},
@@ -44,17 +44,18 @@ CLIP_KEYS = {
     "video_start": "start",
     "video_end": "end",
 }
+# Keys that a video of a message may not have.
 NO_CLIP_KEYS = {"total_pixels", "resized_height", "resized_width", "timeout", "max_source_pixels", "max_duration"}
-# Keys of a list of frames: its rate, the first that is given; in qwen_vl_utils the second is that of the source.
+# Keys for the rate of a list of frames, the first one given counts. In qwen_vl_utils the second is the source's rate.
 RATE_KEYS = ("sample_fps", "raw_fps")
-# Settings that are numbers: they may be given as texts, or in a call as a list with one for each video.
+# Settings that are numbers. They may be strings; in a call they may be lists with one number for each video.
 NUMBERS = (*COUNTS, "text_tokens", "fps", "start", "end")
 
 logger = logging.get_logger(__name__)
 
 
 class VideoClip:
-    """A video with settings of its own, which go before those of the call: `VideoClip("a.mp4", {"start": 60})`.
+    """A video with settings of its own, which override those of the call: `VideoClip("a.mp4", {"start": 60})`.
 
     No dataclass: transformers 5.24 makes dictionaries of the dataclasses in a message.
     """
@@ -66,10 +67,13 @@ class VideoClip:
 
 @dataclass
 class SampledVideoMetadata(VideoMetadata):
-    """Metadata of the frames taken of a video, or before sampling of all. `fps` is the mean rate of the video."""
+    """Metadata of the frames taken of a video, or of all frames before sampling.
 
-    frame_times: list[float] | None = None  # seconds from the first frame of the video at which those taken begin
-    sample_times: list[float] | None = None  # and at which they were looked for, being on screen then
+    `fps` is the mean rate of the video. Times are seconds from the first frame of the video.
+    """
+
+    frame_times: list[float] | None = None  # when each frame taken begins
+    sample_times: list[float] | None = None  # the times sampled: when each frame taken was to be on screen
     plan: VideoPlan | None = None
 
     @property
@@ -86,32 +90,36 @@ class Frames(list):
 
 
 class Animation(Sequence):
-    """The pictures of an animated WebP or of a TIFF of several pages, decoded as they are asked for.
+    """The pictures of an animated WebP or of a TIFF of several pages, each decoded when it is read.
 
     Attributes:
         name: what errors call the file.
-        times: seconds from the first at which they begin; None for TIFF, which does not say.
+        times: seconds from the first picture at which each begins; None for TIFF, which states none.
         duration: seconds; None for TIFF.
     """
 
     def __init__(self, image: Image.Image, name: str, max_seconds: float):
-        self.image, self.name = image, name
-        self.times = self.duration = None
+        self.image = image
+        self.name = name
+        self.times = None
+        self.duration = None
         self.pages = range(image.n_frames)
         if image.format == "TIFF":
             # Pages of other sizes are previews or masks.
             sizes = [self._seek(page).size for page in self.pages]
             self.pages = [page for page, size in enumerate(sizes) if size == sizes[0]]
             return
+
         seconds = []
         for page in self.pages:
-            # As browsers do: what should pass in no time takes a tenth of a second.
+            # Browsers show a picture without a duration for a tenth of a second.
             shown = (self[page].info.get("duration") or 0) / 1000
             seconds.append(shown if shown > 0.01 else 0.1)
             if sum(seconds[-1:], seconds[0]) > max_seconds:
                 break
         ends = np.cumsum(seconds)
-        self.times, self.duration = [0.0, *ends[:-1].tolist()], float(ends[-1])
+        self.times = [0.0, *ends[:-1].tolist()]
+        self.duration = float(ends[-1])
         if self.duration > max_seconds:
             raise ValueError(f"{name}: {self.duration:,.0f} seconds long, the limit is {max_seconds:,}")
 
@@ -125,13 +133,14 @@ class Animation(Sequence):
         try:
             self.image.seek(page)
             self.image.load()
-        except Exception as error:  # PIL has many
+        except Exception as error:
+            # PIL raises many kinds of errors.
             raise ValueError(f"{self.name}: picture {page + 1} cannot be read: {shorten(error)}") from error
         return self.image
 
 
 def open_animation(source: Source, max_pixels: int, max_seconds: float) -> Animation | None:
-    """The pictures of an image file of several, which libav would read one of; None for all else."""
+    """The pictures of an image file that holds several, of which libav would read one; None for any other file."""
     if isinstance(source.file, str) and "://" in source.file:
         return None
     with opened(source.file) as file:
@@ -142,8 +151,10 @@ def open_animation(source: Source, max_pixels: int, max_seconds: float) -> Anima
             image = Image.open(source.file if isinstance(source.file, str) else file, formats=PAGED_FORMATS)
             if getattr(image, "n_frames", 1) < 2:
                 return None
-        except Exception:  # libav may know better
+        except Exception:
+            # Whatever PIL raises, libav may be able to read the file.
             return None
+
     try:
         check_size(image, max_pixels)
     except ValueError as error:
@@ -152,12 +163,15 @@ def open_animation(source: Source, max_pixels: int, max_seconds: float) -> Anima
 
 
 def with_clips(conversation):
-    """The conversation, or batch of them, with a `VideoClip` for each video that has settings of its own or is a
-    list of paths."""
+    """The conversation, or batch of conversations, with a `VideoClip` for each video that needs one.
+
+    These are videos with settings of their own, and lists of paths.
+    """
     if isinstance(conversation, (list, tuple)):
         return [with_clips(item) for item in conversation]
     if not isinstance(conversation, Mapping) or not isinstance(conversation.get("content"), (list, tuple)):
         return conversation
+
     content = []
     for item in conversation["content"]:
         if isinstance(item, Mapping) and item.get("type") == "video":
@@ -171,19 +185,25 @@ def with_clips(conversation):
 
 
 def as_one(video):
-    """A list of paths as `Frames`, for it is given where one video belongs; a list of one other file is that file's."""
+    """A list of paths, given in place of one video, as `Frames`; anything else as it is.
+
+    A list of one path is the frames of a video only if the path is a still image.
+    """
     if not isinstance(video, (list, tuple)) or not all(isinstance(item, (str, os.PathLike)) for item in video):
         return video
-    still = len(video) == 1 and is_frame(video[0]) and not is_animated(video[0], alone=True)
-    return Frames(video) if still or len(video) > 1 else video
+    if len(video) == 1:
+        still = is_frame(video[0]) and not is_animated(video[0], alone=True)
+        return Frames(video) if still else video
+    return Frames(video) if video else video
 
 
 def clip_settings(item: Mapping[str, Any], source) -> dict[str, Any]:
-    """What a video of a message has for settings of its own; warns of keys that it cannot have."""
+    """The settings of a video of a message; warns of keys that it may not have."""
     settings = {CLIP_KEYS[key]: value for key, value in item.items() if key in CLIP_KEYS and value is not None}
     rates = [item[key] for key in RATE_KEYS if item.get(key) is not None]
     ignored = NO_CLIP_KEYS & item.keys()
-    if rates and (isinstance(source, (list, tuple)) or getattr(source, "ndim", None) == 4 or is_folder(source)):
+    frames = isinstance(source, (list, tuple)) or getattr(source, "ndim", None) == 4 or is_folder(source)
+    if rates and frames:
         settings["fps"] = rates[0]
     elif rates:
         ignored |= set(RATE_KEYS) & item.keys()
@@ -193,7 +213,7 @@ def clip_settings(item: Mapping[str, Any], source) -> dict[str, Any]:
 
 
 def read_number(value):
-    """A number that is given as a text or by numpy; what is none is left as it is."""
+    """A number from a string or from numpy; any other value as it is."""
     if isinstance(value, str):
         for kind in (int, float):
             with contextlib.suppress(ValueError):
@@ -202,7 +222,7 @@ def read_number(value):
 
 
 def settings_of(kwargs: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
-    """The settings of a call for each of its videos."""
+    """The settings of a call for each of its `count` videos; lists give one number to each."""
     shared = {name: read_number(value) if name in NUMBERS else value for name, value in kwargs.items()}
     lists = {name: value for name, value in shared.items() if name in NUMBERS and isinstance(value, (list, tuple))}
     for name, value in lists.items():
@@ -214,56 +234,68 @@ def settings_of(kwargs: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
 
 
 def with_settings(videos, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The arguments of a processor with numbers for texts, and with videos that have settings of their own for lists of
-    them, as transformers checks types."""
+    """The videos and keyword arguments of a processor in a form whose types transformers accepts.
+
+    Strings become numbers. Lists of numbers become settings of the videos, each a `VideoClip`.
+    """
     groups = [kwargs, kwargs.get("videos_kwargs", {})]
     given = {name: read_number(group[name]) for group in groups for name in NUMBERS if group.get(name) is not None}
     lists = {name: value for name, value in given.items() if isinstance(value, (list, tuple))}
     if not given:
         return videos, kwargs
+
     if lists:
         videos = [] if videos is None else list_videos(videos)
         videos = [with_own(*pair) for pair in zip(videos, settings_of(lists, len(videos)), strict=True)] or None
-    numbers = [{name: given.get(name, value) for name, value in group.items() if name not in lists} for group in groups]
-    return videos, {**numbers[0], "videos_kwargs": numbers[1]} if groups[1] else numbers[0]
+    kwargs, videos_kwargs = (
+        {name: given.get(name, value) for name, value in group.items() if name not in lists} for group in groups
+    )
+    if groups[1]:
+        kwargs["videos_kwargs"] = videos_kwargs
+    return videos, kwargs
 
 
 def with_own(video, settings: dict[str, Any]) -> VideoClip:
-    """A video with settings that give way to its own."""
+    """A video with `settings`, which its own override."""
     clip = video if isinstance(video, VideoClip) else VideoClip(video, {})
     return VideoClip(clip.source, merge_settings(settings, clip.settings))
 
 
 def merge_settings(settings: Mapping[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    """Settings of a call and of a video, which go before them and before what excludes them."""
+    """The settings of a call, overridden by those of a video: each replaces its namesake and its rival (`RIVALS`)."""
     replaced = {name for pair in RIVALS for name in pair if not own.keys().isdisjoint(pair)}
     return {key: value for key, value in settings.items() if key not in replaced} | own
 
 
 def list_videos(videos) -> list:
-    """Flatten any nesting of videos to one entry per video: a file as `is_file` has it, a list of frames, a 4-D array,
-    or a `VideoClip`."""
+    """Flatten any nesting of videos to one entry per video.
+
+    An entry is a file (see `is_file`), a list of frames, a 4-D array, or a `VideoClip`.
+    """
     if isinstance(videos, (str, os.PathLike)):
         path = local_path(videos)
-        return [(is_folder(path) and list_images(path)) or path]
+        images = list_images(path) if is_folder(path) else []
+        return [images or path]
     if is_frame(videos):
         return [[videos]]
     if isinstance(videos, (VideoClip, Frames)) or is_file(videos):
         return [videos]
     if isinstance(videos, (list, tuple)):
-        # Pictures that move, all of them, are as many videos.
+        # Images that are all animated are one video each.
         alone = len(videos) == 1
         if videos and all(map(is_frame, videos)) and not all(is_animated(video, alone) for video in videos):
             return [list(videos)]
         return [video for item in videos for video in list_videos(item)]
+
     dimensions = getattr(videos, "ndim", None)
     if dimensions not in (4, 5):
-        raise ValueError(f"not a video: {type(videos).__name__}{'' if dimensions is None else f' of {dimensions}-D'}")
+        of = "" if dimensions is None else f" of {dimensions}-D"
+        raise ValueError(f"not a video: {type(videos).__name__}{of}")
     return [videos] if dimensions == 4 else list(videos)
 
 
 def list_images(folder: str) -> list[str]:
-    """The images in a folder, by name, in which numbers count as numbers: 2.png comes before 10.png."""
+    """The images in a folder, sorted by name; numbers in names sort as numbers: 2.png comes before 10.png."""
     names = [name for name in os.listdir(folder) if is_frame(os.path.join(folder, name))]
     names.sort(key=lambda name: [int(part) if part.isdecimal() else part for part in re.split(r"([0-9]+)", name)])
     return [os.path.join(folder, name) for name in names]
@@ -278,24 +310,30 @@ def is_file(video) -> bool:
 
 
 def is_frame(item) -> bool:
-    """Whether something is a picture: of a path, what the file is, or if there is none, what it is called."""
+    """Whether something is an image. A path is judged by the file's content or, if no such file exists, by its name."""
     if not isinstance(item, (str, os.PathLike)):
         return isinstance(item, Image.Image) or getattr(item, "ndim", None) == 3
     path = os.fspath(item)
     if is_data_url(path):
         return path[:11].lower() == "data:image/"
+
     path = local_path(path)
-    if "://" not in path and os.path.isfile(path):
+    remote = "://" in path
+    if not remote and os.path.isfile(path):
         with open(path, "rb") as file:
             head = file.read(64)
         if IMAGE_SIGNATURES.match(head):
             # A sequence in AVIF or HEIF is a video, which libav reads.
             return b"avis" not in head and b"hevc" not in head
-    return (re.split("[?#]", path)[0] if "://" in path else path).lower().endswith(IMAGE_SUFFIXES)
+    name = re.split("[?#]", path)[0] if remote else path
+    return name.lower().endswith(IMAGE_SUFFIXES)
 
 
 def is_animated(item, alone: bool) -> bool:
-    """Whether a picture of `is_frame` is a file of several; what is not at hand may be, if it stands alone."""
+    """Whether an image, in the sense of `is_frame`, is a file that holds several.
+
+    An image on a server or in a `data:` URL is not opened here. It counts as animated if it is `alone` in its list.
+    """
     if not isinstance(item, (str, os.PathLike)):
         return False
     path = local_path(item)
@@ -306,7 +344,8 @@ def is_animated(item, alone: bool) -> bool:
     try:
         with Image.open(path, formats=("PNG", *PAGED_FORMATS)) as image:
             return getattr(image, "n_frames", 1) > 1
-    except Exception:  # reading it will tell
+    except Exception:
+        # Reading the image will raise a clear error.
         return False
 
 
@@ -314,7 +353,8 @@ def list_metadata(metadata, count: int) -> list[VideoMetadata | None]:
     """`video_metadata` in any of the forms that the stock class takes, as one entry per video."""
     if metadata is None:
         return [None] * count
-    metadata = [metadata] if isinstance(metadata, Mapping) else metadata
+    if isinstance(metadata, Mapping):
+        metadata = [metadata]
     metadata = [entry for item in metadata for entry in (item if isinstance(item, (list, tuple)) else [item])]
     if len(metadata) != count:
         raise ValueError(f"{count} videos, but {len(metadata)} entries in `video_metadata`")
@@ -331,7 +371,8 @@ def file_metadata(file: VideoFile | Animation) -> SampledVideoMetadata:
         height=file.image.height if animated else file.height,
         duration=file.duration,
         video_backend="pillow" if animated else "pyav",
-        frames_indices=range(len(file)),  # as lists, these would take more memory than all else in hours of video
+        # A list would take more memory than anything else in hours of video.
+        frames_indices=range(len(file)),
         frame_times=file.times,
     )
 
@@ -339,17 +380,19 @@ def file_metadata(file: VideoFile | Animation) -> SampledVideoMetadata:
 def frames_metadata(
     metadata: VideoMetadata, count: int, height: int, width: int, sampled=False
 ) -> SampledVideoMetadata:
-    """Metadata of `count` frames at hand, which are all of a video or, if `sampled`, those that `metadata` names."""
-    fps, indices = metadata.fps or 24, metadata.frames_indices
-    times = getattr(metadata, "frame_times", None)
+    """Metadata of `count` frames at hand: all frames of a video or, if `sampled`, those that `metadata` names."""
+    fps = metadata.fps or 24
+    indices = metadata.frames_indices
+    duration = count / (metadata.sampled_fps if sampled else fps)
+    even = [i * duration / count for i in range(count)]
     if sampled and indices is not None and len(indices) == count:
-        indices, duration = [int(i) for i in indices], count / metadata.sampled_fps
-        # Frames that are numbered anew (qwen_vl_utils does so), though more of them are counted, are spaced evenly.
-        anew = indices == list(range(count)) and metadata.total_num_frames > count
-        times = [i * duration / count if anew else i / fps for i in indices]
+        indices = [int(i) for i in indices]
+        # qwen_vl_utils numbers sampled frames from 0 on, but counts all frames of the video. These are spaced evenly.
+        renumbered = indices == list(range(count)) and metadata.total_num_frames > count
+        times = even if renumbered else [i / fps for i in indices]
     else:
-        indices, duration = list(range(count)), count / (metadata.sampled_fps if sampled else fps)
-        times = times or [i * duration / count for i in range(count)]
+        indices = list(range(count))
+        times = getattr(metadata, "frame_times", None) or even
     return SampledVideoMetadata(
         total_num_frames=metadata.total_num_frames,
         fps=fps,
@@ -383,19 +426,22 @@ def frame_to_tensor(frame, data_format: str | None, max_pixels: float = math.inf
             with contextlib.closing(open_image(path, timeout)) as source, Image.open(source.file) as image:
                 check_size(image, max_pixels)
                 frame = to_rgb(image)
-        except Exception as error:  # PIL has many
+        except Exception as error:
+            # PIL raises many kinds of errors.
             raise ValueError(f"{shorten(path)}: cannot be read as an image: {shorten(error)}") from error
     if isinstance(frame, Image.Image):
-        frame, data_format = np.array(to_rgb(frame)), "channels_last"
+        frame = np.array(to_rgb(frame))
+        data_format = "channels_last"
     if isinstance(frame, np.ndarray) and any(stride < 0 for stride in frame.strides):
-        frame = np.ascontiguousarray(frame)  # OpenCV's frame[..., ::-1]
+        # torch takes no negative strides, which OpenCV's frame[..., ::-1] has.
+        frame = np.ascontiguousarray(frame)
     frame = torch.as_tensor(frame)
     data_format = data_format or infer_channel_dimension_format(frame, num_channels=(1, 3, 4))
     return frame.permute(2, 0, 1).contiguous() if data_format == "channels_last" else frame
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """An image upright and in RGB: on white, where it is transparent, and of 16 bits the upper eight."""
+    """An image upright and in RGB, of the upper 8 bits if it has 16. Transparent pixels become white."""
     image = ImageOps.exif_transpose(image)
     if image.mode in ("I", "F"):
         raise ValueError(f"its pixels are of mode {image.mode}, whose range is not known; make them 8-bit ones")
@@ -408,12 +454,13 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def pixel_factor(frames: Iterable) -> float:
-    """What brings arrays to 0 to 255, which is unambiguous for booleans and for floats from 0 to 1.
+    """The factor that scales arrays to 0 to 255: 255 for booleans and for floats from 0 to 1, or else 1.
 
     Raises:
-        ValueError: what the numbers mean cannot be told.
+        ValueError: frames are of several types, or of a type or range whose meaning is not known.
     """
-    kinds, low, high = set(), math.inf, -math.inf
+    kinds = set()
+    low, high = math.inf, -math.inf
     for frame in frames:
         kind = str(getattr(frame, "dtype", "uint8")).removeprefix("torch.")
         kinds.add(kind)
@@ -421,6 +468,7 @@ def pixel_factor(frames: Iterable) -> float:
             low, high = min(float(frame.min()), low), max(float(frame.max()), high)
             if math.isnan(low):
                 break
+
     if len(kinds) > 1 and kinds != {"uint8"}:
         raise ValueError(f"frames of one video are of several types: {', '.join(sorted(kinds))}")
     (kind,) = kinds
@@ -428,10 +476,11 @@ def pixel_factor(frames: Iterable) -> float:
         return 1.0
     if kind == "bool":
         return 255.0
-    # A little more than the range may come from resizing.
+    # Resizing may have exceeded the range a little.
     if "float" in kind and low >= -0.1 and high <= 1.1:
         return 255.0
-    if "float" in kind and low >= (-25.5 if high > 25 else -0.1) and high <= 280:
+    least = -25.5 if high > 25 else -0.1
+    if "float" in kind and low >= least and high <= 280:
         return 1.0
     if kind in ("int16", "int32", "int64", "int8") and low >= 0 and high <= 255:
         return 1.0
@@ -443,7 +492,7 @@ def pixel_factor(frames: Iterable) -> float:
 
 
 def stack_frames(frames: Iterable[torch.Tensor], count: int) -> torch.Tensor:
-    """Frames [1, C, H, W], `count` of them, as one tensor [count, C, H, W], without ever holding them twice."""
+    """`count` frames [1, C, H, W] as one tensor [count, C, H, W]. No frame is held twice for long."""
     video = None
     for k, frame in enumerate(frames):
         if video is None:

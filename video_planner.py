@@ -1,6 +1,7 @@
-"""Decides how many frames of a video a model gets to see, and how large: the tokens of a prompt can go into either.
+"""Decides how many frames of a video a model gets to see, and how large they are.
 
-Plain arithmetic: nothing is read here. `processing_videonsa.py` carries a plan out.
+Both take from the same budget of tokens. This file is plain arithmetic and reads no video; `processing_videonsa.py`
+carries a plan out.
 """
 
 import math
@@ -14,9 +15,9 @@ import numpy as np
 from transformers.models.qwen2_vl.video_processing_qwen2_vl import smart_resize
 
 PREFERENCES = ("pixels", "frames", "balanced")
-# Of each pair, a request may have one.
+# A request may have one of each pair.
 RIVALS = (("fps", "num_frames"), ("max_pixels", "frame_tokens"))
-# Numbers that count something, and are positive.
+# Settings that are positive integers.
 COUNTS = (
     "num_frames",
     "min_frames",
@@ -32,9 +33,11 @@ ROUNDING = 2e-3
 
 
 def shorten(text, limit: int = 200) -> str:
-    """A text to quote in an error: the middle of a long one is left out."""
+    """A text to quote in an error, without the middle if it is long."""
     text = str(text)
-    return text if len(text) <= limit else f"{text[: limit * 3 // 4]} … {text[-limit // 5 :]}"
+    if len(text) <= limit:
+        return text
+    return f"{text[: limit * 3 // 4]} … {text[-limit // 5 :]}"
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class VideoPlan:
         num_frames, height, width: frames, and the pixels to which each is resized.
         start, end: seconds from the first frame.
         frame_tokens: vision tokens of a temporal patch, which is `temporal_patch_size` frames.
-        budget: vision tokens that there were to spend.
+        budget: vision tokens that the plan may spend.
     """
 
     num_frames: int
@@ -107,27 +110,28 @@ def plan_video(
 ) -> VideoPlan:
     """Plan a video of `duration` seconds and `width` × `height` pixels within `max_tokens`.
 
-    At most, there are `default_fps` frames per second, each the size that Qwen2.5-VL makes of a frame for
-    `default_pixels`. Where that is too much, with n temporal patches of t tokens each, n·t within the budget:
-    - `prefer="pixels"` takes the largest t of which one patch fits, then the most patches;
-    - `prefer="frames"` takes the most patches that fit at the smallest t, then the largest t;
-    - `prefer="balanced"` keeps alike the shares of both that remain: the larger is the smaller one of n / n_most and
-      t / t_most, the better; then the larger n·t; then the larger t.
-    t is one of the sizes that Qwen2.5-VL makes of a frame for `min_pixels` to `default_pixels`.
+    If the budget allows, there are `default_fps` frames per second, of the size that Qwen2.5-VL makes of a frame for
+    `default_pixels`. Otherwise there are n temporal patches of t tokens each, with n·t within the budget. t is one of
+    the sizes that Qwen2.5-VL makes of a frame for `min_pixels` to `default_pixels`.
+    - `prefer="pixels"` takes the largest t of which one patch fits, then the most patches.
+    - `prefer="frames"` takes the most patches that fit at the smallest t, then the largest t.
+    - `prefer="balanced"` reduces both alike: it takes the largest minimum of n / n_max and t / t_max, then the largest
+      n·t, then the largest t.
 
     Args:
-        max_tokens, text_tokens: of the prompt, and those of them to leave for text.
-        fps or num_frames: that many, to a whole number of temporal patches, and as far as the video has them; then only
-            the frames may become smaller.
-        max_pixels or frame_tokens: frames of exactly that size: what Qwen2.5-VL makes of one for `max_pixels`, or the
-            largest of at most `frame_tokens` tokens per temporal patch; then only their number may become smaller.
+        max_tokens, text_tokens: tokens of the prompt, and the part of them reserved for text.
+        fps or num_frames: exact rate or number, rounded to whole temporal patches and limited to what the video has;
+            then only the size of frames gives way to the budget.
+        max_pixels or frame_tokens: exact size: what Qwen2.5-VL makes of a frame for `max_pixels`, or the largest size
+            of at most `frame_tokens` tokens per temporal patch; then only the number of frames gives way.
         block_size: take only sizes whose tokens per temporal patch are a multiple of it; frames may be stretched.
         start, end: seconds, the part of the video to plan for.
-        total_frames: that the part has; no more are taken.
-        every_frame: take all of them, whatever `fps` and `num_frames` say.
+        total_frames: frames of that part; no more are taken.
+        every_frame: take all `total_frames`, and ignore `fps` and `num_frames`.
         do_resize: False leaves frames as they are.
-        min_frames, max_frames: bounds for the frames that a number per second comes to.
-        min_pixels, factor: of a frame; its sides are multiples of `factor`, and factor² pixels are a token.
+        min_frames, max_frames: bounds for the number of frames that a rate gives.
+        min_pixels: the least pixels of a frame.
+        factor: the sides of a frame are multiples of it, and factor² pixels are a token.
 
     Raises:
         ValueError: an argument is out of range, two contradict each other, or the budget cannot hold what is asked for.
@@ -143,19 +147,14 @@ def plan_video(
         bounds = min_frames, max_frames, total_frames
         frames = count_frames(end - start, float(fps or default_fps), num_frames, *bounds, temporal_patch_size)
     patches = math.ceil(frames / temporal_patch_size)
-    if not do_resize:
-        if width % factor or height % factor:
-            raise ValueError(f"do_resize=False needs sides that are multiples of {factor}, got {width} × {height}")
-        sizes = [(width * height // factor**2, (height, width))]
+
+    if do_resize:
+        sizes = wanted_sizes(width, height, max_pixels, frame_tokens, default_pixels, min_pixels, factor, block_size)
+    elif width % factor or height % factor:
+        raise ValueError(f"do_resize=False needs sides that are multiples of {factor}, got {width} × {height}")
     else:
-        most = max_pixels or default_pixels if frame_tokens is None else frame_tokens * factor**2
-        sizes = frame_sizes(width, height, min(min_pixels, most), most, factor, block_size)
-        if frame_tokens is not None:
-            sizes = [(tokens, size) for tokens, size in sizes if tokens <= frame_tokens]
-            if not sizes:
-                raise ValueError(f"frame_tokens={frame_tokens} cannot hold a frame of {width} × {height}")
-        if max_pixels is not None or frame_tokens is not None:
-            sizes = sizes[-1:]
+        sizes = [(width * height // factor**2, (height, width))]
+
     options = []
     for tokens, size in sizes:
         n = min(patches, budget // tokens)
@@ -168,15 +167,44 @@ def plan_video(
             f"max_tokens={max_tokens:,} less text_tokens={text_tokens:,} leaves {budget:,} for the video, but {asked}"
             f"{min(n * temporal_patch_size, frames):,} frames of {w} × {h} are {n * tokens:,} tokens"
         )
-    largest = max(tokens for tokens, _ in sizes)
+
+    n, tokens, (h, w) = best_option(options, prefer, patches, max(tokens for tokens, _ in sizes))
+    if n < patches:
+        frames = n * temporal_patch_size
+    return VideoPlan(frames, h, w, start, end, tokens, budget, temporal_patch_size)
+
+
+def best_option(options: list[tuple], prefer: str, max_patches: int, max_tokens: int) -> tuple:
+    """The option, (patches, tokens of each, size), that `plan_video` prefers."""
     key = {
         "pixels": lambda o: (o[1], o[0]),
         "frames": lambda o: (o[0], o[1]),
-        "balanced": lambda o: (min(o[0] / patches, o[1] / largest), o[0] * o[1], o[1]),
+        "balanced": lambda o: (min(o[0] / max_patches, o[1] / max_tokens), o[0] * o[1], o[1]),
     }[prefer]
-    n, tokens, (h, w) = max(options, key=key)
-    frames = frames if n == patches else n * temporal_patch_size
-    return VideoPlan(frames, h, w, start, end, tokens, budget, temporal_patch_size)
+    return max(options, key=key)
+
+
+def wanted_sizes(
+    width: int,
+    height: int,
+    max_pixels: int | None,
+    frame_tokens: int | None,
+    default_pixels: int,
+    min_pixels: int,
+    factor: int,
+    block_size: int | None,
+) -> list[tuple[int, tuple[int, int]]]:
+    """The sizes of `frame_sizes` that a request allows: one if it names `max_pixels` or `frame_tokens`."""
+    limit = max_pixels or default_pixels
+    if frame_tokens is not None:
+        limit = frame_tokens * factor**2
+    sizes = frame_sizes(width, height, min(min_pixels, limit), limit, factor, block_size)
+    if frame_tokens is not None:
+        sizes = [(tokens, size) for tokens, size in sizes if tokens <= frame_tokens]
+        if not sizes:
+            raise ValueError(f"frame_tokens={frame_tokens} cannot hold a frame of {width} × {height}")
+    exact = max_pixels is not None or frame_tokens is not None
+    return sizes[-1:] if exact else sizes
 
 
 def count_frames(seconds, fps, num_frames, min_frames, max_frames, total, patch) -> int:
@@ -188,7 +216,9 @@ def count_frames(seconds, fps, num_frames, min_frames, max_frames, total, patch)
     else:
         count = max(int((seconds + ROUNDING) * fps), min_frames, patch)
         count = min(count, max_frames or count)
-    total = count if total is None else total
+
+    if total is None:
+        total = count
     return min(count, total) // patch * patch or total
 
 
@@ -196,7 +226,7 @@ def frame_sizes(
     width: int, height: int, min_pixels: int, max_pixels: int, factor: int, block_size: int | None = None
 ) -> list[tuple[int, tuple[int, int]]]:
     """(tokens, (height, width)) of the sizes to choose from, by tokens; the last is the one for `max_pixels`."""
-    token = factor**2
+    token = factor**2  # pixels
     if block_size is not None:
         sizes = block_sizes(width / height, block_size, min_pixels / token, max_pixels // token, width * height / token)
         if not sizes:
@@ -204,8 +234,10 @@ def frame_sizes(
                 f"block_size={block_size} needs frames of {block_size * token:,} pixels, the most is {max_pixels:,}"
             )
         return [(rows * columns, (rows * factor, columns * factor)) for rows, columns in sizes]
+
     sizes = {}
-    rounded = round(width / factor) * round(height / factor) * token  # more does not make a frame any larger
+    # More pixels than these do not make a frame any larger.
+    rounded = round(width / factor) * round(height / factor) * token
     for pixels in [*range(min_pixels, min(max_pixels, rounded), token), max_pixels]:
         h, w = smart_resize(height, width, factor, min_pixels, pixels)
         sizes[h * w // token] = h, w
@@ -213,20 +245,26 @@ def frame_sizes(
 
 
 def block_sizes(aspect: float, block: int, least: float, most: float, tokens: float) -> list[tuple[int, int]]:
-    """(rows, columns) in tokens that stretch a frame the least, for each multiple of `block` between least and most,
-    and not above the next multiple of what the frame has."""
+    """Sizes of a frame that fill whole blocks, as (rows, columns) in tokens.
+
+    For each multiple of `block` from `least` to `most`, the size that stretches the frame the least. The last multiple
+    is the one that holds the `tokens` of the frame unless `most` ends before it.
+    """
+    holds_frame = math.ceil(max(tokens, least) / block) * block
     sizes = []
-    for count in range(block, min(int(most), math.ceil(max(tokens, least) / block) * block) + 1, block):
+    for count in range(block, min(int(most), holds_frame) + 1, block):
+        if count < least:
+            continue
         pairs = [(rows, count // rows) for rows in range(1, math.isqrt(count) + 1) if count % rows == 0]
         pairs += [pair[::-1] for pair in pairs]
-        if count >= least:
-            sizes.append(min(pairs, key=lambda pair: abs(math.log(pair[1] / pair[0] / aspect))))
+        sizes.append(min(pairs, key=lambda pair: abs(math.log(pair[1] / pair[0] / aspect))))
     return sizes
 
 
 def check_range(start: float | None, end: float | None, duration: float) -> tuple[float, float]:
     """Start and end in seconds, within the video."""
-    first, last = start or 0.0, duration if end is None else min(end, duration)
+    first = start or 0.0
+    last = duration if end is None else min(end, duration)
     if not 0 <= first < last:
         raise ValueError(f"start={start} and end={end} leave nothing of a video of {duration:.3f} s")
     return float(first), float(last)
@@ -239,7 +277,8 @@ def check_request(request: Mapping[str, Any]) -> None:
         if given[a] is not None and given[b] is not None:
             got = f"{a}={shorten(given[a], 90)}, {b}={shorten(given[b], 90)}"
             raise ValueError(f"pass `{a}` or `{b}`, not both (got {got})")
-    fps, most, patch = (given[name] for name in ("fps", "max_frames", "temporal_patch_size"))
+
+    fps = given["fps"]
     if fps is not None and not (isinstance(fps, Real) and 0 < fps < math.inf):
         raise ValueError(f"fps must be a positive number, got {shorten(repr(fps))}")
     for name in ("start", "end"):
@@ -250,7 +289,11 @@ def check_request(request: Mapping[str, Any]) -> None:
             raise ValueError(f"{name} must be a positive integer, got {shorten(repr(value))}")
     if (value := given["text_tokens"]) is not None and not (isinstance(value, Integral) and value >= 0):
         raise ValueError(f"text_tokens must be an integer of at least 0, got {shorten(repr(value))}")
-    if most is not None and patch is not None and most < patch:
-        raise ValueError(f"max_frames={most} cannot hold the {patch} frames of a temporal patch")
-    if given["prefer"] is not None and given["prefer"] not in PREFERENCES:
-        raise ValueError(f"prefer must be one of {', '.join(PREFERENCES)}; got {shorten(repr(given['prefer']))}")
+
+    max_frames = given["max_frames"]
+    patch = given["temporal_patch_size"]
+    if max_frames is not None and patch is not None and max_frames < patch:
+        raise ValueError(f"max_frames={max_frames} cannot hold the {patch} frames of a temporal patch")
+    prefer = given["prefer"]
+    if prefer is not None and prefer not in PREFERENCES:
+        raise ValueError(f"prefer must be one of {', '.join(PREFERENCES)}; got {shorten(repr(prefer))}")

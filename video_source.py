@@ -1,4 +1,4 @@
-"""Opens what a video may come from: a path, bytes, an open file, or a URL, which is downloaded first.
+"""Opens the sources of videos: paths, bytes, open files, and URLs, which are downloaded first.
 
 `video_reader.py` reads what this module opens. No video is decoded here.
 """
@@ -22,13 +22,14 @@ from transformers.utils import logging
 
 from .video_planner import shorten
 
-# Bytes that a server or a pipe may send.
+# The most bytes that a server or a pipe may send.
 MAX_DOWNLOAD = 64 * 2**30
-# What demuxers that open other files and sockets know their files by.
-REFERENCES = b"ffconcat version", b"#extm3u", b"<mpd", b"c=in ip"
-# Bytes of a list of edits, and boxes side by side, that are looked at.
-MAX_EDITS, MAX_BOXES = 2**20, 2**12
-# What the properties of an ASF file begin with.
+# Texts by which libav recognises files that make it open other files and sockets.
+REFERENCES = (b"ffconcat version", b"#extm3u", b"<mpd", b"c=in ip")
+# The most bytes of a list of edits, and the most boxes side by side, that are read.
+MAX_EDITS = 2**20
+MAX_BOXES = 2**12
+# The first bytes of the properties of an ASF file.
 ASF_PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")
 
 
@@ -40,11 +41,11 @@ def local_path(path: str | os.PathLike) -> str:
 
 
 class Source(NamedTuple):
-    """What can be opened again and again, as errors call it; a temporary file is to be closed."""
+    """Something that can be read several times."""
 
-    name: str
-    file: str | BinaryIO
-    temporary: bool = False
+    name: str  # for errors
+    file: str | BinaryIO  # a path, a URL that libav opens, or a file
+    temporary: bool = False  # whether `close` closes the file
 
     def close(self) -> None:
         if self.temporary:
@@ -52,7 +53,12 @@ class Source(NamedTuple):
 
 
 def open_source(source, timeout: float, keep: bool) -> Source:
-    """A `Source` of a path, URL, bytes or binary file."""
+    """A `Source` of a path, URL, bytes or binary file.
+
+    Args:
+        timeout: seconds that a server may take to answer or to go on.
+        keep: whether to use what came before a download or a pipe broke off.
+    """
     if isinstance(source, Source):
         return source
     if isinstance(source, (bytes, bytearray, memoryview)):
@@ -66,13 +72,17 @@ def open_source(source, timeout: float, keep: bool) -> Source:
         if source.seekable():
             return Source(name, source)
         return Source(name, copy_to_temporary(source, name, keep=keep), True)
+
     path = local_path(source)
     if is_data_url(path):
         return read_data_url(path)
     if "://" in path:
-        name = shorten(re.sub("(?<=://)[^/@]*@", "", re.split("[?#]", path)[0]))  # without passwords and tokens
-        web = path.lower().startswith(("http://", "https://"))
-        return Source(name, download(path, name, timeout, keep), True) if web else Source(name, path)
+        # Errors show no passwords and tokens.
+        name = shorten(re.sub("(?<=://)[^/@]*@", "", re.split("[?#]", path)[0]))
+        if path.lower().startswith(("http://", "https://")):
+            return Source(name, download(path, name, timeout, keep), True)
+        return Source(name, path)
+
     name = shorten(path)
     if not os.path.exists(path):
         raise FileNotFoundError(f"{name}: no such video file")
@@ -88,11 +98,12 @@ def is_data_url(path: str) -> bool:
 
 
 def read_data_url(url: str) -> Source:
-    """What a URL holds in itself (RFC 2397): `data:video/mp4;base64,AAAA…`."""
+    """The content of a `data:` URL (RFC 2397), such as `data:video/mp4;base64,AAAA…`."""
     header, comma, data = url.partition(",")
     name = f"<{shorten(header, 100)}>"
     if len(data) > MAX_DOWNLOAD:
         raise ValueError(f"{name}: more than {MAX_DOWNLOAD:,} bytes, the limit")
+
     content = unquote_to_bytes(data)
     if header.lower().endswith(";base64"):
         # Some encoders leave out the padding, break lines, or use the alphabet for URLs.
@@ -107,9 +118,10 @@ def read_data_url(url: str) -> Source:
 
 
 def download(url: str, name: str, timeout: float, keep: bool) -> BinaryIO:
-    """A temporary file of what a server sends."""
+    """A temporary file with what a server sends."""
     try:
-        request = urllib.request.Request(quote(url, safe="%/:=&?~#+!$,;'@()*[]"), headers={"User-Agent": "videonsa"})
+        url = quote(url, safe="%/:=&?~#+!$,;'@()*[]")
+        request = urllib.request.Request(url, headers={"User-Agent": "videonsa"})
         response = urllib.request.urlopen(request, timeout=timeout)
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise ValueError(f"{name}: cannot be downloaded: {shorten(error)}") from error
@@ -119,28 +131,38 @@ def download(url: str, name: str, timeout: float, keep: bool) -> BinaryIO:
 
 
 def copy_to_temporary(stream: BinaryIO, name: str, size: int = 0, keep: bool = False) -> BinaryIO:
-    """A temporary file, which the caller closes, of what a stream gives, or with `keep` gave until it broke off."""
-    file, problem = tempfile.TemporaryFile(), None  # noqa: SIM115
-    read = getattr(stream, "read1", stream.read)  # which gives what has come so far
+    """A temporary file with the content of a stream; the caller closes it.
+
+    Args:
+        name: for errors.
+        size: bytes to expect; 0 if unknown.
+        keep: whether to use what came before the stream broke off.
+    """
+    file = tempfile.TemporaryFile()  # noqa: SIM115
+    problem = None
+    # `read1` returns what has come so far, and does not wait for all the bytes asked for.
+    read = getattr(stream, "read1", stream.read)
     try:
-        bar = {"desc": os.path.basename(name), "unit": "B", "unit_scale": True, "delay": 3, "leave": False}
-        with logging.tqdm(total=size or None, **bar) as progress:
+        options = {"desc": os.path.basename(name), "unit": "B", "unit_scale": True, "delay": 3, "leave": False}
+        with logging.tqdm(total=size or None, **options) as progress:
             while max(file.tell(), size) <= MAX_DOWNLOAD:
                 try:
                     part = read(2**20)
                 except (OSError, http.client.HTTPException) as error:
-                    part, problem = b"", error
+                    part = b""
+                    problem = error
                 if not part:
                     break
                 progress.update(file.write(part))
+
         received = file.tell()
         if max(received, size) > MAX_DOWNLOAD:
             raise ValueError(f"{name}: more than {MAX_DOWNLOAD:,} bytes, the limit")
         if (problem or received < size) and not (keep and received):
             of = f" of {size:,}" if size else ""
+            why = f": {problem}" if problem else ""
             raise ValueError(
-                f"{name}: truncated after {received:,}{of} bytes{f': {problem}' if problem else ''}; "
-                "on_error='keep' makes do with those"
+                f"{name}: truncated after {received:,}{of} bytes{why}; on_error='keep' makes do with those"
             ) from problem
     except BaseException:
         file.close()
@@ -151,32 +173,38 @@ def copy_to_temporary(stream: BinaryIO, name: str, size: int = 0, keep: bool = F
 @contextlib.contextmanager
 def opened(source: str | BinaryIO) -> Iterator[BinaryIO]:
     """A path or a file, to be read from its start."""
-    with contextlib.nullcontext(source) if not isinstance(source, str) else open(source, "rb") as file:
+    with open(source, "rb") if isinstance(source, str) else contextlib.nullcontext(source) as file:
         file.seek(0)
         yield file
 
 
 def refers_to_others(source: str | BinaryIO) -> bool:
-    """Whether libav would open what the file, or the one at a path, names: told from its text, up to a zero byte."""
+    """Whether libav would open other files that this one names. The text before the first zero byte tells."""
     with opened(source) as file:
-        text = file.read(2**20).partition(b"\0")[0].lower()  # as much as libav looks at
+        # libav looks at as many bytes.
+        text = file.read(2**20).partition(b"\0")[0].lower()
     return any(mark in text for mark in REFERENCES)
 
 
 @dataclass(frozen=True)
 class Edit:
-    """A part of a track, as shown: its frames from `start` until before `stop`, in ticks of the track, in that many
-    seconds. Without a start nothing is shown. At a rate of 0 a frame stays. None is to the end of the track."""
+    """A part of a track as it is shown: the frames from `start` until before `stop`, or a gap."""
 
-    seconds: float | None
-    start: int | None
-    stop: int | None = None
-    rate: float = 1.0
+    seconds: float | None  # how long it is shown; None for a part up to the end of the track
+    start: int | None  # ticks of the track; None for a gap, which shows nothing
+    stop: int | None = None  # ticks; None for the end of the track
+    rate: float = 1.0  # speed; 0 for a frame that stays
 
 
 def movie_edits(source: str | BinaryIO, track: int) -> list[Edit] | None:
-    """The edits of a track of an MP4 or QuickTime file (ISO/IEC 14496-12, 8.6.6), by the track's number; None if there
-    is no list, or one of a single ordinary part, or if it cannot be read."""
+    """The list of edits of a track of an MP4 or QuickTime file (ISO/IEC 14496-12, 8.6.6).
+
+    Args:
+        track: number of the track.
+
+    Returns:
+        None if there is no list, if it cannot be read, or if all of it is one ordinary part.
+    """
     if isinstance(source, str) and "://" in source:
         return None
     with opened(source) as file, contextlib.suppress(struct.error, ZeroDivisionError):
@@ -188,48 +216,64 @@ def movie_edits(source: str | BinaryIO, track: int) -> list[Edit] | None:
         for kind, *inside in read_boxes(file, *movie):
             header = find_box(file, [b"tkhd"], *inside) if kind == b"trak" else None
             entries = find_box(file, [b"edts", b"elst"], *inside) if header else None
-            if not entries or read_clock(file, header)[0] != track:
-                continue
-            ticks, _ = read_clock(file, find_box(file, [b"mdia", b"mdhd"], *inside))
-            file.seek(entries[0])
-            content = file.read(min(entries[1] - entries[0], MAX_EDITS))
-            version, count = struct.unpack_from(">B3xI", content)
-            entry = struct.Struct(">QqI" if version == 1 else ">IiI")
-            count = min(count, (len(content) - 8) // entry.size)
-            listed = [entry.unpack_from(content, 8 + i * entry.size) for i in range(count)]
-            return make_edits(listed, movie_ticks, ticks, fragmented)
+            if entries and read_clock(file, header)[0] == track:
+                track_ticks, _ = read_clock(file, find_box(file, [b"mdia", b"mdhd"], *inside))
+                return make_edits(read_entries(file, *entries), movie_ticks, track_ticks, fragmented)
     return None
 
 
-def make_edits(listed: list[tuple[int, int, int]], movie: int, track: int, fragmented: bool) -> list[Edit] | None:
-    """From (duration, start, rate · 2^16) in a file, durations in ticks of the movie, of which there are so many a
-    second, to edits."""
-    if len(listed) == 1 and listed[0][1] >= 0 and listed[0][2] == 1 << 16:
+def read_entries(file: BinaryIO, start: int, end: int) -> list[tuple[int, int, int]]:
+    """The entries of a list of edits, as the file has them: (duration, start, 2^16 · rate)."""
+    file.seek(start)
+    content = file.read(min(end - start, MAX_EDITS))
+    version, count = struct.unpack_from(">B3xI", content)
+    entry = struct.Struct(">QqI" if version == 1 else ">IiI")
+    count = min(count, (len(content) - 8) // entry.size)
+    return [entry.unpack_from(content, 8 + i * entry.size) for i in range(count)]
+
+
+def make_edits(
+    entries: list[tuple[int, int, int]], movie_ticks: int, track_ticks: int, fragmented: bool
+) -> list[Edit] | None:
+    """Edits from the entries of a file; None as in `movie_edits`.
+
+    Args:
+        entries: (duration, start, 2^16 · rate). The duration counts ticks of the movie, the start ticks of the track.
+        movie_ticks, track_ticks: ticks per second.
+        fragmented: whether the file has fragments; a last entry without a duration then lasts to the end.
+    """
+    if len(entries) == 1 and entries[0][1] >= 0 and entries[0][2] == 1 << 16:
         return None
     edits = []
-    for i, (duration, start, rate) in enumerate(listed):
-        rate = rate / 2**16 if rate < 2**31 else 1.0
+    for i, (duration, start, fixed_rate) in enumerate(entries):
+        # Negative rates are not shown backwards.
+        rate = fixed_rate / 2**16 if fixed_rate < 2**31 else 1.0
+        seconds = duration / movie_ticks
         if start == -1:
-            edits.append(Edit(duration / movie, None))
-        elif fragmented and not duration and i == len(listed) - 1:
+            edits.append(Edit(seconds, None))
+        elif fragmented and not duration and i == len(entries) - 1:
             edits.append(Edit(None, start))
         else:
-            length = (2 * duration * track + movie) // (2 * movie)
-            edits.append(Edit(duration / movie, start, start + round(length * rate), rate))
+            # Rounded to the nearest tick of the track, in integers.
+            length = (2 * duration * track_ticks + movie_ticks) // (2 * movie_ticks)
+            edits.append(Edit(seconds, start, start + round(length * rate), rate))
     return edits if any(edit.start is not None for edit in edits) else None
 
 
 def read_boxes(file: BinaryIO, start: int, end: int) -> Iterator[tuple[bytes, int, int]]:
-    """(kind, first byte, byte behind the last) of what the boxes of a stretch of a file hold."""
+    """(kind, start, end) of the contents of the boxes from byte `start` to before byte `end` of a file."""
     for _ in range(MAX_BOXES):
         file.seek(start)
         header = file.read(min(end - start, 16))
         if len(header) < 8:
             return
+
         size, kind = struct.unpack_from(">I4s", header)
         inside = start + 8
         if size == 1:
-            size, inside = struct.unpack_from(">Q", header, 8)[0], start + 16
+            # The size needs 64 bits.
+            (size,) = struct.unpack_from(">Q", header, 8)
+            inside = start + 16
         stop = start + size if size else end
         if stop < inside:
             return
@@ -238,7 +282,7 @@ def read_boxes(file: BinaryIO, start: int, end: int) -> Iterator[tuple[bytes, in
 
 
 def find_box(file: BinaryIO, path: list[bytes], start: int, end: int) -> tuple[int, int] | None:
-    """Where the contents of the first box of each kind, one in the other, start and end."""
+    """Where the contents of a box start and end: `path` has its kind behind those of the boxes around it."""
     for kind in path:
         found = next((inside for name, *inside in read_boxes(file, start, end) if name == kind), None)
         if found is None:
@@ -248,7 +292,10 @@ def find_box(file: BinaryIO, path: list[bytes], start: int, end: int) -> tuple[i
 
 
 def read_clock(file: BinaryIO, box: tuple[int, int] | None) -> tuple[int, int]:
-    """The two numbers after the dates in a header: ticks a second and length, or of a track its number and 0."""
+    """The two numbers after the dates in a header.
+
+    In the header of a movie or of media: ticks per second, and length. In that of a track: its number, and 0.
+    """
     if box is None:
         raise struct.error("no such box")
     file.seek(box[0])
@@ -257,7 +304,10 @@ def read_clock(file: BinaryIO, box: tuple[int, int] | None) -> tuple[int, int]:
 
 
 def asf_seconds(source: str | BinaryIO) -> float:
-    """Seconds that the header of an ASF (WMV) file states: libav believes it only if the file is whole."""
+    """Seconds that the header of an ASF (WMV) file states; 0 if it states none.
+
+    libav ignores them if the file is not whole.
+    """
     if isinstance(source, str) and "://" in source:
         return 0.0
     with opened(source) as file:
@@ -266,4 +316,5 @@ def asf_seconds(source: str | BinaryIO) -> float:
     if start < 0 or len(header) < start + 92:
         return 0.0
     played, _, preroll, flags = struct.unpack_from("<QQQI", header, start + 64)
-    return 0.0 if flags & 1 else max(played / 1e7 - preroll / 1e3, 0.0)
+    broadcast = flags & 1
+    return 0.0 if broadcast else max(played / 1e7 - preroll / 1e3, 0.0)

@@ -123,35 +123,16 @@ class VisionLayout:
         text_before = is_text.cumsum(0).int()[new[queries]]  # of all samples
         text_seen = text_before - text_keys.cu_seqlens[sample[new[queries]]]
 
-        # Runs of adjacent text queries of a sample.
         text = is_text[new].nonzero().squeeze(1)
-        place, owner = new[text], sample[new[text]]
-        begins = torch.ones_like(text, dtype=torch.bool)
-        begins[1:] = (place.diff() != 1) | (owner.diff() != 0)
-        run_edges = [*begins.nonzero().squeeze(1).tolist(), len(text)]
-        last_places = place[begins.roll(-1)].tolist()
-        text_runs = []
-        for (first, end), owner_of_run, last in zip(
-            pairwise(run_edges), owner[begins].tolist(), last_places, strict=True
-        ):
-            row, start, _ = samples[owner_of_run]
-            text_runs.append(TextRun(text[first:end], row, start, last % total + 1))
-
         streams = []
-        for row, start, stop in samples if make_stream else []:
-            positions = torch.arange(start, stop, device=vision.device)
-            positions = positions[valid_or_all[row, start:stop]]
-            new_positions = positions[positions >= total - length]
-            if is_vision.view(batch, total)[row, new_positions].any():
-                stream = make_stream(is_vision.view(batch, total)[row, positions], len(new_positions))
-                tokens = new_positions + row * length - (total - length)
-                streams.append(SampleStream(stream, tokens, row, positions))
+        if make_stream:
+            streams = sample_streams(is_vision.view(batch, total), valid_or_all, samples, length, make_stream)
 
         return cls(
             queries=queries,
             cu_seqlens=cu_seqlens(new[queries]),
             keys=keys(is_vision),
-            text_runs=text_runs,
+            text_runs=text_runs(text, new[text], sample[new[text]], samples, total),
             text_keys=text_keys,
             text_seen=text_seen,
             valid=valid,
@@ -188,6 +169,57 @@ class VisionLayout:
                 if self.valid is not None:
                     mask = mask & self.valid[run.row, keys]
                 yield TextChunk(part, run.row, keys, mask)
+
+
+def text_runs(
+    queries: torch.Tensor, places: torch.Tensor, owners: torch.Tensor, samples: list[tuple[int, int, int]], total: int
+) -> list[TextRun]:
+    """Text queries as runs of adjacent ones.
+
+    Args:
+        queries: int64 [T], the text queries of a call.
+        places: int64 [T], their indices among the batch * total keys.
+        owners: int64 [T], the sample of each.
+        samples: row, first key and the key after the last, of each sample.
+        total: keys per row.
+    """
+    begins = torch.ones_like(queries, dtype=torch.bool)
+    begins[1:] = (places.diff() != 1) | (owners.diff() != 0)
+    edges = [*begins.nonzero().squeeze(1).tolist(), len(queries)]
+    last_places = places[begins.roll(-1)].tolist()
+    runs = []
+    for (first, end), owner, last in zip(pairwise(edges), owners[begins].tolist(), last_places, strict=True):
+        row, start, _ = samples[owner]
+        runs.append(TextRun(queries[first:end], row, start, last % total + 1))
+    return runs
+
+
+def sample_streams(
+    is_vision: torch.Tensor,
+    valid: torch.Tensor,
+    samples: list[tuple[int, int, int]],
+    length: int,
+    make_stream: Callable,
+) -> list[SampleStream]:
+    """The samples with a vision query, as `released_attention` takes them.
+
+    Args:
+        is_vision, valid: bool [batch, total].
+        samples: row, first key and the key after the last, of each sample.
+        length: new tokens per row.
+        make_stream: see `VisionLayout.make`.
+    """
+    total = is_vision.shape[1]
+    streams = []
+    for row, start, stop in samples:
+        positions = torch.arange(start, stop, device=is_vision.device)
+        positions = positions[valid[row, start:stop]]
+        new_positions = positions[positions >= total - length]
+        if is_vision[row, new_positions].any():
+            stream = make_stream(is_vision[row, positions], len(new_positions))
+            queries = new_positions + row * length - (total - length)
+            streams.append(SampleStream(stream, queries, row, positions))
+    return streams
 
 
 def _moved(x, **options):
