@@ -16,6 +16,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from videonsa import modeling_videonsa
 from videonsa.configuration_videonsa import VideoNSAConfig
 from videonsa.processing_videonsa import VideoNSAProcessor, VideoNSAVideoProcessor
+from videonsa.vision_attention import GATE_STD
 
 from .card import write_card
 from .folders import check_new, new_folder
@@ -195,7 +196,7 @@ def write_weights(shards, folder: Path, text_config, seed: int) -> tuple[bool, t
                 layer + key: (
                     torch.zeros(shape)
                     if key.endswith("bias")
-                    else torch.empty(shape).normal_(0, 0.02, generator=generator)
+                    else torch.empty(shape).normal_(0, GATE_STD, generator=generator)
                 ).to(dtype)
                 for layer in part
                 for key, shape in per_layer.items()
