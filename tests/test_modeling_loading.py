@@ -75,7 +75,7 @@ def test_untrained_gates_are_told_once_when_they_are_needed(stock_checkpoint, ti
     folder = stock_checkpoint if source == "stock" else tiny_repository
     inputs = make_inputs(VIDEO)
     for variant in ("dense", "merged"):
-        logits(VideoNSAForConditionalGeneration.from_pretrained(folder, nsa_variant=variant, block_count=4), inputs)
+        logits(VideoNSAForConditionalGeneration.from_pretrained(folder, nsa_variant=variant, block_count=6), inputs)
 
     model = VideoNSAForConditionalGeneration.from_pretrained(folder)
     logits(model, make_inputs(TEXT))
@@ -117,6 +117,39 @@ def test_gates_of_the_tiny_model_are_trained():
     folder = Path(__file__).resolve().parents[1] / "examples/tiny"
     model = VideoNSAForConditionalGeneration.from_pretrained(folder)
     assert not untrained_gates([layer.self_attn for layer in model.model.language_model.layers])
+
+
+@pytest.mark.parametrize("door", ["class", "AutoConfig"])
+def test_a_variant_given_to_load_is_not_that_of_the_saved_checkpoint(tiny_repository, tmp_path, door):
+    def load(folder, **options):
+        if door == "class":
+            return VideoNSAForConditionalGeneration.from_pretrained(folder, **options)
+        config = VideoNSAConfig.from_pretrained(folder, **options)
+        return VideoNSAForConditionalGeneration.from_pretrained(folder, config=config)
+
+    def saved(model) -> dict:
+        model.save_pretrained(tmp_path / "saved")
+        return json.loads((tmp_path / "saved/config.json").read_text())["text_config"]
+
+    model = load(tiny_repository, nsa_variant="dense", block_count=4)
+    for _ in range(2):
+        config = saved(model)
+        assert config["nsa_variant"] == "paper" and config["block_count"] == 4
+        assert not [name for name in config if "checkpoint" in name]
+    assert model.config.nsa_variant == model.model.language_model.layers[0].self_attn.config.nsa_variant == "dense"
+    assert saved(load(tmp_path / "saved"))["nsa_variant"] == "paper"
+    # Two ways to change it on purpose, and a model that has no gates for another variant.
+    model.config.nsa_variant = "dense"
+    assert saved(model)["nsa_variant"] == "dense"
+    model = load(tiny_repository, nsa_variant="dense")
+    model.config.text_config.nsa_variant = "released"
+    assert saved(model)["nsa_variant"] == "released"
+    assert saved(load(tiny_repository, nsa_variant="merged", block_count=4))["nsa_variant"] == "merged"
+
+
+def test_a_stock_checkpoint_is_saved_with_the_variant_given(stock_checkpoint, tmp_path):
+    VideoNSAForConditionalGeneration.from_pretrained(stock_checkpoint, nsa_variant="dense").save_pretrained(tmp_path)
+    assert VideoNSAConfig.from_pretrained(tmp_path).nsa_variant == "dense"
 
 
 def test_saved_model_loads_with_equal_logits_and_brings_its_code(model, tmp_path):
