@@ -52,6 +52,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from lib.card import write_card
 from lib.data import Collator, ConversationDataset, Drop, Sample, load_samples
 from lib.fields import MEANINGS, FieldArguments, given_fields
+from lib.folders import check_source
 from lib.interruption import Interrupted, Interruption, resume_command
 from lib.loading import check_repository
 from lib.options import HelpFormatter, Underscores
@@ -196,6 +197,7 @@ def trained_parts(arguments: ModelArguments) -> set[str]:
 
 def load_config(arguments: ModelArguments):
     """The model's configuration with the settings of the arguments."""
+    check_source("--model", arguments.model)
     config = AutoConfig.from_pretrained(arguments.model, trust_remote_code=True)
     check_repository(arguments.model, config)
     for name, value in given_fields(arguments).items():

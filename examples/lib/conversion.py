@@ -19,7 +19,7 @@ from videonsa.processing_videonsa import VideoNSAProcessor, VideoNSAVideoProcess
 from videonsa.vision_attention import GATE_STD
 
 from .card import write_card
-from .folders import check_new, new_folder
+from .folders import check_new, check_source, new_folder
 
 SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "README.md", "LICENSE*"]
 PICKLES = re.compile(r"\.(bin|pt|pth|ckpt)(\.index\.json)?$")
@@ -101,6 +101,7 @@ def copy_code(folder: Path) -> None:
 
 def fetch_source(source: str | Path, revision: str | None) -> Path:
     """The local folder of a checkpoint; of a Hub repository, what is small is downloaded and checked first."""
+    check_source("source", source)
     folder = Path(source)
     hub = not folder.is_dir()
     if hub:
