@@ -70,6 +70,28 @@ class VideoNSATextConfig(Qwen2_5_VLTextConfig):
         self.model_type = type(self).model_type  # a stock configuration brings its own
         self.validate_nsa()
 
+    def __setattr__(self, name, value):
+        super().__setattr__(name, value)
+        if name == "nsa_variant":
+            # Set on purpose: a model is saved with it.
+            vars(self).pop("_checkpoint_variant", None)
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        return _with_checkpoint_variant(super().from_dict, config_dict, kwargs)
+
+    def to_dict(self):
+        output = super().to_dict()
+        output.pop("_checkpoint_variant", None)
+        return output
+
+    def checkpoint_variant(self) -> str:
+        """The variant that a model is saved with: the checkpoint's own if `nsa_variant` is an option of loading.
+
+        A model without gates ("merged") can be no other. A stock checkpoint has no variant of its own.
+        """
+        return vars(self).get("_checkpoint_variant", self.nsa_variant)
+
     def validate_nsa(self):
         """Check the fields above; runs when a configuration is made or loaded, and when a model is made of it."""
         for name, allowed in (("nsa_variant", NSA_VARIANTS), ("nsa_backend", NSA_BACKENDS)):
@@ -175,6 +197,19 @@ NSA_FIELDS = (
 )
 
 
+def _with_checkpoint_variant(from_dict, config_dict: dict, options: dict):
+    """What `from_dict` makes of the dict of a checkpoint and options of loading, with the variant that the dict has if
+    the options have another."""
+    own = {**config_dict, **(config_dict.get("text_config") or {})}.get("nsa_variant")
+    given = options.get("nsa_variant")
+    made = from_dict(config_dict, **options)
+
+    if own is not None and given not in (None, own, "merged"):
+        config = made[0] if isinstance(made, tuple) else made
+        getattr(config, "text_config", config)._checkpoint_variant = own
+    return made
+
+
 def _refuse_removed(kwargs: dict) -> None:
     """Drop a field that saved configurations have, and that no longer does anything, if it did nothing."""
     mass = kwargs.pop("block_mass", 1.0)
@@ -246,6 +281,10 @@ class VideoNSAConfig(Qwen2_5_VLConfig):
         if config_dict.get("model_type") == Qwen2_5_VLConfig.model_type:
             config_dict["model_type"] = cls.model_type  # meant to load; the warning about other types would mislead
         return config_dict, kwargs
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        return _with_checkpoint_variant(super().from_dict, config_dict, kwargs)
 
     def attention_budget(self, n_tokens: int, pooled_keys: bool = False) -> float:
         """See [`VideoNSATextConfig.attention_budget`]."""

@@ -19,6 +19,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     Qwen2_5_VLModel,
     Qwen2_5_VLTextModel,
 )
+from transformers.utils import logging
 
 from .cache_record import CacheRecord, cached_vision, following_positions, position_after
 from .configuration_videonsa import VideoNSAConfig, VideoNSATextConfig
@@ -35,8 +36,10 @@ from .transformers_compat import (
     named_arguments,
     register_key_layouts,
 )
-from .vision_attention import GateLinear, VideoNSAAttention
+from .vision_attention import GATE_STD, GateLinear, VideoNSAAttention, untrained_gates
 from .vision_layout import VisionLayout
+
+logger = logging.get_logger(__name__)
 
 check_contract()
 register_key_layouts("VideoNSAForConditionalGeneration", "VideoNSAModel")
@@ -55,11 +58,12 @@ class VideoNSATextModel(WholeCheckpoint, Qwen2_5_VLTextModel):
         super().__init__(config)
         for i, layer in enumerate(self.layers):
             layer.self_attn = VideoNSAAttention(config, i)
+        self.gates_checked = False
         self.post_init()
 
     def _init_weights(self, module):
         if isinstance(module, GateLinear):
-            init.normal_(module.weight, mean=0.0, std=0.02)
+            init.normal_(module.weight, mean=0.0, std=GATE_STD)
             init.zeros_(module.bias)
         else:
             super()._init_weights(module)
@@ -82,6 +86,7 @@ class VideoNSATextModel(WholeCheckpoint, Qwen2_5_VLTextModel):
         if vision_mask is not None:
             vision = torch.cat([cached_vision(cache, past, vision_mask), vision_mask], 1)
             kwargs["vision_layout"] = self._layout(vision, past, attention_mask, position_ids, observe)
+            self._warn_of_untrained_gates()
             # "Prepared" masks, so that no [length, length] mask is made.
             kwargs["attention_mask"] = dict.fromkeys(("full_attention", "sliding_attention"))
 
@@ -99,6 +104,19 @@ class VideoNSATextModel(WholeCheckpoint, Qwen2_5_VLTextModel):
                     vision_mask = torch.zeros_like(following, dtype=torch.bool)
                 CacheRecord.of(cache).append(past, vision_mask.to(following.device), following)
         return outputs
+
+    def _warn_of_untrained_gates(self) -> None:
+        """Log, at the first sparse call of a model that is not being trained, that its gates are as they were made."""
+        needs_gates = self.config.nsa_variant in ("paper", "released")
+        if self.gates_checked or self.training or not needs_gates or torch.compiler.is_compiling():
+            return
+        self.gates_checked = True  # once: the check waits for the device
+        if untrained_gates([layer.self_attn for layer in self.layers]):
+            logger.warning(
+                "The gates of this checkpoint are untrained, so that answers about images and videos are noise with "
+                f'nsa_variant="{self.config.nsa_variant}". Load it with nsa_variant="dense" for the answers of the '
+                'base model, or with nsa_variant="merged" for sparse attention without training, or fine-tune it first'
+            )
 
     @staticmethod
     def _vision_by_position(position_ids) -> torch.Tensor | None:

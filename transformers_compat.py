@@ -8,6 +8,7 @@ names, and `check_contract` refuses a transformers whose methods are not those t
 
 import functools
 import inspect
+from copy import deepcopy
 from pathlib import Path
 
 from transformers import Cache, GenerationConfig
@@ -169,7 +170,8 @@ class WholeCheckpoint:
         return model
 
     def save_pretrained(self, *args, **kwargs):
-        """As in transformers, in the same key layout however the model was made.
+        """As in transformers, in the same key layout however the model was made, and with the checkpoint's own variant
+        if `nsa_variant` was an option of loading.
 
         transformers reverts the renamings of loading. It finds those that were used, but takes all of them, also those
         of submodules and of old layouts, for a model that was made from a configuration or loaded under ZeRO-3.
@@ -178,7 +180,17 @@ class WholeCheckpoint:
             name = type(self).__name__.removeprefix("FSDP")  # what FSDP2 makes of it
             registered = get_checkpoint_conversion_mapping(name) or []
             self._weight_conversions = registered[1:]  # without `repeated`
-        return super().save_pretrained(*args, **kwargs)
+
+        config = self.config
+        saved = deepcopy(config)
+        text_config = getattr(saved, "text_config", saved)
+        text_config.nsa_variant = text_config.checkpoint_variant()
+        # The layers keep theirs: another thread may be answering.
+        self.config = saved
+        try:
+            return super().save_pretrained(*args, **kwargs)
+        finally:
+            self.config = config
 
 
 def _warn_of_other_code(cls, source) -> None:

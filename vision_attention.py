@@ -21,6 +21,9 @@ from .nsa_triton import nsa_attention as nsa_attention_triton
 from .transformers_compat import Substitute, named_arguments
 from .vision_layout import TextChunk, VisionLayout
 
+# New gates have weights N(0, GATE_STD) and no bias.
+GATE_STD = 0.02
+
 
 class GateLinear(nn.Linear):
     """A linear layer of the gates: a class of its own, by which `_init_weights` tells it from the others."""
@@ -148,6 +151,27 @@ class VideoNSAAttention(Qwen2_5_VLAttention):
         rows = weights[chunk.row, :, local, chunk.keys].unflatten(0, (groups, -1))  # in the graph of the output
         rows = nn.functional.dropout(rows, self.attention_dropout, self.training)
         return torch.einsum("grtk,gkd->tgrd", rows.to(v.dtype), v[chunk.row, :, chunk.keys]).flatten(1, 2)
+
+
+def untrained_gates(layers: list[VideoNSAAttention]) -> bool:
+    """Whether the gates of all layers are as they were made; waits for the device. False if it cannot be seen.
+
+    Every step of training moves the biases from 0. The weights' deviation tells gates that were made by other code,
+    which may have trained them without biases.
+    """
+    gates = [gate for layer in layers if layer.has_gates for gate in (layer.g_proj_1, layer.g_proj_2)]
+    for gate in gates:
+        bias, weight = gate.bias, gate.weight
+        # Sharded weights, and those that are on a disk.
+        if type(bias.data) is not torch.Tensor or bias.is_meta or bias.numel() == 0 or bias.any():
+            return False
+
+        # Five standard errors, and room for rounding. Quantized weights are not compared.
+        tolerance = GATE_STD * (5 / (2 * weight.numel()) ** 0.5 + 0.01)
+        plain = type(weight.data) is torch.Tensor and weight.is_floating_point() and not weight.is_meta
+        if plain and abs(float(weight.detach().float().std()) - GATE_STD) > tolerance:
+            return False
+    return bool(gates)
 
 
 # Vision attention of each variant: writes the rows of vision queries of output [batch * length, heads, dim], from q of

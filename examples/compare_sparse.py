@@ -26,6 +26,7 @@ import transformers
 
 from lib.answering import Prompts, Question, answer, is_correct, list_questions, normalise
 from lib.data import Drop, Sample, load_samples
+from lib.folders import check_source
 from lib.options import OptionParser, add_device
 from lib.sparse_baselines import METHODS, Prefill
 from videonsa import nsa_merged
@@ -139,6 +140,7 @@ def calibrate(run_one, prompts, kind, wanted: float, block_size: int, steps: int
 
 def compare(args) -> dict:
     """Ask all questions with all methods; writes OUTPUT after each length, and returns its content."""
+    check_source("model", args.model)
     settings = [json.loads(text) for text in args.settings]
     model = VideoNSAForConditionalGeneration.from_pretrained(args.model, nsa_variant="merged", nsa_backend="torch")
     model = model.to(args.device).eval()

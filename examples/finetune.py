@@ -12,6 +12,9 @@ code files run and are saved with the result. `lib/data.py` says what data may l
 OUTPUT_DIR becomes a repository that loads with `trust_remote_code=True`; with LoRA it holds the merged model, and
 `adapter/` the adapter. Beside it stand the checkpoints, the TensorBoard logs (`runs/`), and what was not used of the
 data: `dropped.jsonl` from the checks at the start, `skipped.jsonl` from reading.
+
+Ctrl-C and SIGTERM end the training after its step: it saves a checkpoint, prints the command that resumes it, and
+publishes nothing.
 """
 
 import argparse
@@ -22,6 +25,7 @@ import math
 import os
 import shlex
 import shutil
+import signal
 import statistics
 import sys
 import tempfile
@@ -48,6 +52,8 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from lib.card import write_card
 from lib.data import Collator, ConversationDataset, Drop, Sample, load_samples
 from lib.fields import MEANINGS, FieldArguments, given_fields
+from lib.folders import check_source
+from lib.interruption import Interrupted, Interruption, resume_command
 from lib.loading import check_repository
 from lib.options import HelpFormatter, Underscores
 from lib.resuming import check_options, check_weights, describe_data, find_resume
@@ -191,6 +197,7 @@ def trained_parts(arguments: ModelArguments) -> set[str]:
 
 def load_config(arguments: ModelArguments):
     """The model's configuration with the settings of the arguments."""
+    check_source("--model", arguments.model)
     config = AutoConfig.from_pretrained(arguments.model, trust_remote_code=True)
     check_repository(arguments.model, config)
     for name, value in given_fields(arguments).items():
@@ -471,11 +478,12 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: Finetun
     # DeepSpeed and FSDP load strictly themselves.
     if resume and not trainer.is_deepspeed_enabled and not trainer.is_fsdp_enabled:
         on_main_process(args, check_weights, model, Path(resume))
-    result = trainer.train(resume_from_checkpoint=resume)
     if args.dry_run:
+        trainer.train()
         if args.process_index == 0:
             report_time(trainer, math.ceil(len(train) / per_step))
         return trainer
+    result = train_to_the_end(trainer, resume)
 
     note = (
         f"Fine-tuned from the above by `examples/finetune.py` ({model_args.method}): {len(samples):,} samples, "
@@ -487,6 +495,29 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: Finetun
         if args.push_to_hub:
             push(output, trainer.hub_model_id, args.hub_revision, args.hub_token)
     return trainer
+
+
+def train_to_the_end(trainer: VideoTrainer, resume: str | None):
+    """What the Trainer returns.
+
+    Raises:
+        Interrupted: the process was asked to stop, and the training has saved a checkpoint.
+    """
+    interruption = Interruption()
+    trainer.add_callback(interruption)
+    with interruption:
+        result = trainer.train(resume_from_checkpoint=resume)
+    if interruption.stopped:
+        name, step = signal.Signals(interruption.signum).name, trainer.state.global_step
+        saved = Path(trainer.args.output_dir) / f"checkpoint-{step}"
+        raise Interrupted(
+            f"stopped by {name} after step {step:,} of {trainer.state.max_steps:,}; saved {saved}. "
+            f"Resume with: {resume_command(trainer.args.world_size)}",
+            interruption.signum,
+        )
+    if interruption.signum is not None:  # after the last step
+        raise KeyboardInterrupt
+    return result
 
 
 def data_seed(args: TrainingArguments) -> int:
@@ -585,6 +616,13 @@ def main() -> None:
         finetune(*parse_arguments(sys.argv[1:]))
     except (OSError, ValueError) as error:
         sys.exit(f"finetune.py: {error}")
+    except Interrupted as stop:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"finetune.py: {stop}", file=sys.stderr)
+        sys.exit(stop.code)
+    except KeyboardInterrupt:
+        print("finetune.py: interrupted; nothing was published", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     finally:
         if torch.distributed.is_initialized():
             with contextlib.suppress(Exception):

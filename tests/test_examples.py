@@ -1,8 +1,10 @@
 """convert.py as a user runs it, on checkpoints and clips that the project makes."""
 
+import importlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,6 +18,7 @@ from videos import REAL_CLIP, needs_real_clip
 
 import convert
 from lib import conversion, tiny
+from lib.folders import check_source
 from videonsa.configuration_videonsa import VideoNSAConfig
 from videonsa.modeling_videonsa import VideoNSAForConditionalGeneration
 
@@ -270,6 +273,42 @@ def test_convert_refuses_a_bad_source_and_leaves_nothing(stock, tmp_path, damage
     with pytest.raises(ValueError, match=message):
         conversion.convert(source, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize(
+    ("script", "options"),
+    [
+        ("analyze", ["gates", "{model}", "--output", "{folder}"]),
+        ("app", ["--model", "{model}"]),
+        ("compare_sparse", ["{model}", "data.json", "{folder}/out.json"]),
+        ("convert", ["{model}", "{folder}/out"]),
+        ("demo", ["--model", "{model}"]),
+        ("evaluate", ["{model}", "data.json", "{folder}/out.json"]),
+        ("finetune", ["--model", "{model}", "--train_data", "data.json", "--output_dir", "{folder}/out"]),
+    ],
+)
+def test_a_model_that_is_no_folder_is_refused_without_a_download(script, options, tmp_path, monkeypatch):
+    if script == "app":
+        pytest.importorskip("gradio")
+
+    def connect(*args):
+        raise AssertionError("a connection is tried")
+
+    monkeypatch.setattr(socket.socket, "connect", connect)
+    monkeypatch.chdir(tmp_path)
+    main = importlib.import_module(script).main
+    for model in ("nothere", "./nothere", "../nothere", "runs/nothere/last", f"{tmp_path}/nothere", "~/nothere"):
+        given = [option.format(model=model, folder=tmp_path) for option in options]
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", *given])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        assert str(stopped.value).startswith(f"{script}.py: ") and "\n" not in str(stopped.value)
+        assert str(stopped.value).endswith(f"{model} is no folder, nor a Hub id, which is OWNER/NAME")
+
+
+@pytest.mark.parametrize("name", ["Qwen/Qwen2.5-VL-7B-Instruct", "me/VideoNSA_7B.v2"])
+def test_what_may_be_a_hub_id_is_looked_up(name):
+    check_source("model", name)
 
 
 def test_convert_refuses_to_overwrite_and_bad_settings(stock, repository, tmp_path):

@@ -1,17 +1,25 @@
 """finetune.py resumes a run where it stopped, and refuses what would not be the same run."""
 
+import os
+import shlex
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import ROOT
 from safetensors.torch import load_file, save_file
 from trainings import losses, weights
+from transformers import TrainerCallback
 
 import finetune
 from finetune import parse_arguments
 from lib import resuming
+from lib.interruption import Interrupted
 from videonsa.modeling_videonsa import VideoNSAForConditionalGeneration
 
 
@@ -62,6 +70,77 @@ def test_an_interrupted_run_goes_on_from_its_last_checkpoint_on_the_same_data_on
         train(*again, output="empty")
     with pytest.raises(ValueError, match="must be a folder or last"):
         train("--resume_from_checkpoint", tmp_path / "gone", *options, output="new")
+
+
+@pytest.mark.parametrize(
+    ("signum", "to_all", "options"),
+    [
+        (signal.SIGINT, True, ["--dataloader_num_workers", 2]),
+        (signal.SIGTERM, True, ["--dataloader_num_workers", 2, "--eval_strategy", "epoch", "--save_strategy", "epoch"]),
+        (signal.SIGTERM, False, ["--enable_jit_checkpoint", "--save_only_model", "--save_strategy", "no"]),
+    ],
+    ids=["Ctrl-C", "SIGTERM to all processes", "SIGTERM"],
+)
+def test_an_interrupted_training_saves_a_checkpoint_and_publishes_nothing(
+    tiny_repository, needles, tmp_path, signum, to_all, options
+):
+    output = tmp_path / "out"
+    given = ["--model", tiny_repository, "--train_data", needles / "train.json", "--output_dir", output, "--max_steps"]
+    given += [1000, "--eval_data", needles / "validation.json", "--report_to", "none", "--logging_steps", 1, *options]
+    given = [str(ROOT / "examples/finetune.py"), *map(str, given)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    process = subprocess.Popen([sys.executable, *given], **pipes)
+    printed = []
+    for line in process.stdout:
+        printed.append(line)
+        if "'loss'" in line:
+            (os.killpg if to_all else os.kill)(process.pid, signum)
+            break
+    rest, errors = process.communicate(timeout=120)
+
+    assert process.returncode == 128 + signum, errors
+    assert "Traceback" not in errors
+    assert "wrote" not in "".join([*printed, rest])
+    (checkpoint,) = output.glob("checkpoint-*")
+    assert {"checkpoint-", "dropped.jsonl", "data.json"} == {
+        "checkpoint-" if path.is_dir() else path.name for path in output.iterdir()
+    }
+    step = int(checkpoint.name.removeprefix("checkpoint-"))
+    last = errors.splitlines()[-1]
+    assert last.startswith(f"finetune.py: stopped by {signum.name} after step {step} of 1,000; saved {checkpoint}")
+
+    _, command = last.split("Resume with: ")
+    resumed = shlex.split(command)
+    assert resumed == ["python", *given, "--resume_from_checkpoint", "last"]
+    _, _, args = parse_arguments(resumed[2:])
+    assert resuming.find_resume(args) == str(checkpoint)
+
+
+def test_the_command_that_resumes_goes_on_to_the_end(tiny_repository, needles, tmp_path, monkeypatch):
+    output = tmp_path / "out"
+    given = ["--model", tiny_repository, "--train_data", needles / "train.json", "--output_dir", output]
+    given = [*map(str, [*given, "--max_steps", 3, "--report_to", "none", "--save_strategy", "no"])]
+    monkeypatch.setattr(sys, "argv", ["finetune.py", *given])
+    before = signal.getsignal(signal.SIGTERM)
+
+    class Asked(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    build = finetune.VideoTrainer.__init__
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            finetune.VideoTrainer, "__init__", lambda self, **options: build(self, **options, callbacks=[Asked()])
+        )
+        with pytest.raises(Interrupted, match="stopped by SIGTERM after step 2 of 3; saved") as stopped:
+            finetune.finetune(*parse_arguments(given))
+    assert stopped.value.code == 143 and signal.getsignal(signal.SIGTERM) is before
+    assert not (output / "config.json").exists()
+
+    command = shlex.split(str(stopped.value).split("Resume with: ")[1])
+    trainer = finetune.finetune(*parse_arguments(command[2:]))
+    assert trainer.state.global_step == 3 and (output / "config.json").is_file()
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ low precision; settings that do not fit are refused."""
 import json
 from copy import deepcopy
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from prompts import GATES, MIXED, TEXT, VIDEO, generate, logits, make_inputs, unpad
 from videonsa.configuration_videonsa import VideoNSAConfig, is_public
 from videonsa.modeling_videonsa import VideoNSAForConditionalGeneration, VideoNSAModel
+from videonsa.vision_attention import untrained_gates
 
 
 def test_stock_checkpoint_loads_with_only_the_gates_missing(checkpoints):
@@ -63,6 +65,91 @@ def test_gates_start_at_one_half(checkpoints):
     model = VideoNSAForConditionalGeneration.from_pretrained(checkpoints["1 KV head"])
     gates = model.model.language_model.layers[0].self_attn.gates(torch.randn(50, 112))
     assert (gates - 0.5).abs().max() < 0.1
+
+
+UNTRAINED = "gates of this checkpoint are untrained"
+
+
+@pytest.mark.parametrize("source", ["stock", "converted"])
+def test_untrained_gates_are_told_once_when_they_are_needed(stock_checkpoint, tiny_repository, caplog, source):
+    folder = stock_checkpoint if source == "stock" else tiny_repository
+    inputs = make_inputs(VIDEO)
+    for variant in ("dense", "merged"):
+        logits(VideoNSAForConditionalGeneration.from_pretrained(folder, nsa_variant=variant, block_count=6), inputs)
+
+    model = VideoNSAForConditionalGeneration.from_pretrained(folder)
+    logits(model, make_inputs(TEXT))
+    model.train()
+    logits(model, inputs)
+    assert UNTRAINED not in caplog.text
+
+    model.eval()
+    for _ in range(2):
+        logits(model, inputs)
+    assert caplog.text.count(UNTRAINED) == 1
+    assert all(f'nsa_variant="{variant}"' in caplog.text for variant in ("paper", "dense", "merged"))
+    assert "fine-tune it" in caplog.text
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_trained_gates_are_told_from_new_ones(stock_checkpoint, caplog, dtype):
+    model = VideoNSAForConditionalGeneration.from_pretrained(stock_checkpoint, dtype=dtype)
+    layers = [layer.self_attn for layer in model.model.language_model.layers]
+    assert untrained_gates(layers)
+
+    other = deepcopy(layers)
+    with torch.no_grad():
+        other[-1].g_proj_2.weight.mul_(1.5)
+    assert not untrained_gates(other)
+
+    inputs = make_inputs(VIDEO)
+    gates = [parameter for name, parameter in model.named_parameters() if "g_proj" in name]
+    optimizer = torch.optim.AdamW(gates, lr=1e-5)
+    model.train()
+    model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    optimizer.step()
+    assert not untrained_gates(layers)
+    logits(model.eval(), inputs)
+    assert UNTRAINED not in caplog.text
+
+
+def test_gates_of_the_tiny_model_are_trained():
+    folder = Path(__file__).resolve().parents[1] / "examples/tiny"
+    model = VideoNSAForConditionalGeneration.from_pretrained(folder)
+    assert not untrained_gates([layer.self_attn for layer in model.model.language_model.layers])
+
+
+@pytest.mark.parametrize("door", ["class", "AutoConfig"])
+def test_a_variant_given_to_load_is_not_that_of_the_saved_checkpoint(tiny_repository, tmp_path, door):
+    def load(folder, **options):
+        if door == "class":
+            return VideoNSAForConditionalGeneration.from_pretrained(folder, **options)
+        config = VideoNSAConfig.from_pretrained(folder, **options)
+        return VideoNSAForConditionalGeneration.from_pretrained(folder, config=config)
+
+    def saved(model) -> dict:
+        model.save_pretrained(tmp_path / "saved")
+        return json.loads((tmp_path / "saved/config.json").read_text())["text_config"]
+
+    model = load(tiny_repository, nsa_variant="dense", block_count=4)
+    for _ in range(2):
+        config = saved(model)
+        assert config["nsa_variant"] == "paper" and config["block_count"] == 4
+        assert not [name for name in config if "checkpoint" in name]
+    assert model.config.nsa_variant == model.model.language_model.layers[0].self_attn.config.nsa_variant == "dense"
+    assert saved(load(tmp_path / "saved"))["nsa_variant"] == "paper"
+    # Two ways to change it on purpose, and a model that has no gates for another variant.
+    model.config.nsa_variant = "dense"
+    assert saved(model)["nsa_variant"] == "dense"
+    model = load(tiny_repository, nsa_variant="dense")
+    model.config.text_config.nsa_variant = "released"
+    assert saved(model)["nsa_variant"] == "released"
+    assert saved(load(tiny_repository, nsa_variant="merged", block_count=4))["nsa_variant"] == "merged"
+
+
+def test_a_stock_checkpoint_is_saved_with_the_variant_given(stock_checkpoint, tmp_path):
+    VideoNSAForConditionalGeneration.from_pretrained(stock_checkpoint, nsa_variant="dense").save_pretrained(tmp_path)
+    assert VideoNSAConfig.from_pretrained(tmp_path).nsa_variant == "dense"
 
 
 def test_saved_model_loads_with_equal_logits_and_brings_its_code(model, tmp_path):

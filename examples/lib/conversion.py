@@ -16,9 +16,10 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from videonsa import modeling_videonsa
 from videonsa.configuration_videonsa import VideoNSAConfig
 from videonsa.processing_videonsa import VideoNSAProcessor, VideoNSAVideoProcessor
+from videonsa.vision_attention import GATE_STD
 
 from .card import write_card
-from .folders import check_new, new_folder
+from .folders import check_new, check_source, new_folder
 
 SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "README.md", "LICENSE*"]
 PICKLES = re.compile(r"\.(bin|pt|pth|ckpt)(\.index\.json)?$")
@@ -100,6 +101,7 @@ def copy_code(folder: Path) -> None:
 
 def fetch_source(source: str | Path, revision: str | None) -> Path:
     """The local folder of a checkpoint; of a Hub repository, what is small is downloaded and checked first."""
+    check_source("source", source)
     folder = Path(source)
     hub = not folder.is_dir()
     if hub:
@@ -195,7 +197,7 @@ def write_weights(shards, folder: Path, text_config, seed: int) -> tuple[bool, t
                 layer + key: (
                     torch.zeros(shape)
                     if key.endswith("bias")
-                    else torch.empty(shape).normal_(0, 0.02, generator=generator)
+                    else torch.empty(shape).normal_(0, GATE_STD, generator=generator)
                 ).to(dtype)
                 for layer in part
                 for key, shape in per_layer.items()

@@ -28,6 +28,8 @@ from transformers.video_utils import VideoMetadata
 
 from videonsa.video_inputs import CLIP_KEYS
 
+from .interruption import ignore_signals
+
 logger = logging.getLogger(__name__)
 
 IGNORED = -100  # label of a token without loss
@@ -423,6 +425,7 @@ class ConversationDataset(torch.utils.data.Dataset):
         return math.ceil(len(self.items) / (self.multiple or 1)) * (self.multiple or 1)
 
     def __getitem__(self, index: int) -> list[dict[str, torch.Tensor]]:
+        ignore_signals()
         for step in range(min(len(self.items), MOST_FAILURES)):
             features, room = [], self.capacity or self.max_length
             for i in self.items[(index + step) % len(self.items)]:

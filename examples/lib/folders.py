@@ -1,10 +1,23 @@
-"""Folders that appear only when complete, as the scripts write them."""
+"""Folders that appear only when complete, as the scripts write them, and names of folders that models are read from."""
 
 import contextlib
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+
+
+def check_source(argument: str, source: str | Path) -> None:
+    """Check that an argument names a folder or may be the id of a Hub repository, before a download is tried.
+
+    Raises:
+        FileNotFoundError: it is neither.
+    """
+    if not Path(source).is_dir() and not HUB_ID.fullmatch(str(source)):
+        raise FileNotFoundError(f"{argument} {source} is no folder, nor a Hub id, which is OWNER/NAME")
 
 
 def check_new(output: str | Path) -> Path:

@@ -9,6 +9,7 @@ from videonsa.configuration_videonsa import is_public
 from videonsa.modeling_videonsa import VideoNSAForConditionalGeneration
 
 from .conversion import copy_code, load_processor
+from .folders import check_source
 from .needles import Settings
 
 EXAMPLES = Path(__file__).resolve().parents[1]
@@ -27,6 +28,7 @@ def assemble_tiny_model(folder: Path) -> Path:
 
 def load(model: str, variant: str | None, device: str):
     """(model, processor) of a VideoNSA repository, or of a checkpoint in the layout of the public one."""
+    check_source("model", model)
     config = AutoConfig.from_pretrained(model, trust_remote_code=True)
     if is_public(config.to_dict()):
         report("layout", f"the public VideoNSA checkpoint's, so nsa_variant={variant or 'released'}")
