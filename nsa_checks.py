@@ -1,4 +1,4 @@
-"""Checks of the arguments of the attention functions in `nsa_torch.py`, `nsa_triton.py` and `nsa_merged.py`."""
+"""Checks of the arguments of the attention functions in the other `nsa_` files."""
 
 import torch
 

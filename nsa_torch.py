@@ -143,9 +143,9 @@ def select_blocks(
             are none. The others as in `nsa_attention`.
         window_size: always choose the blocks that this many last tokens overlap, and block 0; default block_size + 1,
             which are the previous and the own block.
-        spread: importance is what a block's tokens would get of one softmax over the blocks before c and the keys of
-            `lse`, estimated from the mean and variance of each channel of its keys, see `block_lse`. A mean alone
-            hides a single strong key.
+        spread: importance is the share of one softmax, over the blocks before c and the keys behind `lse`, that a
+            block's tokens would get, estimated by `block_lse` from means and variances of its keys. A mean alone hides
+            a single strong key.
         own_importance: [G, N], not negative. If given, no block is always chosen: block c has this importance.
 
     The last three are for the variants "merged" and "released". Block means are not rounded here, as they are in

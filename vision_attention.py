@@ -174,8 +174,9 @@ def untrained_gates(layers: list[VideoNSAAttention]) -> bool:
     return bool(gates)
 
 
-# Vision attention of each variant: writes the rows of vision queries of output [batch * length, heads, dim], from q of
-# the same shape, k and v [batch, KV heads, total or more, dim], gates [N, heads, 3], and the layout of the call.
+# Vision attention of each variant: writes the rows of vision queries of output [batch * length, heads, dim], and with
+# "released" a term of text rows, from q of the same shape, k and v [batch, KV heads, total or more, dim], gates
+# [N, heads, 3], and the layout of the call.
 
 
 def _paper(attention: VideoNSAAttention, output, q, k, v, gates, layout: VisionLayout) -> None:

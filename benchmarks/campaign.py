@@ -27,7 +27,9 @@ SANITIZERS = ("compute-sanitizer", "/usr/local/cuda/bin/compute-sanitizer")
 TOY = "--device cpu --seconds 0 --heads 4 --kv-heads 2"
 TOY_LAYER = f"{TOY} --head-dim 16 --block-size 16 --block-count 4 --window-size 20 --interleave"
 TOY_MODEL = f"{TOY} --lengths 64 --hidden 64 --layers 1"
-TEST, SANITIZE = "test", "sanitize"  # instead of a script: tests/test_nsa_triton.py, by itself or under a sanitizer
+# Instead of a script: tests of the kernels, by themselves or under a sanitizer.
+TEST, SANITIZE = "test", "sanitize"
+TESTS = ("tests/test_kernel_branches.py", "tests/test_nsa_triton.py")
 
 # In the order of their value: name, limit in seconds, script, its options (of tests the expression that chooses them),
 # and the options in a dry run.
@@ -116,8 +118,8 @@ def command_of(program: str, options: str | None, date: str, output: Path) -> li
     if options is None or (program == SANITIZE and sanitizer is None):
         return None
     if program in (TEST, SANITIZE):
-        file = ROOT / "tests" / "test_nsa_triton.py"
-        tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file), "-k", options]
+        files = [str(ROOT / name) for name in TESTS]
+        tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, "-k", options]
         return tests if program == TEST else [sanitizer, "--tool", "memcheck", "--error-exitcode", "1", *tests]
     rows = ["--date", date, "--output", str(output)]
     return [sys.executable, str(ROOT / "benchmarks" / program), *options.split(), *rows]

@@ -240,7 +240,7 @@ def latency(args) -> dict:
     `window` (O(L·w)), the `gates` network of the model's first layer (O(L)) and `whole`, nsa_attention without that
     network. Timed by the code of benchmarks/attention.py. Theoretical growth is drawn through the longest context. (The
     paper counts the choice as a part of selection, and expects compression to be linear.) On a CPU it is nsa_torch that
-    is timed, whose selection computes all L² scores and masks them.
+    is timed.
     """
     sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
     # Here, because these put the package of this checkout in place of an installed one.

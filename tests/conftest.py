@@ -283,3 +283,17 @@ def larger_tiles(monkeypatch):
     if not torch.cuda.is_available():
         config = {"BM": 32, "BN": 32, "num_warps": 8, "num_stages": 1}
         monkeypatch.setattr(nsa_launches, "FP32", dict.fromkeys(nsa_launches.FP32, config))
+
+
+@pytest.fixture
+def poison(monkeypatch):
+    """Outputs and workspaces start as NaN or far-off indices, so that what is not written shows."""
+    empty, empty_like, new_empty = torch.empty, torch.empty_like, torch.Tensor.new_empty
+
+    def fill(x):
+        x.detach().fill_(torch.nan if x.is_floating_point() else 2**30)
+        return x
+
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: fill(empty(*a, **k)))
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: fill(empty_like(*a, **k)))
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: fill(new_empty(*a, **k)))

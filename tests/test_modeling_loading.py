@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2_5_VLForConditionalGeneration
 
@@ -160,23 +161,8 @@ def test_saved_model_loads_with_equal_logits_and_brings_its_code(model, tmp_path
     inputs = make_inputs(VIDEO, MIXED)
     assert torch.equal(logits(loaded.eval(), inputs), logits(model, inputs))
     assert all(torch.equal(loaded.state_dict()[key], model.state_dict()[key]) for key in GATES)
-    names = {
-        "cache_record.py",
-        "configuration_videonsa.py",
-        "modeling_videonsa.py",
-        "nsa_checks.py",
-        "nsa_kernels.py",
-        "nsa_kernels_backward.py",
-        "nsa_launches.py",
-        "nsa_merged.py",
-        "nsa_released.py",
-        "nsa_softmax.py",
-        "nsa_torch.py",
-        "nsa_triton.py",
-        "rope_positions.py",
-        "transformers_compat.py",
-        "vision_layout.py",
-    }
+    of_the_processor = {"processing_videonsa.py", *(path.name for path in ROOT.glob("video_*.py"))}
+    names = {path.name for path in ROOT.glob("*.py")} - of_the_processor - {"__init__.py"}
     assert {path.name for path in tmp_path.glob("*.py")} == names
     config = json.loads((tmp_path / "config.json").read_text())
     assert (config["model_type"], config["architectures"]) == ("videonsa", ["VideoNSAForConditionalGeneration"])
