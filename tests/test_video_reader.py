@@ -459,6 +459,7 @@ class TestResources:
         assert torch.equal(kept[0], kept[1]) and torch.equal(kept[0], kept[2])
 
     def test_progress_is_shown_after_seconds_only_and_not_where_it_is_off(self, corpus_clip, monkeypatch):
+        logging.enable_progress_bar()  # which a test before may have turned off
         bars, tqdm = [], logging.tqdm
         monkeypatch.setattr(logging, "tqdm", lambda *args, **kwargs: bars.append(tqdm(*args, **kwargs)) or bars[-1])
         read(corpus_clip("h264.mp4"), [0, 3])
