@@ -50,7 +50,7 @@ MIN_PROGRAMS = 1024  # into which dk and dv of the compression are split, by que
 
 @dataclass(frozen=True)
 class _Band:
-    """Keys of a branch that sees a run of them, each of which stands for S tokens, and what limits the run."""
+    """The keys of a branch whose queries see a run of keys, and the limits of that run. A key stands for S tokens."""
 
     k: torch.Tensor
     v: torch.Tensor

@@ -91,7 +91,6 @@ def _by_parts(
     q, k, v, text_k, text_v, text_seen, cu_seqlens, cu_seqlens_text, cu_seqlens_k, spread, remainder, **sizes
 ):
     """In plain PyTorch: one softmax over joined keys, piece by piece."""
-
     counts = cu_seqlens_text.diff().tolist()
     texts = list(zip(*(accumulate(x).split(counts) for x in (text_k, text_v)), strict=True))
     sample = torch.arange(len(texts), device=q.device).repeat_interleave(cu_seqlens.diff())  # [N]

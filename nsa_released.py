@@ -22,7 +22,7 @@ from .nsa_triton import select_blocks as select_blocks_triton
 from .nsa_triton import selected_attention as selected_attention_triton
 from .nsa_triton import window_attention as window_attention_triton
 
-# Query heads per KV head, of which the public kernels need a multiple.
+# The public kernels need a multiple of this number of query heads per KV head.
 PADDED = 16
 
 

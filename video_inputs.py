@@ -140,7 +140,7 @@ class Animation(Sequence):
 
 
 def open_animation(source: Source, max_pixels: int, max_seconds: float) -> Animation | None:
-    """The pictures of an image file that holds several, of which libav would read one; None for any other file."""
+    """All pictures of an image file with several. libav would read only one. None for any other file."""
     if isinstance(source.file, str) and "://" in source.file:
         return None
     with opened(source.file) as file:

@@ -113,7 +113,7 @@ def plan_video(
     If the budget allows, there are `default_fps` frames per second, of the size that Qwen2.5-VL makes of a frame for
     `default_pixels`. Otherwise there are n temporal patches of t tokens each, with n·t within the budget. t is one of
     the sizes that Qwen2.5-VL makes of a frame for `min_pixels` to `default_pixels`.
-    - `prefer="pixels"` takes the largest t of which one patch fits, then the most patches.
+    - `prefer="pixels"` takes the largest t such that one patch fits, then the most patches.
     - `prefer="frames"` takes the most patches that fit at the smallest t, then the largest t.
     - `prefer="balanced"` reduces both alike: it takes the largest minimum of n / n_max and t / t_max, then the largest
       n·t, then the largest t.

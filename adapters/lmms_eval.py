@@ -22,7 +22,7 @@ try:
 except ImportError:  # the class can be made and tested without lmms-eval, which alone can run it
     lmms = object
 
-# Settings of a video, but for its part, which a task gives.
+# Settings of a video. A task gives the part of it, from start to end.
 VIDEO_SETTINGS = tuple(dict.fromkeys(name for name in CLIP_KEYS.values() if name not in ("start", "end")))
 SAMPLING = ("temperature", "top_p", "top_k", "num_beams")
 FILL_BLOCKS = "fill_blocks"  # the processor's own `block_size`, which has the name of a field of the configuration

@@ -38,7 +38,6 @@ from lib.observe import (
     BRANCHES,
     SINK_ATTENTION,
     SinkTally,
-    block_means,
     branch_functions,
     configured,
     count_choices,
@@ -52,6 +51,7 @@ from lib.observe import (
     watch_dense,
 )  # fmt: skip
 from lib.options import OptionParser, add_device
+from videonsa.nsa_torch import block_means
 
 KINDS = {1: "image", 2: "video"}  # of mm_token_type_ids
 SAMPLED = 2048  # tokens of a clip of which gates are kept one by one

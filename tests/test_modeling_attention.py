@@ -2,8 +2,8 @@
 nothing is sparse, and what it returns on request (gates, attention weights, hidden states).
 
 Inputs are tensors that `make_inputs` builds from a list of parts per sample; what a processor makes of files is tested
-in test_processing_videonsa.py, the sparse attention itself in test_nsa_torch.py. Streams of 100 to 300 vision tokens
-in blocks of 16, of which a query reads 4, leave most blocks out.
+in test_processing_videonsa.py, the sparse attention itself in test_nsa_torch.py. Streams have 100 to 300 vision tokens
+in blocks of 16. A query reads 4 blocks, so most are left out.
 """
 
 import dataclasses

@@ -17,6 +17,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from videonsa.nsa_torch import block_means
+
 from .fields import SIZES
 
 BRANCHES = ("compression", "selection", "window")
@@ -170,11 +172,6 @@ def branch_functions(model, q: torch.Tensor):
     code = sys.modules[type(attention).__module__]
     triton = attention.uses_triton(q)
     return sys.modules[(code.nsa_attention_triton if triton else code.nsa_attention_torch).__module__]
-
-
-def block_means(x: torch.Tensor, size: int) -> torch.Tensor:
-    """[N, G, D] -> [complete blocks, G, D]"""
-    return x[: len(x) // size * size].unflatten(0, (-1, size)).mean(1)
 
 
 def count_choices(blocks: torch.Tensor, block_size: int, block_count: int) -> torch.Tensor:
