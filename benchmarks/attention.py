@@ -22,6 +22,7 @@ from common import (
     add_options,
     announce,
     append_rows,
+    door,
     environment,
     measure,
     measure_in_turns,
@@ -40,6 +41,7 @@ SMALL = 8192  # tokens up to which kernels run that are slow, or hold all scores
 TILE = 16  # adjacent queries whose blocks are united: nearly those of a tile of nsa_triton (18, of 7 heads per KV head)
 
 
+@door
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=parse_length, nargs="+", help="tokens (4K ... 256K; --backward: also 36K)")

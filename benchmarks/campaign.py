@@ -20,7 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
-from common import RESULTS, ROOT
+from common import RESULTS, ROOT, door
 
 MINUTES = 9
 SANITIZERS = ("compute-sanitizer", "/usr/local/cuda/bin/compute-sanitizer")
@@ -79,6 +79,7 @@ PARTS = (
 )  # fmt: skip
 
 
+@door
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--resume", action="store_true", help="leave out what the last run finished")

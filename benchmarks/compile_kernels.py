@@ -435,4 +435,6 @@ def print_rows(rows: list[dict]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from common import door
+
+    door(main)()

@@ -16,7 +16,7 @@ import sys
 import time
 
 import torch
-from common import DTYPES, ROOT, add_output_options, announce, append_rows, environment, parse_length, print_table
+from common import DTYPES, ROOT, add_output_options, announce, append_rows, door, environment, parse_length, print_table
 from torch.nn.functional import scaled_dot_product_attention
 
 from videonsa.nsa_torch import nsa_attention
@@ -47,6 +47,7 @@ def parse(arguments=None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+@door
 def main() -> None:
     args = parse()
     shape = ("dtype", "heads", "kv_heads", "head_dim", "threads", "rounds")

@@ -6,9 +6,12 @@
 Needs matplotlib. Nothing is computed here beyond what the rows say; README.md says what they mean.
 """
 
+from common import door  # first: it names the extra of a package that is missing
+
+# isort: split
+
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import matplotlib
@@ -20,6 +23,7 @@ import numpy as np
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
+@door
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", type=Path, default=RESULTS, help="folder of the JSON files (benchmarks/results)")
@@ -37,7 +41,7 @@ def main() -> None:
         date = args.date or max(row["date"] for row in rows)
         rows = [row for row in rows if row["date"] == date and "ms" in row]
         if not rows:
-            sys.exit(f"plot.py: no figures of {date} in {path}")
+            raise ValueError(f"no figures of {date} in {path}")
         figure = draw(rows)
         shown = ("hardware", "power_limit_w", "sm_clock_mhz", "threads", "torch", "triton", "commit", "date")
         about = ", ".join(f"{key} {rows[0][key]}" for key in shown if rows[0].get(key) is not None)
@@ -46,7 +50,7 @@ def main() -> None:
         print(output / f"{name}.png")
         drawn += 1
     if not drawn:
-        sys.exit(f"plot.py: none of {', '.join(f'{name}.json' for name in DRAWINGS)} in {args.input}")
+        raise ValueError(f"none of {', '.join(f'{name}.json' for name in DRAWINGS)} in {args.input}")
 
 
 def draw_attention(rows: list[dict]):

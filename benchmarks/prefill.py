@@ -19,6 +19,7 @@ from common import (
     add_model_options,
     add_options,
     announce,
+    door,
     environment,
     make_models,
     make_prompt,
@@ -31,6 +32,7 @@ from transformers.utils import logging
 from videonsa.transformers_compat import CACHE, cache_of
 
 
+@door
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=28, help="(%(default)s)")

@@ -17,6 +17,7 @@ from common import (
     add_model_options,
     add_options,
     announce,
+    door,
     environment,
     make_models,
     make_prompt,
@@ -27,6 +28,7 @@ from common import (
 from transformers.utils import logging
 
 
+@door
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     lengths = [8192, 16384, 36864, 65536]

@@ -27,7 +27,7 @@ from pathlib import Path
 import av
 import numpy as np
 import torch
-from common import ROOT, add_output_options, announce, append_rows, environment, print_table
+from common import ROOT, add_output_options, announce, append_rows, door, environment, print_table
 from readers import PIXELS, RATE, READERS, Job, find_ffmpeg
 from transformers.models.qwen2_vl.video_processing_qwen2_vl import smart_resize
 
@@ -57,6 +57,7 @@ class Clip:
         return f"{self.codec}-{self.height}p-{self.minutes:g}min-{self.key_frames}s"
 
 
+@door
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, nargs="+", default=[2], help="of the clips (%(default)s)")
