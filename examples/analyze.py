@@ -10,6 +10,10 @@ ones. DATA is a file as for `evaluate.py`; questions are asked and counted as th
 layers, `lib/figures.py` draws. Needs matplotlib: pip install -e ".[analyze]".
 """
 
+from lib.door import door  # first: it names the extra of a package that is missing
+
+# isort: split
+
 import argparse
 import functools
 import inspect
@@ -32,7 +36,8 @@ from lib import figures
 from lib.answering import Prompts, Question, accuracy, answer_all, list_questions
 from lib.data import Drop, load_samples
 from lib.fields import SIZES
-from lib.loading import assemble_tiny_model, load, read
+from lib.folders import TINY
+from lib.loading import load, read
 from lib.needles import Settings, make_dataset
 from lib.observe import (
     BRANCHES,
@@ -51,6 +56,7 @@ from lib.observe import (
     watch_dense,
 )  # fmt: skip
 from lib.options import OptionParser, add_device
+from lib.progress import prefill_progress
 from videonsa.nsa_torch import block_means
 
 KINDS = {1: "image", 2: "video"}  # of mm_token_type_ids
@@ -349,7 +355,8 @@ def looked_at(args) -> dict:
     pixels, grid = inputs["pixel_values_videos"], inputs["video_grid_thw"][0].tolist()
     frames = np.stack([patch_frame(processor.video_processor, pixels, grid, i) for i in range(grid[0])])
     inputs = inputs.to(model.device)
-    output = model.generate(**inputs, max_new_tokens=args.max_new_tokens, do_sample=False)
+    with prefill_progress(model):
+        output = model.generate(**inputs, max_new_tokens=args.max_new_tokens, do_sample=False)
     new = output[0, inputs["input_ids"].shape[1] :]
     layers = model.config.text_config.num_hidden_layers
     groups = dict(zip(("early", "middle", "late"), np.array_split(np.arange(layers), min(3, layers)), strict=False))
@@ -393,7 +400,7 @@ def looked_at(args) -> dict:
 def load_model(args):
     """(model, processor) of args.model, or the tiny trained one."""
     if args.model is None:
-        args.model = str(assemble_tiny_model(args.scratch / "tiny-videonsa"))
+        args.model = TINY
     model, processor = load(args.model, None, args.device)
     variant = model.config.nsa_variant
     if variant == "dense" or (variant != "paper" and args.finding in OBSERVED):
@@ -431,7 +438,8 @@ def ask(model, processor, samples, args, **video) -> list[dict]:
 
     samples = [[with_settings(question) for question in sample] for sample in samples] if video else samples
     options = {"batch_size": args.batch_size, "max_new_tokens": args.max_new_tokens, "workers": args.workers}
-    return [entry for entry in answer_all(model, processor, samples, **options) if not isinstance(entry, Drop)]
+    with prefill_progress(model):
+        return [entry for entry in answer_all(model, processor, samples, **options) if not isinstance(entry, Drop)]
 
 
 def prompts_of(processor, samples, limit: int) -> Iterator[dict]:
@@ -596,12 +604,10 @@ def rounded(x):
     return float(f"{x:.5g}") if isinstance(x, float) else x
 
 
+@door
 def main() -> None:
     args = make_parser().parse_args()
-    try:
-        run(args)
-    except (OSError, ValueError) as error:
-        sys.exit(f"analyze.py: {error}")
+    run(args)
     for file in sorted(args.output.glob(f"{args.finding}*")):
         print(f"wrote {file}")
 

@@ -10,7 +10,11 @@ folder, which goes when the app ends, and go with them; no other file is served.
 `lib/conversation.py`. `--model` runs the code files of that repository (`trust_remote_code=True`).
 """
 
-import importlib.metadata
+from lib.door import door  # first: it names the extra of a package that is missing
+
+# isort: split
+
+import importlib.util
 import os
 import signal
 import sys
@@ -19,7 +23,8 @@ from pathlib import Path
 
 from lib.conversation import VideoChat
 from lib.fields import add_fields
-from lib.loading import assemble_tiny_model, load
+from lib.folders import TINY
+from lib.loading import CPU_TOKENS, load, token_budget
 from lib.network import refuse_private_addresses
 from lib.options import OptionParser, add_device
 from lib.space import write_space
@@ -35,6 +40,7 @@ def launch(app: App, name: str, **options):
     return serve(app, name, **options)
 
 
+@door
 def main() -> None:
     parser = OptionParser(description=__doc__)
     default = Limits()
@@ -49,7 +55,9 @@ def main() -> None:
     parser.add_argument("--port", type=int, help="port to serve on (default: the first free one from 7860 on)")
     parser.add_argument("--max_megabytes", type=int, default=default.megabytes, help="largest video in MB")
     parser.add_argument("--max_seconds", type=float, default=default.seconds, help="longest video in seconds")
-    parser.add_argument("--max_tokens", type=int, default=default.tokens, help="most tokens of a prompt")
+    parser.add_argument(
+        "--max_tokens", type=int, help=f"most tokens of a prompt (default: {default.tokens}; on a CPU {CPU_TOKENS})"
+    )
     parser.add_argument("--max_new_tokens", type=int, default=default.new_tokens, help="most tokens of an answer")
     parser.add_argument("--visitors", type=int, default=default.visitors, help="visitors whose videos are kept")
     parser.add_argument("--queue", type=int, default=default.queue, help="questions that may wait")
@@ -59,28 +67,24 @@ def main() -> None:
     args = parser.parse_args()
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # a polite kill must clean up as Ctrl-C does
-    try:
-        importlib.metadata.version("gradio")
-    except importlib.metadata.PackageNotFoundError:
-        sys.exit('app.py: needs Gradio: pip install -e ".[app]"')
-    try:
-        if args.write_space:
-            folder = write_space(args.write_space)
-            print(f"wrote {folder}; upload it with: hf upload --repo-type space NAME {folder}")
-            return
-        with tempfile.TemporaryDirectory(prefix="videonsa-app-") as folder:
-            source = args.model or str(assemble_tiny_model(Path(folder) / "tiny-videonsa"))
-            chat = VideoChat(*load(source, args.nsa_variant, args.device))
-            limits = Limits(
-                args.max_megabytes, args.max_seconds, args.max_tokens, args.max_new_tokens, args.visitors, args.queue,
-                args.timeout,
-            )  # fmt: skip
-            if not args.private_urls:
-                refuse_private_addresses()
-            app = App(chat, Path(folder) / "files", limits, examples=not args.model)
-            launch(app, args.model or "tiny VideoNSA", server_name=args.host, server_port=args.port)
-    except (OSError, ValueError) as error:
-        sys.exit(f"app.py: {error}")
+    if importlib.util.find_spec("gradio") is None:
+        raise ModuleNotFoundError("no Gradio", name="gradio")
+    if args.write_space:
+        folder = write_space(args.write_space)
+        print(f"wrote {folder}; upload it with: hf upload --repo-type space NAME {folder}")
+        return
+    with tempfile.TemporaryDirectory(prefix="videonsa-app-") as folder:
+        chat = VideoChat(*load(args.model or TINY, args.nsa_variant, args.device))
+        tokens = args.max_tokens or token_budget(chat.model, default.tokens)
+        print(f"prompts of up to {tokens:,} tokens on a {chat.model.device.type}; --max_tokens changes it")
+        limits = Limits(
+            args.max_megabytes, args.max_seconds, tokens, args.max_new_tokens, args.visitors, args.queue,
+            args.timeout,
+        )  # fmt: skip
+        if not args.private_urls:
+            refuse_private_addresses()
+        app = App(chat, Path(folder) / "files", limits, examples=not args.model)
+        launch(app, args.model or "tiny VideoNSA", server_name=args.host, server_port=args.port)
 
 
 if __name__ == "__main__":

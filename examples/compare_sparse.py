@@ -14,9 +14,12 @@ The parameter of each baseline (`lib/sparse_baselines.py`) is set per length, by
 computes the share that the first of the settings computes. A later run with other settings adds its rows to OUTPUT.
 """
 
+from lib.door import door  # first: it names the extra of a package that is missing
+
+# isort: split
+
 import json
 import statistics
-import sys
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -140,11 +143,11 @@ def calibrate(run_one, prompts, kind, wanted: float, block_size: int, steps: int
 
 def compare(args) -> dict:
     """Ask all questions with all methods; writes OUTPUT after each length, and returns its content."""
-    check_source("model", args.model)
+    folder = check_source("model", args.model)
     settings = [json.loads(text) for text in args.settings]
-    model = VideoNSAForConditionalGeneration.from_pretrained(args.model, nsa_variant="merged", nsa_backend="torch")
+    model = VideoNSAForConditionalGeneration.from_pretrained(folder, nsa_variant="merged", nsa_backend="torch")
     model = model.to(args.device).eval()
-    processor = VideoNSAProcessor.from_pretrained(args.model, trust_remote_code=True)
+    processor = VideoNSAProcessor.from_pretrained(folder, trust_remote_code=True)
     by_length = group_by_length(args, processor)
     result = {
         "model": Path(args.model).name,
@@ -312,6 +315,7 @@ def family(method: str) -> str:
     return ", ".join(["merged", *(f"{key}={value}" for key, value in setting.items())])
 
 
+@door
 def main() -> None:
     parser = OptionParser(description=__doc__)
     parser.add_argument("model", help="folder or Hub id of a VideoNSA or stock Qwen2.5-VL checkpoint")
@@ -331,10 +335,7 @@ def main() -> None:
     parser.add_argument("--max_new_tokens", type=int, default=12, help="most tokens of an answer")
     add_device(parser, auto=False)
     args = parser.parse_args()
-    try:
-        result = compare(args)
-    except (OSError, ValueError) as error:
-        sys.exit(f"compare_sparse.py: {error}")
+    result = compare(args)
     if args.figure:
         draw(result, Path(args.figure))
     print(f"wrote {args.output}")

@@ -10,6 +10,10 @@ the code files of that repository (`trust_remote_code=True`), as users of it do;
 (Enxin/VideoNSA), which has none, those of this project.
 """
 
+from lib.door import door  # first: it names the extra of a package that is missing
+
+# isort: split
+
 import shlex
 import sys
 import tempfile
@@ -21,9 +25,11 @@ from transformers import TextStreamer
 from transformers.utils import logging
 
 from lib.fields import SIZES, add_fields
-from lib.loading import CLIP, UNSEEN, assemble_tiny_model, load, read, report
+from lib.folders import TINY
+from lib.loading import CLIP, UNSEEN, empty_answer, load, read, report, token_budget
 from lib.needles import make_sample
 from lib.options import OptionParser, add_device
+from lib.progress import prefill_progress
 
 QUESTION = "What happens in this video?"
 SEED = 1  # of the clip whose questions the tiny model answers on every machine
@@ -40,6 +46,8 @@ class TimedStreamer(TextStreamer):
 
     def put(self, value):
         self.times.append(time.perf_counter())
+        if len(self.times) == 2:  # the first token: until then, the line shows how far the prompt is read
+            print(f"{'answer':<10}", end="", flush=True)
         super().put(value)
 
     def on_finalized_text(self, text, stream_end=False):
@@ -60,13 +68,15 @@ def report_reading(model, video: str, metadata, inputs) -> None:
 
 def answer(model, processor, inputs, max_new_tokens: int, truth: str | None = None) -> bool | None:
     """Print the answer while it is generated, and the truth beside it; returns whether both agree, if it is known."""
-    print(f"{'answer':<10}", end="", flush=True)
     streamer = TimedStreamer(processor.tokenizer)
     start = time.perf_counter()  # the vision tower may run before the streamer is given the prompt
-    output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer)
+    with prefill_progress(model):
+        output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer)
     ends = model.generation_config.eos_token_id
     complete = int(output[0, -1]) in (ends if isinstance(ends, list) else [ends])
     rest_of_line = "" if complete else " … (cut: --max_new_tokens)"
+    if complete and not streamer.text.strip():
+        rest_of_line = f"({empty_answer(processor)})"
     right = None
     if truth is not None:
         right = complete and streamer.text.strip() == truth
@@ -94,6 +104,7 @@ def summarise(answers: list[bool], *, fixed: bool, seed: int) -> None:
     print(f"{count}. Next: another clip, `{shlex.join(command)}`; your own video, README.md, “Use a checkpoint”.")
 
 
+@door
 def main() -> None:
     parser = OptionParser(description=__doc__)
     parser.add_argument("--model", help="folder or Hub id of a VideoNSA repository (default: the tiny trained one)")
@@ -103,7 +114,9 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=int, help=f"seed of the clip made on the spot (default: {SEED})")
     parser.add_argument("--fps", type=float, help="frames per second to read (default: up to 4, within --max_tokens)")
-    parser.add_argument("--max_tokens", type=int, help="most tokens of video and text together (default: 131072)")
+    parser.add_argument(
+        "--max_tokens", type=int, help="most tokens of video and text together (default: 131072; CPU: 8192)"
+    )
     parser.add_argument(
         "--prefer", help="what to keep if these do not suffice: pixels, frames or balanced (default: pixels)"
     )
@@ -124,10 +137,7 @@ def main() -> None:
         logging.disable_progress_bar()  # loading 10 MB takes no time
 
     with tempfile.TemporaryDirectory() as folder:
-        try:
-            answers = ask(args, Path(folder), seed, settings)
-        except (OSError, ValueError) as error:
-            sys.exit(f"demo.py: {error}")
+        answers = ask(args, Path(folder), seed, settings)
     if answers:
         print()
         summarise(answers, fixed=fixed, seed=seed)
@@ -135,12 +145,14 @@ def main() -> None:
 
 def ask(args, folder: Path, seed: int, settings: dict) -> list[bool]:
     """Ask what the command line says; returns which answers were right, if that is known."""
-    source = args.model or str(assemble_tiny_model(folder / "tiny-videonsa"))
-    model, processor = load(source, args.nsa_variant, args.device)
+    model, processor = load(args.model or TINY, args.nsa_variant, args.device)
     size = f"{sum(p.numel() for p in model.parameters()) / 1e6:,.1f} M parameters"
     values = ", ".join(f"{field}={getattr(model.config, field)}" for field in ("nsa_variant", *SIZES))
     name = args.model or "tiny VideoNSA, trained on clips like the following"
     report("model", f"{name} ({size}, {model.dtype}, {model.device}; {values})")
+    if args.max_tokens is None:
+        settings = {**settings, "max_tokens": token_budget(model, processor.video_processor.max_tokens)}
+        report("limit", f"{settings['max_tokens']:,} tokens on a {model.device.type}; --max_tokens changes it")
 
     video, title, questions = args.video, args.video, [{"question": args.question or QUESTION}]
     if video is None:

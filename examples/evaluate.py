@@ -11,9 +11,14 @@ the length of the prompt in tokens, up to the next power of two.
 Answers are kept in OUTPUT.partial as they come, so that an interrupted run goes on where it was.
 """
 
+from lib.door import door  # first: it names the extra of a package that is missing
+
+# isort: split
+
 import json
-import sys
+import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -23,8 +28,13 @@ from tqdm import tqdm
 from lib.answering import Question, accuracy, answer_all, list_questions
 from lib.data import Drop, load_samples
 from lib.fields import MEANINGS, add_fields
+from lib.folders import check_source
 from lib.loading import load
 from lib.options import OptionParser, add_device
+from lib.progress import Forecast, clock, prefill_progress
+
+# Seconds between two forecasts.
+REFRESH = 1.0
 
 
 def format_table(table: dict) -> str:
@@ -55,7 +65,7 @@ def evaluate(args) -> dict:
         name: getattr(args, name)
         for name in ("model", "data", "nsa_variant", "fps", "max_frames", "limit", "max_new_tokens")
     }
-    settings["checkpoint"] = identify(args.model)
+    settings["checkpoint"] = identify(check_source("model", args.model))
     partial = output.with_name(f"{output.name}.partial")
     answers = read_partial(partial, settings)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -119,10 +129,40 @@ def answer_rest(model, processor, questions: list[list[Question]], answers: list
         max_new_tokens=args.max_new_tokens,
         workers=args.workers,
     )
-    with tqdm(total=sum(map(len, questions)), initial=len(known), unit="question", disable=None) as bar:
-        for entry in entries:
-            bar.update(not isinstance(entry, Drop))
-            yield entry
+    left = [question.tokens for sample in left for question in sample]
+    total, form = len(known) + len(left), "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
+    with tqdm(total=total, initial=len(known), unit="question", bar_format=form, disable=None) as bar:
+        # The bar's own forecast takes all questions for equally long; the shortest come first.
+        rest = Rest(left)
+        with nullcontext() if bar.disable else prefill_progress(model, bar.set_postfix_str):
+            for entry in entries:
+                bar.update(not isinstance(entry, Drop))
+                if not isinstance(entry, Drop):
+                    bar.set_postfix_str(rest.after(entry))
+                yield entry
+
+
+class Rest:
+    """How long the rest of the questions takes: what `Forecast` says of their tokens, times the share of the time that
+    passed beside generating, in which videos are decoded."""
+
+    def __init__(self, tokens: list[int]):
+        self.tokens, self.answered, self.forecast = tokens, 0, Forecast()
+        self.start = self.said = time.perf_counter()
+        self.text = ""
+
+    def after(self, entry: dict) -> str:
+        """What to show once this question is answered; anew every second."""
+        self.forecast.add(entry["tokens"], entry["seconds"])
+        self.answered += 1
+        now, left = time.perf_counter(), self.tokens[self.answered :]
+        if left and now - self.said >= REFRESH:
+            self.said = now
+            generating = sum(seconds for _, seconds in self.forecast.measured)
+            share = max(1.0, (now - self.start) / generating)
+            least, most = (clock(share * seconds) for seconds in self.forecast.between(*left))
+            self.text = f"about {least} left" if least == most else f"{least} to {most} left"
+        return self.text if left else ""
 
 
 def identify(model: str) -> list:
@@ -147,6 +187,7 @@ def read_partial(path: Path, settings: dict) -> list[dict]:
     return [json.loads(line) for line in whole[1:]]
 
 
+@door
 def main() -> None:
     parser = OptionParser(description=__doc__)
     parser.add_argument("model", help="folder or Hub id of a VideoNSA repository")
@@ -164,11 +205,10 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="processes that decode videos")
     add_device(parser)
     args = parser.parse_args()
-    try:
-        result = evaluate(args)
-    except (OSError, ValueError) as error:
-        sys.exit(f"evaluate.py: {error}")
+    result = evaluate(args)
     print(format_table(result["accuracy"]))
+    if empty := sum(not entry["answered"].strip() for entry in result["answers"]):
+        print(f"{empty:,} of {len(result['answers']):,} answers are empty: the model ended them at once")
     for drop in result["dropped"][:10]:
         print(f"dropped {drop['id']}: {drop['reason']}")
     print(f"wrote {args.output}" + (f"; {len(result['dropped'])} dropped" if result["dropped"] else ""))

@@ -17,6 +17,10 @@ Ctrl-C and SIGTERM end the training after its step: it saves a checkpoint, print
 publishes nothing.
 """
 
+from lib.door import door  # first: it names the extra of a package that is missing
+
+# isort: split
+
 import argparse
 import contextlib
 import json
@@ -37,6 +41,7 @@ from typing import Literal
 import torch
 import yaml
 from accelerate.utils import broadcast_object_list
+from httpx import HTTPError
 from huggingface_hub import HfApi
 from transformers import (
     AutoConfig,
@@ -49,12 +54,12 @@ from transformers import (
 from transformers.hf_argparser import HfArg
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from lib.card import write_card
+from lib.card import write_adapter_card, write_card
 from lib.data import Collator, ConversationDataset, Drop, Sample, load_samples
 from lib.fields import MEANINGS, FieldArguments, given_fields
-from lib.folders import check_source
+from lib.folders import check_source, share
 from lib.interruption import Interrupted, Interruption, resume_command
-from lib.loading import check_repository
+from lib.loading import check_repository, find_adapter, naming
 from lib.options import HelpFormatter, Underscores
 from lib.resuming import check_options, check_weights, describe_data, find_resume
 from lib.training import PARTS, VideoTrainer, part_of, unsharded_class
@@ -197,7 +202,8 @@ def trained_parts(arguments: ModelArguments) -> set[str]:
 
 def load_config(arguments: ModelArguments):
     """The model's configuration with the settings of the arguments."""
-    check_source("--model", arguments.model)
+    if find_adapter(arguments.model) is not None:
+        raise ValueError(f"--model {arguments.model} is an adapter; name a model, such as the merged one beside it")
     config = AutoConfig.from_pretrained(arguments.model, trust_remote_code=True)
     check_repository(arguments.model, config)
     for name, value in given_fields(arguments).items():
@@ -367,11 +373,14 @@ def publish(trainer: VideoTrainer, arguments: ModelArguments, saved: torch.dtype
 
             final = PeftModel.from_pretrained(final, trained).merge_and_unload().to(saved)
         final.save_pretrained(folder)
+        share(folder)
         if not lora:
             shutil.rmtree(trained)
         trainer.processing_class.save_pretrained(folder)
         name = trainer.hub_model_id or folder.resolve().name
         write_card(arguments.model, folder, final.config, base=arguments.model, name=name, note=note)
+        if lora:
+            write_adapter_card(trained, base=arguments.model, name=name, note=note, **given_fields(arguments))
         if (licence := Path(arguments.model) / "LICENSE").is_file():
             shutil.copyfile(licence, folder / "LICENSE")
     trainer.accelerator.wait_for_everyone()
@@ -443,15 +452,18 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: Finetun
         ValueError, FileNotFoundError: an argument or a data file is wrong, or no sample can be used.
     """
     set_seed(args.seed)
+    model_args.model = check_source("--model", model_args.model)
     output = Path(args.output_dir)
     if output.is_dir() and output.resolve() == Path(model_args.model).resolve():
         raise ValueError(f"--output_dir must not be --model, which it would overwrite, got {output}")
     resume = None if args.dry_run else on_main_process(args, find_resume, args)
-    config = load_config(model_args)
-    processor = load_processor(model_args.model, data_args)
+    with naming(model_args.model):
+        config = load_config(model_args)
+        processor = load_processor(model_args.model, data_args)
     samples, held_out = open_data(data_args, args, processor)
 
-    model, saved = load_model(model_args, config, args.bf16)
+    with naming(model_args.model):
+        model, saved = load_model(model_args, config, args.bf16)
     skipped = None if args.dry_run else output / "skipped.jsonl"
     train, evaluated = make_datasets(samples, held_out, processor, data_args, args, skipped)
     if args.process_index == 0:
@@ -601,21 +613,20 @@ def push(folder: Path, repo_id: str, revision: str | None, token: str | None) ->
             revision=revision,
             ignore_patterns=ignored,
         )
-    except OSError as error:
+    except (OSError, HTTPError) as error:
         command = ["hf", "upload", repo_id, str(folder), ".", *(["--revision", revision] if revision else [])]
         command += [f"--exclude={pattern}" for pattern in ignored]
-        message = f"--push_to_hub: the upload failed: {error}\nresume it with: {shlex.join(command)}"
+        message = f"--push_to_hub: the upload failed: {error}; resume it with: {shlex.join(command)}"
         raise ValueError(message) from error
     print(f"pushed to {repo_id}")
 
 
+@door
 def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the workers are the parallelism
     try:
         finetune(*parse_arguments(sys.argv[1:]))
-    except (OSError, ValueError) as error:
-        sys.exit(f"finetune.py: {error}")
     except Interrupted as stop:
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"finetune.py: {stop}", file=sys.stderr)

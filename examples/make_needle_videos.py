@@ -12,6 +12,10 @@ of Qwen-VL and `train.jsonl` as chat `messages`. Each clip follows from its seed
 splits share none. `finetune.py` and `evaluate.py` read both files.
 """
 
+from lib.door import door  # first: it names the extra of a package that is missing
+
+# isort: split
+
 import json
 import signal
 import sys
@@ -21,6 +25,7 @@ from lib.needles import QUESTIONS, SPLITS, Settings, make_dataset
 from lib.options import OptionParser
 
 
+@door
 def main() -> None:
     default = Settings()
     parser = OptionParser(description=__doc__)
@@ -52,15 +57,12 @@ def main() -> None:
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # a polite kill must clean up as Ctrl-C does
     fields = {name: getattr(args, name) for name in Settings.__dataclass_fields__}
-    try:
-        settings = Settings(**{name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()})
-        counts = {split: getattr(args, split) for split in SPLITS}
-        if min(counts.values()) < 0 or not any(counts.values()):
-            raise ValueError("name how many clips to make: --train, --validation or --test")
-        start = time.perf_counter()
-        output = make_dataset(args.output, counts, settings, seed=args.seed, workers=args.workers)
-    except (OSError, ValueError) as error:
-        sys.exit(f"make_needle_videos.py: {error}")
+    settings = Settings(**{name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()})
+    counts = {split: getattr(args, split) for split in SPLITS}
+    if min(counts.values()) < 0 or not any(counts.values()):
+        raise ValueError("name how many clips to make: --train, --validation or --test")
+    start = time.perf_counter()
+    output = make_dataset(args.output, counts, settings, seed=args.seed, workers=args.workers)
     took = time.perf_counter() - start
     samples = [s for split in SPLITS if counts[split] for s in json.loads((output / f"{split}.json").read_text())]
     seconds = sum(sample["seconds"] for sample in samples)

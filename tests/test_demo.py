@@ -14,7 +14,7 @@ import demo
 from lib import tiny
 
 ROOT = Path(__file__).resolve().parents[1]
-LABELS = ("model", "video", "plan", "tokens", "budget", "question", "answer", "time")
+LABELS = ("model", "limit", "video", "plan", "tokens", "budget", "question", "answer", "time")
 
 
 @pytest.fixture
@@ -65,6 +65,7 @@ def test_nothing_but_its_own_lines_is_on_the_screen_and_all_answers_are_right():
         text=True,
         timeout=300,
     )
+    # No bar and no progress, either: it is no terminal.
     assert (done.returncode, done.stderr) == (0, "")
     *lines, last = [line for line in done.stdout.splitlines() if line]
     assert [line for line in lines if not line.startswith(LABELS)] == []
@@ -72,6 +73,7 @@ def test_nothing_but_its_own_lines_is_on_the_screen_and_all_answers_are_right():
     assert "trained" in found["model"][0] and "block_count=4" in found["model"][0]
     assert found["video"] == ["made on the spot, seed 1: 8.0 s of 112 × 112"]
     assert "32 frames of 112 × 112, 4 per second from 0.0 to 8.0 s" in found["plan"][0]
+    assert found["limit"] == ["8,192 tokens on a cpu; --max_tokens changes it"]
     assert "256 vision" in found["tokens"][0]
     pairs = 256 * 257 / 2
     selected, window = (n * (n + 1) / 2 + (256 - n) * n for n in (4 * 16, 32))
@@ -109,6 +111,21 @@ def test_an_answer_that_is_cut_says_so_and_is_not_right(run_demo, monkeypatch):
     lines = run_demo("--seed", 1, "--question", "What colour was the star?")
     assert lines["answer"] == ["yellow"]
     assert not any("truth" in line or "right" in line for lines in lines.values() for line in lines)
+
+
+def test_an_empty_answer_says_so_and_what_the_tiny_model_knows(run_demo, monkeypatch):
+    load = demo.load
+
+    def load_mute(*args):
+        model, processor = load(*args)
+        words = set(range(model.config.text_config.vocab_size)) - {model.generation_config.eos_token_id}
+        model.generation_config.suppress_tokens = sorted(words)
+        return model, processor
+
+    monkeypatch.setattr(demo, "load", load_mute)
+    (answer,) = run_demo("--seed", 1, "--question", "Who speaks?")["answer"]
+    said = "empty: the model ended its answer at once; this tiny model knows nothing but coloured shapes"
+    assert answer == f"({said})"
 
 
 def test_deprecations_are_not_printed_into_an_answer(run_demo, monkeypatch, recwarn):

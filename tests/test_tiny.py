@@ -1,5 +1,6 @@
 """The tiny VideoNSA: where its training starts, and the settings of its stages."""
 
+import json
 import re
 import subprocess
 import sys
@@ -8,12 +9,15 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from trainings import weights
 from transformers import AutoConfig, AutoProcessor
 
 from evaluate import evaluate
 from finetune import parse_arguments
-from lib.loading import assemble_tiny_model
-from lib.needles import QUESTIONS, Settings, ask, make_dataset, place_needles
+from lib.conversion import code_files, convert
+from lib.folders import TINY
+from lib.loading import CLIP, UNSEEN, load
+from lib.needles import QUESTIONS, Settings, ask, make_dataset, make_sample, place_needles
 from make_tiny import NSA
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -69,7 +73,7 @@ def accuracy(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     settings = Settings(seconds=(4.0, 8.0), questions=("colour", "shape", "where", "when"))
     data = make_dataset(folder / "data", {"test": 25}, settings, seed=2026, workers=1) / "test.jsonl"
-    args = {"model": str(assemble_tiny_model(folder / "tiny")), "data": str(data), "output": str(folder / "out.json")}
+    args = {"model": "tiny", "data": str(data), "output": str(folder / "out.json")}
     args |= {"media_root": None, "nsa_variant": None, "fps": None, "max_frames": None, "batch_size": 10, "limit": None}
     args |= {"max_new_tokens": 4, "workers": 0, "device": "cpu"}
     return evaluate(SimpleNamespace(**args))["accuracy"]
@@ -81,7 +85,45 @@ def test_the_trained_model_answers_right(accuracy, kind):
     assert accuracy[kind]["all"]["accuracy"] >= 0.9
 
 
+LOAD = """
+import sys
+from transformers import AutoModel, AutoProcessor
+
+model = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True)
+processor = AutoProcessor.from_pretrained(sys.argv[1], trust_remote_code=True)
+content = [{"type": "video", "video": sys.argv[2]}, {"type": "text", "text": sys.argv[3]}]
+inputs = processor.apply_chat_template(
+    [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_dict=True,
+    return_tensors="pt",
+)
+output = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+print(processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+"""
+
+
+def test_the_folder_of_the_trained_model_loads_as_it_is(tmp_path, run_fresh):
+    sample = make_sample(tmp_path / "clip", CLIP, (1, UNSEEN, 0))
+    asked = next(item for item in sample["questions"] if item["question"].startswith("What colour"))
+    assert run_fresh(LOAD, TINY, sample["video"], asked["question"]).strip() == asked["answer"]
+
+
+def test_the_trained_model_is_converted_to_another_variant(tmp_path):
+    merged = convert("tiny", tmp_path / "merged", nsa_variant="merged")
+    model, processor = load(str(merged), None, "cpu")
+    assert model.config.nsa_variant == "merged" and model.config.block_size == 16
+    sparse = convert("tiny", tmp_path / "sparse", window_size=48)
+    assert "gates are those of the source" in (sparse / "README.md").read_text()
+    before, after = weights(TINY), weights(sparse)
+    assert before.keys() == after.keys() and all(after[name].equal(x) for name, x in before.items())
+    before, after = (
+        json.loads((Path(f) / "processor_config.json").read_text())["video_processor"] for f in (TINY, sparse)
+    )
+    assert {**after, **before} == after
+
+
 def test_the_trained_model_is_small_and_sparse():
     folder = ROOT / "examples/tiny"
     assert sum(file.stat().st_size for file in folder.rglob("*")) < 25 * 2**20
-    assert not list(folder.glob("*.py"))  # the code files are those of the project
+    # Its code files are links to those of the project: no second copy, and none is missing.
+    assert {path.name: path.resolve() for path in folder.glob("*.py")} == {path.name: path for path in code_files()}
+    assert all(path.is_symlink() for path in folder.glob("*.py"))

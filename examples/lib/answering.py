@@ -23,6 +23,7 @@ class Question:
     type: str
     messages: list  # media so far and the question
     expected: str
+    tokens: int = 0  # of the whole sample
 
 
 def list_questions(sample: Sample) -> list[Question]:
@@ -40,7 +41,7 @@ def list_questions(sample: Sample) -> list[Question]:
             kind = str(types if not isinstance(types, list) else types[i] if i < len(types) else "all")
             messages = [*system, {"role": "user", "content": [*media, *text]}]
             expected = "".join(part["text"] for part in reply["content"])
-            questions.append(Question(f"{sample.id} {i}", kind, messages, expected))
+            questions.append(Question(f"{sample.id} {i}", kind, messages, expected, sample.tokens))
     return questions
 
 

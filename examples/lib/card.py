@@ -3,6 +3,7 @@
 import configparser
 import copy
 import json
+import logging
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
@@ -10,6 +11,8 @@ from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
 from videonsa.configuration_videonsa import NSA_VARIANTS
 
 from .fields import MEANINGS, SIZES
+
+logger = logging.getLogger(__name__)
 
 VIDEO = "https://huggingface.co/datasets/raushan-testing-hf/videos-test/resolve/main/sample_demo_1.mp4"
 # What `nsa_variant` offers; a card lists those that its checkpoint can run.
@@ -41,7 +44,7 @@ Text tokens, and with them all that is generated, keep the dense attention of Qw
 ## Use
 
 ```sh
-pip install {requirements}
+{install}
 ```
 
 ```python
@@ -124,17 +127,64 @@ transformers 5.23; `benchmarks/video.py` of the project).
 ```bibtex
 @article{{song2025videonsa,
   title   = {{VideoNSA: Native Sparse Attention Scales Video Understanding}},
+  author  = {{Enxin Song and Wenhao Chai and Shusheng Yang and Ethan Armand and Xiaojun Shan and Haiyang Xu and
+             Jianwen Xie and Zhuowen Tu}},
   journal = {{arXiv preprint arXiv:2510.02295}},
   year    = {{2025}}
 }}
 
 @article{{bai2025qwen25vl,
   title   = {{Qwen2.5-VL Technical Report}},
+  author  = {{Shuai Bai and Keqin Chen and Xuejing Liu and Jialin Wang and Wenbin Ge and Sibo Song and Kai Dang and
+             Peng Wang and Shijie Wang and Jun Tang and Humen Zhong and Yuanzhi Zhu and Mingkun Yang and Zhaohai Li and
+             Jianqiang Wan and Pengfei Wang and Wei Ding and Zheren Fu and Yiheng Xu and Jiabo Ye and Xi Zhang and
+             Tianbao Xie and Zesen Cheng and Hang Zhang and Zhibo Yang and Haiyang Xu and Junyang Lin}},
   journal = {{arXiv preprint arXiv:2502.13923}},
   year    = {{2025}}
 }}
 ```
 """
+
+
+ADAPTER_CARD = """
+# {name}: the adapter
+
+LoRA weights, and whole weights of the gates, for {base}. The folder above holds the model that they are merged into.
+
+{note}
+
+## Use
+
+```sh
+{install}
+```
+
+```python
+from peft import PeftModel
+from transformers import AutoModel, AutoProcessor
+
+base = AutoModel.from_pretrained({base_path}, trust_remote_code=True, {options})
+model = PeftModel.from_pretrained(base, "{name}", subfolder="adapter")
+processor = AutoProcessor.from_pretrained({base_path}, trust_remote_code=True)
+```
+
+The scripts of the project merge it themselves: `python examples/demo.py --model {name}/adapter`.
+"""
+
+
+def write_adapter_card(folder: Path, *, base: str, name: str, note: str, **options) -> None:
+    """Write the card of an adapter in the folder `adapter` of a trained model; the arguments are those of
+    `write_card`."""
+    data, named = _data(base, base, library_name="peft", tags=["lora"]), _base_name(base)
+    card = ADAPTER_CARD.format(
+        name=name,
+        base=named,
+        base_path=json.dumps(base),
+        note=note,
+        install=install_line("peft"),
+        options=_arguments({"dtype": "auto", "device_map": "auto", **options}),
+    )
+    (folder / "README.md").write_text(f"---\n{data.to_yaml()}\n---\n{card}")
 
 
 def write_card(source: str | Path, folder: Path, config, *, base: str, name: str, note: str, **options) -> None:
@@ -149,15 +199,7 @@ def write_card(source: str | Path, folder: Path, config, *, base: str, name: str
         note: a paragraph about its training.
         **options: for `from_pretrained` in the snippets, beside dtype and device_map.
     """
-    stated = _metadata(source)
-    local = Path(base).exists()
-    data = ModelCardData(
-        library_name="transformers",
-        pipeline_tag="video-text-to-text",
-        tags=["videonsa", "sparse-attention", "long-video", "custom_code", "arxiv:2510.02295"],
-        base_model=stated.get("base_model") if local else base,
-        **{key: stated[key] for key in ("license", "license_name", "license_link") if key in stated},
-    )
+    data = _data(source, base, library_name="transformers", tags=["custom_code"])
     text, dtype = config.text_config, str(config.dtype or "float32").removeprefix("torch.")
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     itemsize = 4 if dtype == "float32" else 2
@@ -170,8 +212,8 @@ def write_card(source: str | Path, folder: Path, config, *, base: str, name: str
     runs = [key for key in VARIANTS if _runs(text, key) and (not merged or key in ("merged", "dense"))]  # no gates
     card = CARD.format(
         name=name,
-        requirements=" ".join(f'"{line}"' for line in requirements("demo") if line.startswith(INSTALLED)),
-        base=Path(base).resolve().name if local else f"[{base}](https://huggingface.co/{base})",
+        install=install_line(),
+        base=_base_name(base),
         note=note,
         video=VIDEO,
         options=_arguments({"dtype": "auto", "device_map": "auto", **options}),
@@ -202,6 +244,32 @@ def requirements(*extras: str) -> list[str]:
     setup.read(Path(__file__).resolve().parents[2] / "setup.cfg")
     lists = [setup["options"]["install_requires"], *(setup["options.extras_require"][extra] for extra in extras)]
     return list(dict.fromkeys(line for text in lists for line in text.splitlines() if line))
+
+
+def install_line(*more: str) -> str:
+    """The command that installs what a checkpoint needs, and further packages of training."""
+    lines = [line for line in requirements("train") if line.startswith((*INSTALLED, *more))]
+    return " ".join(["pip install", *(f'"{line}"' for line in lines)])
+
+
+def _base_name(base: str) -> str:
+    return Path(base).resolve().name if Path(base).exists() else f"[{base}](https://huggingface.co/{base})"
+
+
+def _data(source: str | Path, base: str, *, library_name: str, tags: list[str]) -> ModelCardData:
+    """The metadata of a card; what the card of `source` does not say, it does not, either."""
+    stated = _metadata(source)
+    if "license" not in stated:
+        logger.warning(
+            f"The card of {source} states no licence, so that the new one states none: add `license:` at its top"
+        )
+    return ModelCardData(
+        library_name=library_name,
+        pipeline_tag="video-text-to-text",
+        tags=["videonsa", "sparse-attention", "long-video", *tags, "arxiv:2510.02295"],
+        base_model=stated.get("base_model") if Path(base).exists() else base,
+        **{key: stated[key] for key in ("license", "license_name", "license_link") if key in stated},
+    )
 
 
 def _metadata(source: str | Path) -> dict:

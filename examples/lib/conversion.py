@@ -1,4 +1,4 @@
-"""Turns a stock Qwen2.5-VL checkpoint into a VideoNSA repository: what `convert.py` does, and tests and scripts use."""
+"""Turns a checkpoint of Qwen2.5-VL, or of VideoNSA, into a VideoNSA repository: what `convert.py` does."""
 
 import json
 import re
@@ -22,8 +22,10 @@ from .card import write_card
 from .folders import check_new, check_source, new_folder
 
 SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "README.md", "LICENSE*"]
+SOURCES = ("qwen2_5_vl", VideoNSAConfig.model_type)
 PICKLES = re.compile(r"\.(bin|pt|pth|ckpt)(\.index\.json)?$")
 QUERY_WEIGHT = ".self_attn.q_proj.weight"
+GATES = re.compile(r"\.g_proj_[12]\.(weight|bias)$")
 MAX_SHARD = 2**30  # bytes of new gates per shard
 
 UNTRAINED = """\
@@ -50,7 +52,8 @@ def convert(
     """Write a VideoNSA repository to the folder `output` and return it.
 
     Args:
-        source: folder, or id of a Hub repository, of a Qwen2.5-VL checkpoint (3B, 7B, 32B, 72B) in safetensors.
+        source: folder, or id of a Hub repository, of a Qwen2.5-VL checkpoint (3B, 7B, 32B, 72B) in safetensors, or of
+            a VideoNSA repository, which keeps its fields and the settings of its processor.
         output: folder to make; it appears only when complete.
         revision: branch, tag or commit of the Hub repository.
         seed: of the new gates, N(0, 0.02) with zero bias.
@@ -59,7 +62,7 @@ def convert(
 
     Raises:
         FileExistsError: `output` exists and is not an empty folder.
-        ValueError: the source is no Qwen2.5-VL checkpoint in safetensors, or a shard or a field is wrong.
+        ValueError: the source is neither in safetensors, or a shard or a field is wrong.
     """
     output = check_new(output)
     VideoNSAConfig(**nsa_fields)  # raises for bad ones before anything is downloaded
@@ -70,7 +73,7 @@ def convert(
     shards = find_shards(source)
 
     with new_folder(output) as partial:
-        has_gates, dtype = write_weights(shards, partial, config.text_config, seed)
+        trained_gates, dtype = write_weights(shards, partial, config.text_config, seed)
         merged = config.nsa_variant == "merged"
         config.architectures = ["VideoNSAForConditionalGeneration"]
         config.dtype = dtype
@@ -81,7 +84,7 @@ def convert(
                 shutil.copyfile(source / file, partial / file)
         copy_code(partial)
         trained = RELEASED if config.nsa_variant == "released" else TRAINED
-        note, options = (trained, {}) if has_gates else (UNTRAINED, {"nsa_variant": "dense"})
+        note, options = (trained, {}) if trained_gates else (UNTRAINED, {"nsa_variant": "dense"})
         note, options = (MERGED, {}) if merged else (note, options)
         write_card(source, partial, config, base=origin, name=name or output.name, note=note, **options)
     return output
@@ -101,13 +104,13 @@ def copy_code(folder: Path) -> None:
 
 def fetch_source(source: str | Path, revision: str | None) -> Path:
     """The local folder of a checkpoint; of a Hub repository, what is small is downloaded and checked first."""
-    check_source("source", source)
+    source = check_source("source", source)
     folder = Path(source)
     hub = not folder.is_dir()
     if hub:
         folder = Path(snapshot_download(str(source), revision=revision, allow_patterns=SMALL_FILES))
     config = json.loads((folder / "config.json").read_text()) if (folder / "config.json").is_file() else {}
-    if config.get("model_type") != "qwen2_5_vl":
+    if config.get("model_type") not in SOURCES:
         kind = config.get("model_type")
         raise ValueError(f"source {source} must be a Qwen2.5-VL checkpoint (model_type qwen2_5_vl), got {kind}")
     if "quantization_config" in config:
@@ -150,7 +153,8 @@ def find_shards(source: Path) -> dict[Path, dict[str, torch.Size]]:
 
 
 def write_weights(shards, folder: Path, text_config, seed: int) -> tuple[bool, torch.dtype]:
-    """Copy the shards, add gates and the index; returns whether there were gates already, and the weights' dtype."""
+    """Copy the shards, add gates and the index; returns whether there were trained gates already, and the weights'
+    dtype."""
     shapes = {key: shape for keys in shards.values() for key, shape in keys.items()}
     layers = sorted(
         (key.removesuffix("q_proj.weight") for key in shapes if key.endswith(QUERY_WEIGHT)),
@@ -207,11 +211,27 @@ def write_weights(shards, folder: Path, text_config, seed: int) -> tuple[bool, t
             bar.update(layer_bytes * len(part))
     index = {"metadata": {"total_size": total + gate_bytes}, "weight_map": dict(sorted(weight_map.items()))}
     (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
-    return bool(gated), dtype
+    return has_trained_gates(shards), dtype
+
+
+def has_trained_gates(shards) -> bool:
+    """Whether there are gates that are not as new ones are made; the rule is that of `untrained_gates`."""
+    for file, keys in shards.items():
+        with safe_open(file, framework="pt") as shard:
+            for key in filter(GATES.search, keys):
+                x = shard.get_tensor(key)
+                tolerance = GATE_STD * (5 / (2 * x.numel()) ** 0.5 + 0.01)
+                new = not x.any() if key.endswith("bias") else abs(x.float().std() - GATE_STD) <= tolerance
+                if not new:
+                    return True
+    return False
 
 
 def load_processor(source: str | Path) -> VideoNSAProcessor:
     """The source's tokenizer, chat template and image processor with VideoNSA's video processor."""
+    config = json.loads((Path(source) / "config.json").read_text()) if Path(source).is_dir() else {}
+    if config.get("model_type") == VideoNSAConfig.model_type:
+        return VideoNSAProcessor.from_pretrained(source)
     stock = Qwen2_5_VLProcessor.from_pretrained(source)
     video = stock.video_processor
     kept = ("patch_size", "temporal_patch_size", "merge_size", "image_mean", "image_std", "resample")

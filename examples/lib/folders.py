@@ -1,6 +1,7 @@
 """Folders that appear only when complete, as the scripts write them, and names of folders that models are read from."""
 
 import contextlib
+import os
 import re
 import shutil
 import tempfile
@@ -8,16 +9,21 @@ from collections.abc import Iterator
 from pathlib import Path
 
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+# The trained tiny model, a complete repository. `--model tiny` names it from everywhere.
+TINY = str(Path(__file__).resolve().parents[1] / "tiny")
 
 
-def check_source(argument: str, source: str | Path) -> None:
-    """Check that an argument names a folder or may be the id of a Hub repository, before a download is tried.
+def check_source(argument: str, source: str | Path) -> str:
+    """The folder, or what may be the id of a Hub repository, that an argument names; `tiny` stands for `TINY`.
 
     Raises:
-        FileNotFoundError: it is neither.
+        FileNotFoundError: it is neither, which is told before a download is tried.
     """
-    if not Path(source).is_dir() and not HUB_ID.fullmatch(str(source)):
-        raise FileNotFoundError(f"{argument} {source} is no folder, nor a Hub id, which is OWNER/NAME")
+    if Path(source).is_dir() or HUB_ID.fullmatch(str(source)):
+        return str(source)
+    if str(source) == "tiny":
+        return TINY
+    raise FileNotFoundError(f"{argument} {source} is no folder, nor a Hub id, which is OWNER/NAME")
 
 
 def check_new(output: str | Path) -> Path:
@@ -32,6 +38,15 @@ def check_new(output: str | Path) -> Path:
     return output
 
 
+def share(folder: Path) -> int:
+    """Give the weights in a folder the mode of new files, and return the umask. safetensors makes them private."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    for path in folder.glob("*.safetensors"):
+        path.chmod(0o666 & ~mask)
+    return mask
+
+
 @contextlib.contextmanager
 def new_folder(output: Path) -> Iterator[Path]:
     """A folder beside `output` to write to: it takes that place at the end, and goes if anything is raised."""
@@ -39,7 +54,8 @@ def new_folder(output: Path) -> Iterator[Path]:
     partial = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
     try:
         yield partial
-        partial.chmod(0o755)  # mkdtemp makes it private
+        mask = share(partial)
+        partial.chmod(0o777 & ~mask)  # mkdtemp makes it private
         partial.replace(output)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)

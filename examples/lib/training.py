@@ -2,13 +2,16 @@
 
 import contextlib
 import time
+from pathlib import Path
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
+from transformers.utils import CONFIG_NAME
 
 from .data import IGNORED, packed_positions
+from .folders import share
 from .observe import BRANCHES
 
 PARTS = ("language", "merger", "vision", "gates")
@@ -145,9 +148,15 @@ class VideoTrainer(Trainer):
         output.metrics[f"{metric_key_prefix}_loss"] = total / max(tokens, 1)
         return output
 
-    def _save(self, *args, **kwargs):
+    def _save(self, output_dir=None, *args, **kwargs):
+        folder = Path(output_dir or self.args.output_dir)
         with unsharded_class(self.model):
-            super()._save(*args, **kwargs)
+            super()._save(output_dir, *args, **kwargs)
+        share(folder)
+        if (folder / "adapter_config.json").is_file():
+            # peft keeps nothing of the configuration, and makes a card of empty sections.
+            self.model.get_base_model().config.to_json_file(folder / CONFIG_NAME)
+            (folder / "README.md").unlink(missing_ok=True)
 
     def log(self, logs, *args, **kwargs):
         if "loss" in logs:

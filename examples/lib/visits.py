@@ -19,6 +19,7 @@ from videonsa.video_inputs import file_metadata
 from .conversation import Conversation, VideoChat
 from .loading import CLIP, UNSEEN
 from .needles import make_sample
+from .progress import Forecast, clock
 
 QUESTIONS = ("What happens in this video?", "Describe it in one sentence.", "What is shown at the end?")
 MAX_QUESTION = 2000  # characters
@@ -65,7 +66,7 @@ class App:
         self.files.mkdir(parents=True, exist_ok=True)
         self.visitors: dict[str, Visitor] = {}
         self.lock = threading.Lock()
-        self.pace = None  # seconds to the first token, per vision token, of the last video that was read
+        self.forecast = Forecast()  # of the seconds to the first token
         video_source.MAX_DOWNLOAD = self.limits.megabytes * 10**6
 
     def take(self, visitor: str, path: str | Path, truth: str = "", questions: tuple[str, ...] = QUESTIONS) -> None:
@@ -122,7 +123,7 @@ class App:
         plan = self.chat.processor.video_processor.plan(found.metadata, **settings)
         cache, pixels = self.chat.memory(plan)
         seconds = f"{plan.start:.1f} to {plan.end:.1f}"
-        wait = f"; about {self.pace * plan.tokens:.1f} s to the first word" if self.pace else ""
+        wait = f"; {self._wait(plan.tokens)} to the first word" if self.forecast.measured else ""
         return {
             "Frames": f"{plan.num_frames:,} of {plan.width} × {plan.height}, {plan.fps:.3g} per second",
             "Tokens": f"{plan.tokens:,} of {plan.budget:,}",
@@ -165,7 +166,11 @@ class App:
             found.busy, found.seen = False, time.monotonic()
         timing = conversation.timing
         if timing and not timing["cached"]:
-            self.pace = (timing["reading"] + timing["first"]) / timing["given"]
+            self.forecast.add(timing["given"], timing["reading"] + timing["first"])
+
+    def _wait(self, tokens: int) -> str:
+        least, most = map(clock, self.forecast.between(tokens))
+        return f"about {least}" if least == most else f"{least} to {most}"
 
     def stop(self, visitor: str) -> None:
         """End the answer that is being given to the visitor, or waits to be."""
