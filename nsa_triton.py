@@ -12,7 +12,7 @@ import os
 
 import torch
 
-from .nsa_checks import check_arguments, check_block_count, check_text
+from .nsa_checks import check_arguments, check_block_count, check_prefix
 from .nsa_launches import BRANCHES, Gradients, Launches, capability, triton
 
 
@@ -99,7 +99,7 @@ def prefix_attention(q, k, v, seen, cu_seqlens, cu_seqlens_k, *, scale=None, wit
     Others, and what is returned, as in `nsa_torch.compressed_attention`.
     """
     _check_launchable(q)
-    check_text(q, k, k, v, seen, cu_seqlens, cu_seqlens_k, read_lengths=reads_lengths(q))
+    check_prefix(q, k, v, seen, cu_seqlens, cu_seqlens_k, scale=scale, read_lengths=reads_lengths(q))
     _check_supported(q)
     return _branch("prefix", q, k, v, cu_seqlens, cu_seqlens_k, with_lse_gradient, seen=seen, scale=scale)
 
