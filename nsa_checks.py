@@ -2,6 +2,9 @@
 
 import torch
 
+# Of `nsa_attention`, in the order of its gates.
+BRANCHES = ("compression", "selection", "window")
+
 
 def check_arguments(
     q: torch.Tensor,
@@ -126,8 +129,9 @@ def _check_per_query(q, k, gates, lse, blocks, own_importance) -> None:
     n, heads, _ = q.shape
     groups = k.shape[1]
 
-    if gates is not None and (gates.shape != (n, heads, 3) or gates.device != q.device):
-        raise ValueError(f"gates must be {[n, heads, 3]} on {q.device}, got {list(gates.shape)} on {gates.device}")
+    wanted = (n, heads, len(BRANCHES))
+    if gates is not None and (gates.shape != wanted or gates.device != q.device):
+        raise ValueError(f"gates must be {[*wanted]} on {q.device}, got {list(gates.shape)} on {gates.device}")
 
     if lse is not None and (lse.shape != (n, heads) or not lse.is_floating_point() or lse.device != q.device):
         raise ValueError(f"lse must be floating-point {[n, heads]} on {q.device}, got {_describe(lse)}")

@@ -96,7 +96,8 @@ def released_attention(
     k_means, v_means = _means(k, block_size), _means(v, block_size)
     # KV head g is read by the heads 16 g ... 16 g + 15 of these. `VideoNSATextConfig` checks that they fit.
     q = torch.cat([q, q, q.new_zeros(n, PADDED * groups - 2 * heads, dim)], 1)
-    gates = gates.new_zeros(n, heads, 3).index_copy(0, stream.vision_rows, 0.5 * gates)  # of heads and copies, halved
+    # Those of heads and copies, halved.
+    gates = gates.new_zeros(n, *gates.shape[1:]).index_copy(0, stream.vision_rows, 0.5 * gates)
     gates = gates.to(q.dtype).unsqueeze(-1).unbind(2)  # 3 x [n, H, 1]
 
     compressed, lse = _compressed_runs(

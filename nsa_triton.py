@@ -246,7 +246,7 @@ def _attend_gated(q, k, v, gates, cu_seqlens, cu_seqlens_k, *, block_count, save
         with torch.cuda.device_of(q):
             blocks = chosen if save else chosen.new_empty(k.shape[1], q.shape[0], block_count)
             launches = Launches(q, k, v, cu_seqlens, cu_seqlens_k, blocks=blocks, **settings)
-            launches.attend_gated(gates.contiguous(), out, outputs if save else (None,) * 3, lse)
+            launches.attend_gated(gates.contiguous(), out, outputs if save else (None,) * len(BRANCHES), lse)
     return out, outputs, lse, chosen
 
 
@@ -256,8 +256,8 @@ def _gated_results(q, k, block_count, save):
     saved = n if save else 0
     return (
         q.new_empty(n, heads, dim),
-        q.new_empty(3, saved, heads, dim),
-        q.new_empty(3, n, heads, dtype=torch.float32),
+        q.new_empty(len(BRANCHES), saved, heads, dim),
+        q.new_empty(len(BRANCHES), n, heads, dtype=torch.float32),
         q.new_empty(k.shape[1], saved, block_count, dtype=torch.int32),
     )
 

@@ -13,6 +13,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLAttention
 
 from .configuration_videonsa import VideoNSATextConfig
+from .nsa_checks import BRANCHES
 from .nsa_merged import merged_attention
 from .nsa_released import released_attention
 from .nsa_torch import nsa_attention as nsa_attention_torch
@@ -37,7 +38,7 @@ class VideoNSAAttention(Qwen2_5_VLAttention):
         self.has_gates = config.nsa_variant != "merged"
         if self.has_gates:
             self.g_proj_1 = GateLinear(self.hidden_size, self.hidden_size)
-            self.g_proj_2 = GateLinear(self.hidden_size, 3 * self.num_heads)
+            self.g_proj_2 = GateLinear(self.hidden_size, len(BRANCHES) * self.num_heads)
 
     def gates(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Weights of the compression, selection and window branch: [..., hidden] -> [..., heads, 3] in (0, 1)."""
@@ -47,7 +48,7 @@ class VideoNSAAttention(Qwen2_5_VLAttention):
                 "load the checkpoint with the variant that you want"
             )
         logits = self.g_proj_2(nn.functional.gelu(self.g_proj_1(hidden_states)))
-        return (logits / self.config.gate_temperature).sigmoid().unflatten(-1, (-1, 3))
+        return (logits / self.config.gate_temperature).sigmoid().unflatten(-1, (-1, len(BRANCHES)))
 
     @named_arguments(Qwen2_5_VLAttention.forward)
     def forward(self, hidden_states: torch.Tensor, vision_layout: VisionLayout | None = None, **kwargs):
