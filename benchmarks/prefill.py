@@ -2,13 +2,12 @@
 
     python benchmarks/prefill.py                            # 8K ... 128K vision tokens, the language model of the 7B
     python benchmarks/prefill.py --lengths 64K --attention flash_attention_3
-    python benchmarks/prefill.py --lengths 128K --variant merged      # what stock weights run untrained
+    python benchmarks/prefill.py --lengths 128K --nsa_variant merged  # what stock weights run untrained
 
 Both models have the same random weights, made on the device; no checkpoint is needed. The prompt is a video of 64
 tokens per two frames between a little text, given as embeddings: decoding, processor and vision tower are left out.
 """
 
-import argparse
 import functools
 import statistics
 import time
@@ -16,6 +15,7 @@ import time
 import torch
 from common import (
     TEXT_BEFORE,
+    OptionParser,
     add_model_options,
     add_options,
     announce,
@@ -32,19 +32,19 @@ from videonsa.transformers_compat import CACHE, cache_of
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OptionParser(__doc__)
     parser.add_argument("--layers", type=int, default=28, help="(%(default)s)")
-    parser.add_argument("--new-tokens", type=int, default=32, help="decoding steps (%(default)s)")
+    parser.add_argument("--new_tokens", type=int, default=32, help="decoding steps (%(default)s)")
     parser.add_argument("--runs", type=int, default=5, help="at least so many of each model (%(default)s)")
     add_model_options(parser, lengths=[2**i for i in range(13, 18)])
     add_options(parser)
     args = parse_model_options(parser)
     device = torch.device(args.device)
-    shape = ("dtype", "variant", "layers", "hidden", "heads", "kv_heads")
+    shape = ("dtype", "nsa_variant", "layers", "hidden", "heads", "kv_heads")
     same = {"benchmark": "prefill", **environment(device, args.date), **{name: getattr(args, name) for name in shape}}
     logging.set_verbosity_error()
     models = make_models(args, device, args.layers)
-    kernels = {"VideoNSA": args.backend, "Qwen2.5-VL": args.attention}
+    kernels = {"VideoNSA": args.nsa_backend, "Qwen2.5-VL": args.attention}
     same["weights_mb"] = round(sum(p.numel() * p.element_size() for p in models["VideoNSA"].parameters()) / 1e6)
     announce(same)
     for tokens in args.lengths:
