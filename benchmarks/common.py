@@ -237,6 +237,25 @@ def measure_in_turns(calls: dict, device: torch.device, seconds: float, cold: bo
     return {name: failed.get(name) or _figures(x[2:]) for name, x in times.items()}
 
 
+def time_calls(calls: dict, rounds: int) -> dict[str, list[float]]:
+    """Seconds of the processor, all threads together, of each call in each round. They run turn and turn about; a first
+    round is not counted. Other work on the machine disturbs these times less than the clock's."""
+    times = {name: [] for name in calls}
+    for counted in [False] + [True] * rounds:
+        for name, call in calls.items():
+            start = time.process_time()
+            call()
+            if counted:
+                times[name].append(time.process_time() - start)
+    return times
+
+
+def measure_on_cpu(calls: dict, rounds: int) -> dict:
+    """Figures as of `measure`, {name: figures}, of the times of `time_calls`."""
+    times = time_calls(calls, rounds)
+    return {name: {**_figures([1e3 * x for x in own]), "peak_mb": None} for name, own in times.items()}
+
+
 def announce(same: dict) -> None:
     """Print what all rows of a run have in common."""
     print(", ".join(f"{name} {value}" for name, value in same.items() if value is not None))

@@ -13,7 +13,6 @@ import argparse
 import statistics
 import subprocess
 import sys
-import time
 
 import torch
 from common import (
@@ -26,6 +25,7 @@ from common import (
     environment,
     parse_length,
     print_table,
+    time_calls,
 )
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -97,18 +97,6 @@ def make_calls(tokens: int, args: argparse.Namespace) -> dict:
             torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
 
     return {"dense": lambda: whole(dense), "nsa": lambda: whole(sparse)}
-
-
-def time_calls(calls: dict, rounds: int) -> dict[str, list[float]]:
-    """Seconds of the processor, all threads together, for each call and round; a first round is not counted."""
-    times = {name: [] for name in calls}
-    for counted in [False] + [True] * rounds:
-        for name, call in calls.items():
-            start = time.process_time()
-            call()
-            if counted:
-                times[name].append(time.process_time() - start)
-    return times
 
 
 def peak() -> int:

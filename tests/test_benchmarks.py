@@ -207,6 +207,16 @@ def test_prefill_compares_two_models_of_the_same_weights(prefill):
     assert rows[0]["speedup"] == pytest.approx(rows[1]["ms"] / rows[0]["ms"], abs=1e-3)
 
 
+def test_prefill_compares_a_checkpoint_with_its_dense_variant(tmp_path):
+    tiny = ROOT / "examples/tiny"
+    rows, _ = measure("prefill.py", tmp_path, [128], **{"new-tokens": 2}, checkpoint=tiny, dtype="fp32", runs=1)
+    assert [(row["model"], row["kernel"]) for row in rows] == [("VideoNSA", "torch"), ("dense", "sdpa")]
+    for row in rows:
+        shape = {"layers": 4, "hidden": 224, "heads": 7, "kv_heads": 1}
+        assert row["checkpoint"] == "tiny" and {name: row[name] for name in shape} == shape
+        assert row["ms"] > 0 and row["runs"] == 1 and row["threads"] == 1
+
+
 def test_train_step_compares_two_models_of_the_same_weights(train_step):
     rows, _ = train_step
     assert [(row["model"], row["kernel"]) for row in rows] == [("VideoNSA", "torch"), ("Qwen2.5-VL", "sdpa")]
