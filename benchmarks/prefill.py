@@ -88,9 +88,9 @@ def load_models(args, device: torch.device) -> dict:
     """A checkpoint with sparse and with dense attention."""
     from videonsa.modeling_videonsa import VideoNSAForConditionalGeneration
 
-    options = {"nsa_backend": args.backend, "dtype": DTYPES[args.dtype]}
+    options = {"nsa_backend": args.nsa_backend, "dtype": DTYPES[args.dtype]}
     models = {}
-    for name, variant, attention in (("VideoNSA", args.variant, "sdpa"), ("dense", "dense", args.attention)):
+    for name, variant, attention in (("VideoNSA", args.nsa_variant, "sdpa"), ("dense", "dense", args.attention)):
         settings = {"nsa_variant": variant, "attn_implementation": attention, **options}
         models[name] = VideoNSAForConditionalGeneration.from_pretrained(args.checkpoint, **settings).to(device).eval()
     return models

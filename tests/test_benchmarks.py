@@ -209,7 +209,7 @@ def test_prefill_compares_two_models_of_the_same_weights(prefill):
 
 def test_prefill_compares_a_checkpoint_with_its_dense_variant(tmp_path):
     tiny = ROOT / "examples/tiny"
-    rows, _ = measure("prefill.py", tmp_path, [128], **{"new-tokens": 2}, checkpoint=tiny, dtype="fp32", runs=1)
+    rows, _ = measure("prefill.py", tmp_path, [128], **{"new_tokens": 2}, checkpoint=tiny, dtype="fp32", runs=1)
     assert [(row["model"], row["kernel"]) for row in rows] == [("VideoNSA", "torch"), ("dense", "sdpa")]
     for row in rows:
         shape = {"layers": 4, "hidden": 224, "heads": 7, "kv_heads": 1}
