@@ -232,7 +232,7 @@ def load_processor(source: str | Path) -> VideoNSAProcessor:
     """The source's tokenizer, chat template and image processor with VideoNSA's video processor."""
     config = json.loads((Path(source) / "config.json").read_text()) if Path(source).is_dir() else {}
     if config.get("model_type") == VideoNSAConfig.model_type:
-        return VideoNSAProcessor.from_pretrained(source)
+        return VideoNSAProcessor.from_pretrained(source, trust_remote_code=False)  # by the code of this project
     stock = Qwen2_5_VLProcessor.from_pretrained(source)
     video = stock.video_processor
     kept = ("patch_size", "temporal_patch_size", "merge_size", "image_mean", "image_std", "resample")

@@ -83,9 +83,9 @@ def explain(error: Exception) -> str | None:
         return f"{text.partition('. ')[0]}: a smaller --max_tokens, --fps or --batch_size needs less"
     if isinstance(error, ImportError | RuntimeError):
         return text if NEEDS.search(text) else None
-    if isinstance(error, OSError | ValueError):
-        return None if raised_by(error).startswith(INSIDE) else text
-    return None
+    if isinstance(error, ValueError) and raised_by(error).partition(".")[0] in INSIDE:
+        return None
+    return text if isinstance(error, OSError | ValueError) else None
 
 
 def raised_by(error: Exception) -> str:
