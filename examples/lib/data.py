@@ -187,7 +187,7 @@ def kind_of(drop: Drop) -> str:
 
 
 def describe(drop: Drop) -> str:
-    return f"{drop.id}: {drop.reason}"[:200]
+    return " ".join(f"{drop.id}: {drop.reason}".split())[:200]
 
 
 def printable(text: str) -> str:
