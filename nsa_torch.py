@@ -310,6 +310,7 @@ def _selected(q, k, v, chosen, block_size, scale, with_lse=True):
 
     def parts(rows, g):
         if q.device.type != "cpu":
+            # A GPU would wait for itself at every block.
             visible = visible_keys(chosen[g : g + 1, rows], index[rows], block_size)[0]
             return [Part(every_row(q, rows), slice(0, visible.shape[-1]), visible)]
         return block_parts(chosen[g, rows], index[rows], block_size)
