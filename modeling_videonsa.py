@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import initialization as init
 from transformers.masking_utils import create_masks_for_generate
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
@@ -25,6 +26,7 @@ from .cache_record import CacheRecord, cached_vision, following_positions, posit
 from .configuration_videonsa import VideoNSAConfig, VideoNSATextConfig
 from .nsa_released import Stream
 from .rope_positions import Media, sample_positions
+from .sequence_parallel import check_mesh, forward_with_head, shard_tokens
 from .transformers_compat import (
     CACHE,
     WholeCheckpoint,
@@ -59,6 +61,7 @@ class VideoNSATextModel(WholeCheckpoint, Qwen2_5_VLTextModel):
         for i, layer in enumerate(self.layers):
             layer.self_attn = VideoNSAAttention(config, i)
         self.gates_checked = False
+        self.sequence_mesh = None  # see VideoNSAForConditionalGeneration.shard_sequence
         self.post_init()
 
     def _init_weights(self, module):
@@ -83,12 +86,18 @@ class VideoNSATextModel(WholeCheckpoint, Qwen2_5_VLTextModel):
         cache = kwargs.get(CACHE)
         past = cached_length(cache)
         position_ids, attention_mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
-        if vision_mask is not None:
-            vision = torch.cat([cached_vision(cache, past, vision_mask), vision_mask], 1)
+        if vision_mask is not None or self.sequence_mesh is not None:
+            is_vision = new.new_zeros(batch, length, dtype=torch.bool) if vision_mask is None else vision_mask
+            vision = torch.cat([cached_vision(cache, past, is_vision), is_vision], 1)
             kwargs["vision_layout"] = self._layout(vision, past, attention_mask, position_ids, observe)
-            self._warn_of_untrained_gates()
             # "Prepared" masks, so that no [length, length] mask is made.
             kwargs["attention_mask"] = dict.fromkeys(("full_attention", "sliding_attention"))
+        if vision_mask is not None:
+            self._warn_of_untrained_gates()
+        if self.sequence_mesh is not None:
+            if kwargs.get("inputs_embeds") is None:
+                kwargs["inputs_embeds"] = self.embed_tokens(kwargs.pop("input_ids"))
+            shard_tokens(self.sequence_mesh, self.config, kwargs["vision_layout"], past, kwargs)
 
         outputs = super().forward(**kwargs)
 
@@ -397,8 +406,22 @@ class VideoNSAForConditionalGeneration(WholeCheckpoint, Qwen2_5_VLForConditional
             observe = functools.partial(_keep_gates, gates, observe)
         if observe is not None:
             kwargs["observe"] = observe
-        outputs = super().forward(**kwargs)
+        mesh = self.model.language_model.sequence_mesh
+        outputs = super().forward(**kwargs) if mesh is None else forward_with_head(super().forward, mesh, kwargs)
         return _with_gates(outputs, gates) if output_gates else outputs
+
+    def shard_sequence(self, mesh: DeviceMesh | None) -> None:
+        """Spread the tokens of each call over the ranks of `mesh`, of one dimension; None ends it.
+
+        Every rank makes the same calls with the same inputs, and gets the loss, logits and generated tokens that one
+        process gets: see `sequence_parallel.py`.
+
+        Raises:
+            ValueError: the ranks and the KV heads do not fit, or the variant has no sequence parallelism.
+        """
+        if mesh is not None:
+            check_mesh(mesh, self.config.text_config)
+        self.model.language_model.sequence_mesh = mesh
 
     @named_arguments(Qwen2_5_VLForConditionalGeneration.generate)
     def generate(self, **kwargs):

@@ -18,6 +18,7 @@ from .nsa_released import released_attention
 from .nsa_torch import nsa_attention as nsa_attention_torch
 from .nsa_triton import available as triton_available
 from .nsa_triton import nsa_attention as nsa_attention_triton
+from .sequence_parallel import SequenceShards, forward_sharded
 from .transformers_compat import Substitute, named_arguments
 from .vision_layout import TextChunk, VisionLayout
 
@@ -50,7 +51,9 @@ class VideoNSAAttention(Qwen2_5_VLAttention):
         return (logits / self.config.gate_temperature).sigmoid().unflatten(-1, (-1, 3))
 
     @named_arguments(Qwen2_5_VLAttention.forward)
-    def forward(self, hidden_states: torch.Tensor, vision_layout: VisionLayout | None = None, **kwargs):
+    def forward(
+        self, hidden_states: torch.Tensor, vision_layout: VisionLayout | SequenceShards | None = None, **kwargs
+    ):
         """As in Qwen2.5-VL, with the layout of a call that has vision queries.
 
         Projections, rotary and cache are those of the stock forward, which calls an attention function by its name in
@@ -61,6 +64,8 @@ class VideoNSAAttention(Qwen2_5_VLAttention):
             stock, only attn_implementation="eager" has weights. With vision queries, they are computed only if
             `output_attentions` asks for them, and only for text queries; the rows of vision queries are 0.
         """
+        if isinstance(vision_layout, SequenceShards):
+            return forward_sharded(self, hidden_states, vision_layout, **kwargs)
         if vision_layout is None:
             output, weights = super().forward(hidden_states, **kwargs)
             if self.has_gates and self.training and torch.is_grad_enabled():
@@ -100,7 +105,8 @@ class VideoNSAAttention(Qwen2_5_VLAttention):
             gates = layout.observe(self, q, k, v, gates, layout)
 
         output = q.new_zeros(q.shape)  # padding stays 0
-        VISION_ATTENTION[self.config.nsa_variant](self, output, q, k, v, gates, layout)
+        if layout.queries.numel() > 0:
+            VISION_ATTENTION[self.config.nsa_variant](self, output, q, k, v, gates, layout)
 
         for chunk in layout.text_chunks(self.num_key_value_groups):
             if weights is None:
