@@ -26,7 +26,7 @@ from .cache_record import CacheRecord, cached_vision, following_positions, posit
 from .configuration_videonsa import VideoNSAConfig, VideoNSATextConfig
 from .nsa_released import Stream
 from .rope_positions import Media, sample_positions
-from .sequence_parallel import check_mesh, forward_with_head, shard_tokens
+from .sequence_parallel import check_mesh, forward_tower, forward_with_head, shard_tokens
 from .transformers_compat import (
     CACHE,
     WholeCheckpoint,
@@ -78,7 +78,7 @@ class VideoNSATextModel(WholeCheckpoint, Qwen2_5_VLTextModel):
             check_attention(self.config._attn_implementation, self.config.nsa_variant)
         if vision_mask is not None and self.config.nsa_variant == "released":
             vision_mask = self._vision_by_position(kwargs.get("position_ids"))
-        if torch.compiler.is_compiling() and vision_mask is None:
+        if torch.compiler.is_compiling() and vision_mask is None and self.sequence_mesh is None:
             return super().forward(**kwargs)
 
         new = kwargs["inputs_embeds"] if kwargs.get("input_ids") is None else kwargs["input_ids"]
@@ -264,6 +264,8 @@ class VideoNSAModel(WholeCheckpoint, Qwen2_5_VLModel):
         """
         config = self.config
         config.text_config.validate_variant()
+        if config.nsa_variant != "dense":
+            check_attention(config.text_config._attn_implementation, config.nsa_variant)  # before the vision tower
         input_ids, embeds, types = (kwargs.get(x) for x in ("input_ids", "inputs_embeds", "mm_token_type_ids"))
         length = (embeds if input_ids is None else input_ids).shape[1]
         if length == 1 and torch.compiler.is_compiling():
@@ -411,7 +413,7 @@ class VideoNSAForConditionalGeneration(WholeCheckpoint, Qwen2_5_VLForConditional
         return _with_gates(outputs, gates) if output_gates else outputs
 
     def shard_sequence(self, mesh: DeviceMesh | None) -> None:
-        """Spread the tokens of each call over the ranks of `mesh`, of one dimension; None ends it.
+        """Spread the frames and tokens of each call over the ranks of `mesh`, of one dimension; None ends it.
 
         Every rank makes the same calls with the same inputs, and gets the loss, logits and generated tokens that one
         process gets: see `sequence_parallel.py`.
@@ -421,6 +423,10 @@ class VideoNSAForConditionalGeneration(WholeCheckpoint, Qwen2_5_VLForConditional
         """
         if mesh is not None:
             check_mesh(mesh, self.config.text_config)
+        tower = self.model.visual.forward
+        if getattr(tower, "func", None) is forward_tower:  # of an earlier mesh
+            tower = tower.args[0]
+        self.model.visual.forward = tower if mesh is None else functools.partial(forward_tower, tower, mesh)
         self.model.language_model.sequence_mesh = mesh
 
     @named_arguments(Qwen2_5_VLForConditionalGeneration.generate)

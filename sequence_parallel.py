@@ -12,7 +12,7 @@ data parallelism computes anyway. `docs/parallel.md` draws the way of the data.
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import accumulate, chain, pairwise
 
 import torch
@@ -23,7 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLAttention
 
 from .transformers_compat import CACHE, Substitute
-from .vision_layout import Keys, TextRun, VisionLayout
+from .vision_layout import Keys, TextChunk, VisionLayout
 
 IGNORED = -100  # a label without loss
 
@@ -176,6 +176,35 @@ def forward_with_head(forward: Callable, mesh: DeviceMesh, kwargs: dict):
     return outputs.to_tuple() if return_dict is False else outputs
 
 
+def forward_tower(tower: Callable, mesh: DeviceMesh, pixels: torch.Tensor, grid_thw: torch.Tensor, **kwargs):
+    """Call the stock forward of the vision tower for the frames of this rank, and gather the features of all.
+
+    No frame sees another one, so that they may be apart. `last_hidden_state`, which the model does not use, stays that
+    of this rank's frames. Fewer frames than ranks are not spread.
+    """
+    grids, ranks = grid_thw.tolist(), mesh.size()
+    frames = [height * width for count, height, width in grids for _ in range(count)]  # patches of each
+    if len(frames) < ranks:
+        return tower(pixels, grid_thw=grid_thw, **kwargs)
+    edges = [len(frames) * i // ranks for i in range(ranks + 1)]
+    patches = [sum(frames[first:stop]) for first, stop in pairwise(edges)]
+    first, stop = edges[mesh.get_local_rank() :][:2]
+
+    own, start = [], 0
+    for count, height, width in grids:
+        inside = min(start + count, stop) - max(start, first)
+        if inside > 0:
+            own.append([inside, height, width])
+        start += count
+
+    pixels = pixels.split(patches)[mesh.get_local_rank()]
+    outputs = tower(pixels, grid_thw=grid_thw.new_tensor(own), **kwargs)
+    features = outputs.pooler_output
+    merge = len(pixels) // len(features)  # patches of a feature
+    outputs.pooler_output = GatherRows.apply(features, [count // merge for count in patches], mesh)
+    return outputs
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Attention
 # ----------------------------------------------------------------------------------------------------------------------
@@ -221,7 +250,7 @@ def _attend_sharded(module, q, k, v, attention_mask, *, call: ShardedCall, **kwa
     gates = None
     if call.gates is not None:
         scattered.append(Scatter.apply(call.gates, shards, False))
-        if shards.sparse and attention.config.nsa_variant == "paper":
+        if len(layout.queries) > 0 and attention.config.nsa_variant == "paper":
             gates = scattered[-1].transpose(1, 2).flatten(0, 1)[layout.queries]  # [N, heads of this rank, 3]
     if call.cache is not None:
         k, v = call.cache.update(k, v, attention.layer_idx)
@@ -234,11 +263,37 @@ def _attend_sharded(module, q, k, v, attention_mask, *, call: ShardedCall, **kwa
 ALL_ATTENTION_FUNCTIONS.register(SHARDED_ATTENTION, _attend_sharded)
 
 
-def restricted(layout: VisionLayout, ranges: list[slice]) -> VisionLayout:
-    """A layout with the queries of these ranges of every row only, in a sample for each sample and range.
+@dataclass
+class QueriesOfRank(VisionLayout):
+    """A layout whose queries are those in some ranges of every row."""
 
-    Each has the keys of its sample up to its last query: a query is still the last token of its stream but those after
-    it.
+    whole: VisionLayout | None = None
+    ranges: list[slice] = field(default_factory=list)
+    # For each chunk of text queries of the whole layout, where the ranges begin and end in it.
+    edges: list[list[tuple[int, int]]] = field(default_factory=list)
+
+    def text_chunks(self, heads_per_group: int) -> Iterator[TextChunk]:
+        """Yield the chunks of the whole layout, cut to the ranges."""
+        for number, chunk in enumerate(self.whole.text_chunks(heads_per_group)):
+            if number == len(self.edges):  # in the first layer: it waits for the device
+                places = (chunk.queries - chunk.row * self.length).tolist()
+                self.edges.append([(bisect_left(places, x.start), bisect_left(places, x.stop)) for x in self.ranges])
+            for begin, end in self.edges[number]:
+                if begin == end:
+                    continue
+                keys, mask = chunk.keys, chunk.mask
+                if mask is None:  # each query sees one key more than the one before it
+                    keys = slice(keys.start, keys.stop - (len(chunk.queries) - end))
+                else:
+                    mask = mask[begin:end]
+                yield TextChunk(chunk.queries[begin:end], chunk.row, keys, mask)
+
+
+def restricted(layout: VisionLayout, ranges: list[slice]) -> VisionLayout:
+    """A layout with the queries of these ranges of every row only.
+
+    A sample of vision queries becomes one for each range, with the keys up to its last query: queries stay the last
+    tokens of their stream.
     """
     if ranges == [slice(0, layout.length)]:
         return layout
@@ -263,28 +318,15 @@ def restricted(layout: VisionLayout, ranges: list[slice]) -> VisionLayout:
     def some(every: Keys, slices: list[slice]) -> Keys:
         return Keys(take(every.rows, slices), take(every.positions, slices), starts(slices))
 
-    return replace(
-        layout,
-        queries=take(layout.queries, queries),
-        cu_seqlens=starts(queries),
-        keys=some(layout.keys, keys),
-        text_runs=[run for part in ranges for run in _runs_inside(layout, part)],
-        text_keys=some(layout.text_keys, texts),
-        text_seen=take(layout.text_seen, queries),
-    )
-
-
-def _runs_inside(layout: VisionLayout, part: slice) -> list[TextRun]:
-    """The runs of text queries, cut to those of a range of every row."""
-    past = layout.total - layout.length
-    runs = []
-    for run in layout.text_runs:
-        stop = run.stop - past  # place of the last query in its row, plus one
-        first = stop - len(run.queries)
-        begin, end = max(first, part.start), min(stop, part.stop)
-        if begin < end:
-            runs.append(TextRun(run.queries[begin - first : end - first], run.row, run.start, end + past))
-    return runs
+    own = {
+        "queries": take(layout.queries, queries),
+        "cu_seqlens": starts(queries),
+        "keys": some(layout.keys, keys),
+        "text_keys": some(layout.text_keys, texts),
+        "text_seen": take(layout.text_seen, queries),
+    }
+    shared = {x.name: getattr(layout, x.name) for x in fields(layout)}
+    return QueriesOfRank(**{**shared, **own}, whole=layout, ranges=ranges)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -319,6 +361,26 @@ class Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         return _scatter(gradient, ctx.shards, keys=False), None
+
+
+class GatherRows(torch.autograd.Function):
+    """The rows [any, dim] of all ranks, one rank after another; counts: how many each has."""
+
+    @staticmethod
+    def forward(ctx, x, counts: list[int], mesh: DeviceMesh):
+        ctx.counts, ctx.mesh = counts, mesh
+        rows = x.new_empty(sum(counts), x.shape[1])
+        sent = x.repeat(mesh.size(), 1)
+        dist.all_to_all_single(rows, sent, counts, [len(x)] * mesh.size(), group=mesh.get_group())
+        return rows
+
+    @staticmethod
+    def backward(ctx, gradient):
+        own, ranks = ctx.counts[ctx.mesh.get_local_rank()], ctx.mesh.size()
+        received = gradient.new_empty(ranks, own, gradient.shape[1])
+        rows = received.flatten(0, 1)
+        dist.all_to_all_single(rows, gradient.contiguous(), [own] * ranks, ctx.counts, group=ctx.mesh.get_group())
+        return received.sum(0), None, None
 
 
 class Sum(torch.autograd.Function):
