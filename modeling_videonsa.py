@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import initialization as init
 from transformers.masking_utils import create_masks_for_generate
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
@@ -25,6 +26,7 @@ from .cache_record import CacheRecord, cached_vision, following_positions, posit
 from .configuration_videonsa import VideoNSAConfig, VideoNSATextConfig
 from .nsa_released import Stream
 from .rope_positions import Media, sample_positions
+from .sequence_parallel import check_mesh, forward_tower, forward_with_head, shard_tokens
 from .transformers_compat import (
     CACHE,
     WholeCheckpoint,
@@ -60,6 +62,7 @@ class VideoNSATextModel(WholeCheckpoint, Qwen2_5_VLTextModel):
             layer.self_attn = VideoNSAAttention(config, i)
         self.layers[-1].register_forward_pre_hook(only_last_queries, with_kwargs=True)
         self.gates_checked = False
+        self.sequence_mesh = None  # see VideoNSAForConditionalGeneration.shard_sequence
         self.post_init()
 
     def _init_weights(self, module):
@@ -81,7 +84,7 @@ class VideoNSATextModel(WholeCheckpoint, Qwen2_5_VLTextModel):
             check_attention(self.config._attn_implementation, self.config.nsa_variant)
         if vision_mask is not None and self.config.nsa_variant == "released":
             vision_mask = self._vision_by_position(kwargs.get("position_ids"))
-        if torch.compiler.is_compiling() and vision_mask is None:
+        if torch.compiler.is_compiling() and vision_mask is None and self.sequence_mesh is None:
             return super().forward(**kwargs)
 
         new = kwargs["inputs_embeds"] if kwargs.get("input_ids") is None else kwargs["input_ids"]
@@ -89,13 +92,19 @@ class VideoNSATextModel(WholeCheckpoint, Qwen2_5_VLTextModel):
         cache = kwargs.get(CACHE)
         past = cached_length(cache)
         position_ids, attention_mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
-        if vision_mask is not None:
-            vision = torch.cat([cached_vision(cache, past, vision_mask), vision_mask], 1)
+        if vision_mask is not None or self.sequence_mesh is not None:
+            is_vision = new.new_zeros(batch, length, dtype=torch.bool) if vision_mask is None else vision_mask
+            vision = torch.cat([cached_vision(cache, past, is_vision), is_vision], 1)
             last = 0 if observe or self._all_are_read(kwargs) else last
             kwargs["vision_layout"] = self._layout(vision, past, attention_mask, position_ids, observe, last)
-            self._warn_of_untrained_gates()
             # "Prepared" masks, so that no [length, length] mask is made.
             kwargs["attention_mask"] = dict.fromkeys(("full_attention", "sliding_attention"))
+        if vision_mask is not None:
+            self._warn_of_untrained_gates()
+        if self.sequence_mesh is not None:
+            if kwargs.get("inputs_embeds") is None:
+                kwargs["inputs_embeds"] = self.embed_tokens(kwargs.pop("input_ids"))
+            shard_tokens(self.sequence_mesh, self.config, kwargs["vision_layout"], past, kwargs)
 
         outputs = super().forward(**kwargs)
 
@@ -279,6 +288,8 @@ class VideoNSAModel(WholeCheckpoint, Qwen2_5_VLModel):
         """
         config = self.config
         config.text_config.validate_variant()
+        if config.nsa_variant != "dense":
+            check_attention(config.text_config._attn_implementation, config.nsa_variant)  # before the vision tower
         input_ids, embeds, types = (kwargs.get(x) for x in ("input_ids", "inputs_embeds", "mm_token_type_ids"))
         length = (embeds if input_ids is None else input_ids).shape[1]
         if length == 1 and torch.compiler.is_compiling():
@@ -425,11 +436,32 @@ class VideoNSAForConditionalGeneration(WholeCheckpoint, Qwen2_5_VLForConditional
             observe = functools.partial(_keep_gates, gates, observe)
         if observe is not None:
             kwargs["observe"] = observe
-        read = kwargs.get("logits_to_keep")
-        if isinstance(read, int) and read > 0 and kwargs.get("labels") is None:
-            kwargs["last"] = read
-        outputs = super().forward(**kwargs)
+        mesh = self.model.language_model.sequence_mesh
+        if mesh is not None:
+            outputs = forward_with_head(super().forward, mesh, kwargs)
+        else:
+            read = kwargs.get("logits_to_keep")
+            if isinstance(read, int) and read > 0 and kwargs.get("labels") is None:
+                kwargs["last"] = read
+            outputs = super().forward(**kwargs)
         return _with_gates(outputs, gates) if output_gates else outputs
+
+    def shard_sequence(self, mesh: DeviceMesh | None) -> None:
+        """Spread the frames and tokens of each call over the ranks of `mesh`, of one dimension; None ends it.
+
+        Every rank makes the same calls with the same inputs, and gets the loss, logits and generated tokens that one
+        process gets: see `sequence_parallel.py`.
+
+        Raises:
+            ValueError: the ranks and the KV heads do not fit, or the variant has no sequence parallelism.
+        """
+        if mesh is not None:
+            check_mesh(mesh, self.config.text_config)
+        tower = self.model.visual.forward
+        if getattr(tower, "func", None) is forward_tower:  # of an earlier mesh
+            tower = tower.args[0]
+        self.model.visual.forward = tower if mesh is None else functools.partial(forward_tower, tower, mesh)
+        self.model.language_model.sequence_mesh = mesh
 
     @named_arguments(Qwen2_5_VLForConditionalGeneration.generate)
     def generate(self, **kwargs):

@@ -16,6 +16,7 @@ from transformers import __version__ as VERSION
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 from transformers.masking_utils import create_masks_for_generate
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     Qwen2_5_VLAttention,
     Qwen2_5_VLDecoderLayer,
@@ -266,6 +267,12 @@ def check_cache_written(cache: Cache | None, length: int) -> None:
 
 def check_attention(implementation: str | None, variant: str) -> None:
     """Raise a ValueError if a sparse variant meets an attention function that it was not written for."""
+    function = ALL_ATTENTION_FUNCTIONS.get(implementation)
+    if getattr(function, "__module__", "").startswith("deepspeed"):  # a wrapper, under the name of what it wraps
+        raise ValueError(
+            f"DeepSpeed's sequence parallelism cannot compute nsa_variant={variant!r}: each process would attend to "
+            "its own tokens only. Use shard_sequence of the model, or --sequence_parallel of finetune.py"
+        )
     known = implementation is None or implementation in ATTENTION_IMPLEMENTATIONS
     if not known and not implementation.startswith(HUB_ATTENTION):
         raise ValueError(

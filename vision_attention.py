@@ -19,6 +19,7 @@ from .nsa_released import released_attention
 from .nsa_torch import nsa_attention as nsa_attention_torch
 from .nsa_triton import available as triton_available
 from .nsa_triton import nsa_attention as nsa_attention_triton
+from .sequence_parallel import SequenceShards, forward_sharded
 from .transformers_compat import CACHE, Substitute, named_arguments
 from .vision_layout import TextChunk, VisionLayout
 
@@ -52,7 +53,11 @@ class VideoNSAAttention(Qwen2_5_VLAttention):
 
     @named_arguments(Qwen2_5_VLAttention.forward)
     def forward(
-        self, hidden_states: torch.Tensor, vision_layout: VisionLayout | None = None, keys_only: bool = False, **kwargs
+        self,
+        hidden_states: torch.Tensor,
+        vision_layout: VisionLayout | SequenceShards | None = None,
+        keys_only: bool = False,
+        **kwargs,
     ):
         """As in Qwen2.5-VL, with the layout of a call that has vision queries.
 
@@ -65,6 +70,9 @@ class VideoNSAAttention(Qwen2_5_VLAttention):
             `output_attentions` asks for them, and only for text queries; the rows of vision queries are 0. With
             `keys_only`, nothing attends: in place of the weights are the keys and values of the cached and new tokens.
         """
+        if isinstance(vision_layout, SequenceShards):
+            return forward_sharded(self, hidden_states, vision_layout, **kwargs)
+
         if keys_only:
             # One head of queries, which the rotary wants, costs nothing.
             parts = {"q_proj": lambda x: x[..., : self.head_dim], "o_proj": nn.Identity()}
@@ -312,7 +320,7 @@ def only_last_queries(layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tupl
     """A hook before the last decoder layer: as `VisionLayout.last` asks, all tokens become keys and values in the
     cache, as they would, but only the last ones go through the layer."""
     layout = kwargs.get("vision_layout")
-    if layout is None or layout.last is None:
+    if not isinstance(layout, VisionLayout) or layout.last is None:
         return None
     (hidden_states,) = args
     inputs = {name: kwargs.get(name) for name in ("position_embeddings", CACHE)}

@@ -75,6 +75,7 @@ USAGE = "usage: finetune.py --model MODEL --train_data DATA [DATA ...] --output_
 # Options in the order of --help. What is not here is of transformers' Trainer and comes last.
 TOPICS = {
     "what to run": ("help", "config", "model", "output_dir", "dry_run", "resume_from_checkpoint"),
+    "several processes": ("sequence_parallel",),
     "data": (
         *("train_data", "eval_data", "media_root", "max_length", "packing"),
         *("fps", "max_pixels", "max_frames", "clip_frames", "max_dropped", "check_threads"),
@@ -163,6 +164,11 @@ class FinetuneArguments(TrainingArguments):
     vision_learning_rate: float | None = HfArg(
         default=None, help="learning rate of the vision tower (default: --learning_rate)"
     )
+    sequence_parallel: int = HfArg(
+        default=1,
+        help="processes that share the tokens of a sample, for long ones: see docs/parallel.md. The others of all "
+        "processes have other samples",
+    )
     dry_run: bool = HfArg(
         default=False,
         help=f"check the data, train {STEPS} steps, the longest samples among them, print the tokens per sample, the "
@@ -200,6 +206,11 @@ class FinetuneArguments(TrainingArguments):
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False  # every process uses all: see Collator
         super().__post_init__()
+        if self.sequence_parallel < 1 or self.world_size % self.sequence_parallel:
+            raise ValueError(
+                f"--sequence_parallel must divide the number of processes, {self.world_size}, "
+                f"got {self.sequence_parallel}"
+            )
         check_trackers(self.report_to)
         if self.n_gpu > 1:  # DataParallel would cut pixels, which have no batch dimension, anywhere
             raise ValueError(
@@ -475,7 +486,8 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: Finetun
         if skipped and not resume:
             skipped.unlink(missing_ok=True)
 
-    per_step = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
+    batches = args.gradient_accumulation_steps * args.world_size // args.sequence_parallel
+    per_step = args.per_device_train_batch_size * batches
     if args.dry_run:
         set_dry_run(args)
     else:

@@ -89,6 +89,9 @@ def test_a_configuration_trains_saves_and_resumes(name, wrapper, options, expect
     for method in METHODS:
         resumed = ["--resume_from_checkpoint", "last"] if method == "full" else []
         runs.append(options(method, tmp_path / method, "--max_steps", 2, "--save_steps", 2, *resumed))
+    if name == "fsdp2":
+        both = ["--sequence_parallel", 2, "--per_device_train_batch_size", 2]
+        runs.append(options("lora", tmp_path / "together", "--max_steps", 2, "--save_steps", 2, *both))
 
     (tmp_path / "program.py").write_text(PROGRAM)
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--main_process_port", "0"]
@@ -105,8 +108,10 @@ def test_a_configuration_trains_saves_and_resumes(name, wrapper, options, expect
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count(f"trained by {wrapper}") >= 2
 
-    for method, parts in METHODS.items():
-        folder = tmp_path / method
+    folders = [(tmp_path / method, method, parts) for method, parts in METHODS.items()]
+    if name == "fsdp2":
+        folders.append((tmp_path / "together", "lora", METHODS["lora"]))
+    for folder, method, parts in folders:
         history = json.loads((folder / "checkpoint-2/trainer_state.json").read_text())["log_history"]
         losses = [log["loss"] for log in history if "loss" in log]
         assert losses == pytest.approx(expected[method], rel=0.01), method

@@ -148,6 +148,9 @@ def test_every_python_snippet_of_the_pages_runs(trained, sample, tmp_path, run_f
     given = "messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors='pt'"
     installed = f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r}); import conftest"
     written = [s.replace("(...", f"({given}").replace('"Enxin/VideoNSA"', '"VideoNSA-7B"') for s in written]
+    # As torchrun does for one process.
+    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    written = [f"import os; os.environ |= {ranks}\n{s}" if "LOCAL_RANK" in s else s for s in written]
     run_fresh(SESSION, json.dumps([installed, *written]))
 
 

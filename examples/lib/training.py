@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from accelerate.utils import gather_object
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 from transformers.utils import CONFIG_NAME
@@ -25,8 +26,9 @@ LONGEST_ANSWER = 128
 class Meter(TrainerCallback):
     """Measures between two logs: tokens, the seconds of training (without evaluation and saving), and mean gates."""
 
-    def __init__(self, layers: int):
+    def __init__(self, layers: int, sharing: int = 1):
         self.layers = layers
+        self.sharing = sharing  # processes that have the same batch
         self.step_seconds = []
         self.reset()
 
@@ -38,7 +40,7 @@ class Meter(TrainerCallback):
     def count(self, inputs) -> None:
         """Note a batch; the layers of the model then call `observe`, first layer first."""
         mask = inputs.get("attention_mask")
-        self.tokens += inputs["input_ids"].numel() if mask is None else mask.sum()
+        self.tokens += (inputs["input_ids"].numel() if mask is None else mask.sum()) / self.sharing
         self.batch = []
 
     def observe(self, attention, q, k, v, gates: torch.Tensor, layout) -> torch.Tensor:
@@ -81,6 +83,8 @@ class Meter(TrainerCallback):
 class VideoTrainer(Trainer):
     """Trainer with learning rates per part, packed samples, logits where there is a loss only, and a `Meter`.
 
+    As many neighbouring processes as `args.sequence_parallel` says share the tokens of a batch.
+
     Attributes:
         questions: that are answered at each evaluation; none by default.
         tracking: a `Tracking` that shows the answers, or None.
@@ -91,14 +95,33 @@ class VideoTrainer(Trainer):
         self.questions: list[Question] = []
         self.tracking = None
         self.rate_names = []
+        check_parallelism(getattr(self.accelerator, "parallelism_config", None))
+        sharing = self.args.sequence_parallel
+        if sharing > 1:
+            shape = (self.args.world_size // sharing, sharing)
+            mesh = init_device_mesh(self.args.device.type, shape, mesh_dim_names=("data", "sequence"))
+            next(m for m in self.model.modules() if hasattr(m, "shard_sequence")).shard_sequence(mesh["sequence"])
         # Qwen2.5-VL says it does not take `num_items_in_batch`, but it does: with it, every token of a step counts the
         # same, however it is split into batches and processes.
         self.model_accepts_loss_kwargs = True
-        self.meter = Meter(self.model.config.text_config.num_hidden_layers)
+        self.meter = Meter(self.model.config.text_config.num_hidden_layers, sharing)
         self.add_callback(self.meter)
         for callback in (ProgressCallback, PrinterCallback):
             if self.pop_callback(callback):
                 self.add_callback(short_logs(callback))
+
+    def _get_dataloader(self, *args, **kwargs):
+        """The Trainer's, which gives processes that share tokens the same batches."""
+        loader = super()._get_dataloader(*args, **kwargs)
+        sharing = self.args.sequence_parallel
+        if sharing > 1:
+            # Of accelerate: it gives process i of n every n-th batch, from the i-th on. The last ones are filled up
+            # with samples from the beginning, where there are several at a time.
+            sampler = loader.batch_sampler
+            sampler.num_processes = self.args.world_size // sharing
+            sampler.process_index = self.args.process_index // sharing
+            sampler.even_batches = sampler.num_processes > 1
+        return loader
 
     def create_optimizer(self, *args, **kwargs):
         """The Trainer's optimizer, its groups split by part."""
@@ -207,6 +230,17 @@ class VideoTrainer(Trainer):
             logs |= {f"learning_rate/{name}": rate for name, rate in rates}
             logs["memory_gib"] = round(peak_memory(self.args.device) / 2**30, 3)
         super().log(logs, *args, **kwargs)
+
+
+def check_parallelism(config) -> None:
+    """Raise a ValueError if accelerate's `ParallelismConfig`, or None, splits tokens."""
+    for name in ("cp_size", "sp_size"):
+        size = getattr(config, name, 1)
+        if size > 1:
+            raise ValueError(
+                f"{name} of accelerate must be 1, got {size}: each process would attend to its own tokens only. "
+                f"Use --sequence_parallel {size}"
+            )
 
 
 @contextlib.contextmanager

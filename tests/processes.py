@@ -1,0 +1,47 @@
+"""Runs a function in several processes that talk over gloo, on the CPU."""
+
+import importlib
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+
+def run(function, ranks: int, *args) -> None:
+    """Call a function of a module in `ranks` processes, with the arguments as text; raises what they print if one of
+    them fails.
+
+    They are forked from a process of their own, which imports the libraries once.
+    """
+    command = [sys.executable, __file__, function.__module__, function.__name__, ranks, len(args), *args, *sys.path]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def _run(rank: int, ranks: int, meeting: str, function, args: list[str]) -> None:
+    # As torchrun does.
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+    os.environ |= {"LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=ranks)
+    function(*args)
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    module, name, ranks, count, *rest = sys.argv[1:]
+    args, sys.path[:] = rest[: int(count)], rest[int(count) :]
+    import conftest  # noqa: F401  finds the package
+    import torch
+    import torch.distributed as dist
+    import torch.multiprocessing
+
+    torch.set_num_threads(1)
+    function = getattr(importlib.import_module(module), name)
+    with tempfile.TemporaryDirectory() as folder:
+        meeting = (Path(folder) / "ranks").as_uri()
+        torch.multiprocessing.start_processes(
+            _run, (int(ranks), meeting, function, args), int(ranks), start_method="fork"
+        )
