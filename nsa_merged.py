@@ -21,7 +21,7 @@ from .nsa_softmax import (
     stream_index,
     visible_keys,
 )
-from .nsa_torch import block_means, choose, compressed
+from .nsa_torch import block_means, choose
 from .nsa_triton import (
     compressed_attention,
     prefix_attention,
@@ -116,10 +116,9 @@ def _attend(q, k, v, text_k, text_v, seen, spread, remainder, *, block_size, blo
         # All blocks are chosen.
         chosen = text.new_ones(1, 1, (n - 1) // block_size + 1).expand(k.shape[1], len(q), -1)
     else:
+        lse = None
         if spread:
             _, lse = softmax_over(q, text_k, text_v, scale, text_part, last)
-        else:
-            _, lse = compressed(q, k, v, block_size, scale)
         sizes = {"block_size": block_size, "block_count": block_count, "window_size": window_size, "scale": scale}
         chosen = choose(q, k, lse, spread=spread, **sizes)
 

@@ -8,8 +8,9 @@ There are two ways to compute a softmax over some of the keys:
 
 - `softmax_over` takes *parts* (some keys, and the queries that see them), and multiplies only these. It has exact
   gradients and lse.
-- PyTorch's fused attention takes all keys up to the query (`causal`), a band of them (`bands`), or any with a mask
-  (`masked`). It multiplies more, but each product takes less time, and it has no lse.
+- PyTorch's fused attention takes all keys up to the query (`causal`), the means of all blocks so far (`staircase`), a
+  band of keys (`bands`), or any with a mask (`masked`). It multiplies more, but each product takes less time. It has no
+  lse.
 """
 
 from collections.abc import Callable
@@ -307,14 +308,22 @@ def causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | Non
     """o of attention over all keys up to the query."""
     if len(q) == len(k):
         return _fused(q, k, v, scale, is_causal=True)
-    index = stream_index(q, len(k) - len(q))
+    return staircase(q, k, v, scale, len(k) - len(q), 1)
+
+
+def staircase(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None, first: int, step: int):
+    """o of attention of the query at stream index i, counted from `first` on, over the first (i + 1) // step keys; 0
+    if there are none."""
+    none = min(max(step - 1 - first, 0), len(q))
+    counts = (stream_index(q, first)[none:, None] + 1) // step
     key = torch.arange(len(k), device=q.device)
-    return masked(q, k, v, lambda rows: (key[: index[rows][-1] + 1] <= index[rows, None])[None], scale)
+    o = masked(q[none:], k, v, lambda rows: (key[: counts[rows][-1]] < counts[rows])[None], scale)
+    return pad(o, (0, 0, 0, 0, none, 0))
 
 
 def masked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: Callable, scale: float | None) -> torch.Tensor:
     """o of attention where visible(rows) gives the mask of a few queries: bool [G or 1, c, keys up to the last]."""
-    outs = []
+    outs = [accumulate(q[:0])]
     for rows in slices(len(q), 4 * RUN):
         mask = visible(rows)
         m = mask.shape[-1]

@@ -34,6 +34,7 @@ from .nsa_softmax import (
     masked,
     nothing_of,
     softmax_over,
+    staircase,
     stream_index,
     visible_keys,
 )
@@ -78,14 +79,14 @@ def nsa_attention(
     def attend(q, k, v, gates):
         compression, selection, window = accumulate(gates).to(k.dtype).unsqueeze(-1).unbind(-2)  # 3 x [C, H, 1]
 
-        o, lse = compressed(q, k, v, block_size, scale)
-        out = compression * o
+        means = block_means(k, block_size), block_means(v, block_size)
+        out = compression * staircase(accumulate(q), *means, scale, len(k) - len(q), block_size)
 
         if len(k) <= block_count * block_size:
             # All blocks are chosen.
             o = causal(q, k, v, scale)
         else:
-            chosen = choose(q, k, lse, block_size=block_size, block_count=block_count, scale=scale)
+            chosen = choose(q, k, block_size=block_size, block_count=block_count, scale=scale)
             o, _ = _selected(q, k, v, chosen, block_size, scale, with_lse=False)
         out = torch.addcmul(out, selection, o)
 
@@ -114,7 +115,8 @@ def compressed_attention(
     check_arguments(q, k, v, cu_seqlens, cu_seqlens_k, block_size=block_size, scale=scale)
 
     def attend(q, k, v):
-        return compressed(q, k, v, block_size, scale)
+        means = block_means(k, block_size), block_means(v, block_size)
+        return see_means(q, *means, len(k) - len(q), block_size, scale)
 
     return by_pieces(attend, nothing_of(q), q, k, v, cu_seqlens, cu_seqlens_k)
 
@@ -235,10 +237,6 @@ def window_attention(
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def compressed(q, k, v, block_size, scale):
-    return see_means(q, block_means(k, block_size), block_means(v, block_size), len(k) - len(q), block_size, scale)
-
-
 def see_means(q, k, v, first, block_size, scale):
     """Attention of queries first ... first + C - 1 over the means of the blocks that are complete by then."""
     complete = (stream_index(q, first)[:, None] + 1) // block_size  # [C, 1]
@@ -255,7 +253,7 @@ def see_means(q, k, v, first, block_size, scale):
 def choose(
     q: torch.Tensor,
     k: torch.Tensor,
-    lse: torch.Tensor,
+    lse: torch.Tensor | None = None,
     own_importance: torch.Tensor | None = None,
     *,
     block_size: int,
@@ -264,7 +262,8 @@ def choose(
     spread: bool = False,
     scale: float | None = None,
 ) -> torch.Tensor:
-    """Which blocks each query of a piece selects, bool [G, C, blocks]: see `select_blocks`; own_importance [C, G]."""
+    """Which blocks each query of a piece selects, bool [G, C, blocks]: see `select_blocks`. Default of lse [C, H]: that
+    of the compression branch. own_importance [C, G]."""
     window_size = block_size + 1 if window_size is None else window_size
     index = stream_index(q, len(k) - len(q))
     block = torch.arange((len(k) - 1) // block_size + 1, device=q.device)
@@ -273,13 +272,17 @@ def choose(
     def choose_chunk(rows):
         i = index[rows, None]
         own = i // block_size  # [c, 1]
-        others = lse[rows].unflatten(1, (k.shape[1], -1)).transpose(0, 1).unsqueeze(-1)  # [G, c, r, 1]
+        if lse is not None:
+            others = lse[rows].unflatten(1, (k.shape[1], -1)).transpose(0, 1).unsqueeze(-1)  # [G, c, r, 1]
         if spread:
             logits = block_lse(accumulate(q[rows]), k, block_size, scale)  # [G, c, r, complete blocks]
             logits = logits.masked_fill((block[: len(means)] >= own)[:, None], -torch.inf)
             others = torch.cat([logits, others.to(logits.dtype)], -1).logsumexp(-1, keepdim=True)
         else:
             logits = _logits(accumulate(q[rows]), means, scale)
+        if lse is None:
+            incomplete = block[: len(means)] >= (i + 1) // block_size
+            others = logits.masked_fill(incomplete[:, None], -torch.inf).logsumexp(-1, keepdim=True)
         importance = (logits - others).exp().sum(2)  # over the query heads of a KV head: [G, c, complete blocks]
         importance = pad(importance, (0, len(block) - len(means))).masked_fill(block >= own, 0)
 
@@ -300,8 +303,7 @@ def choose(
 
 
 def _selected(q, k, v, chosen, block_size, scale, with_lse=True):
-    """Attention over the tokens up to the query in its blocks, chosen bool [G, C, blocks]; lse is None if not asked
-    for."""
+    """Attention over the tokens up to the query in its blocks, chosen bool [G, C, blocks]; lse only if asked for."""
     index = stream_index(q, len(k) - len(q))
     if not with_lse and not is_cheaper_by_parts(chosen, index, block_size, q.dtype):
         return masked(q, k, v, lambda rows: visible_keys(chosen[:, rows], index[rows], block_size), scale), None

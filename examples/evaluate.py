@@ -3,10 +3,11 @@
     python examples/evaluate.py VideoNSA-7B haystack/test.json results.json
     python examples/evaluate.py VideoNSA-7B haystack/test.json dense.json --nsa_variant dense --batch_size 4
 
-DATA is a file as for `finetune.py`. Every user turn of a sample is asked by itself, after the media that come up to it;
-the assistant turn is the right answer: a letter ("B", "(B) a boat") or words, compared without regard to case and
-punctuation at the ends. Accuracy is given by question type (`types` of a record, one for each answer, or `type`) and by
-the length of the prompt in tokens, up to the next power of two.
+DATA is a file, a folder or a data set of the Hub as for `finetune.py`; of the last two, the test split is read. Every
+user turn of a sample is asked by itself, after the media that come up to it; the assistant turn is the right answer: a
+letter ("B", "(B) a boat") or words, compared without regard to case and punctuation at the ends. Accuracy is given by
+question type (`types` of a record, one for each answer, or `type`) and by the length of the prompt in tokens, up to the
+next power of two.
 
 Answers are kept in OUTPUT.partial as they come, so that an interrupted run goes on where it was.
 """
@@ -191,7 +192,7 @@ def read_partial(path: Path, settings: dict) -> list[dict]:
 def main() -> None:
     parser = OptionParser(description=__doc__)
     parser.add_argument("model", help="folder or Hub id of a VideoNSA repository")
-    parser.add_argument("data", help=".json or .jsonl file of conversations; FILE%%10 takes a random tenth of it")
+    parser.add_argument("data", help="conversations, as for finetune.py; DATA%%10 takes a random tenth of them")
     parser.add_argument("output", help="JSON file to write")
     parser.add_argument("--media_root", help="folder that media paths are relative to (default: that of DATA)")
     add_fields(parser, "nsa_variant")

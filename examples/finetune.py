@@ -32,9 +32,8 @@ import shutil
 import signal
 import statistics
 import sys
-import tempfile
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -56,28 +55,29 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from lib.card import write_adapter_card, write_card
 from lib.data import Collator, ConversationDataset, Drop, Sample, load_samples
+from lib.dry_run import STEPS, choose_items, dry_run, set_dry_run
 from lib.fields import MEANINGS, FieldArguments, given_fields
 from lib.folders import check_source, share
 from lib.interruption import Interrupted, Interruption, resume_command
 from lib.loading import check_repository, find_adapter, naming
 from lib.options import HelpFormatter, Underscores
 from lib.resuming import check_options, check_weights, describe_data, find_resume
-from lib.training import PARTS, VideoTrainer, part_of, unsharded_class
+from lib.tracking import Tracking, check_trackers
+from lib.training import PARTS, VideoTrainer, choose_questions, part_of, unsharded_class
 from videonsa.configuration_videonsa import NSA_FIELDS
 
 LORA_TARGETS = {
     "language": r".*language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)",
     "vision": r".*visual\.blocks\.\d+\.(attn\.(qkv|proj)|mlp\.(gate|up|down)_proj)",
 }
-DRY_RUN_STEPS = 4
 
-USAGE = "usage: finetune.py --model MODEL --train_data FILE [FILE ...] --output_dir FOLDER [options]"
+USAGE = "usage: finetune.py --model MODEL --train_data DATA [DATA ...] --output_dir FOLDER [options]"
 # Options in the order of --help. What is not here is of transformers' Trainer and comes last.
 TOPICS = {
     "what to run": ("help", "config", "model", "output_dir", "dry_run", "resume_from_checkpoint"),
     "data": (
         *("train_data", "eval_data", "media_root", "max_length", "packing"),
-        *("fps", "max_pixels", "max_frames", "clip_frames", "check_threads"),
+        *("fps", "max_pixels", "max_frames", "clip_frames", "max_dropped", "check_threads"),
     ),
     "method: which weights are trained, and how": (
         *("method", "train_language", "train_merger", "train_vision"),
@@ -87,7 +87,7 @@ TOPICS = {
     "learning rates": ("learning_rate", "gate_learning_rate", "merger_learning_rate", "vision_learning_rate"),
     "options of the Trainer with another default": (
         *("per_device_train_batch_size", "per_device_eval_batch_size", "logging_steps"),
-        *("dataloader_num_workers", "report_to", "hub_strategy"),
+        *("dataloader_num_workers", "eval_answers", "report_to", "hub_strategy"),
     ),
 }
 TRAINER_TOPIC = "all other options of the Trainer"
@@ -126,8 +126,11 @@ class ModelArguments(FieldArguments):
 class DataArguments:
     """What it is trained on."""
 
-    train_data: list[str] = HfArg(help=".json or .jsonl files of conversations; FILE%%50 takes a random half of one")
-    eval_data: list[str] | None = HfArg(default=None, help="data files for the loss during training")
+    train_data: list[str] = HfArg(
+        help=".json, .jsonl, .parquet or .tar files of conversations, folders of these, or ids of data sets of the "
+        "Hub (ID:NAME for one of its configurations); DATA%%50 takes a random half of one"
+    )
+    eval_data: list[str] | None = HfArg(default=None, help="data for the loss and sample answers during training")
     media_root: list[str] | None = HfArg(
         default=None,
         help="folders that media paths are relative to: one for all files, or one for each file of train_data "
@@ -140,6 +143,11 @@ class DataArguments:
     max_frames: int | None = HfArg(default=None, help="most frames of a video; longer videos are sampled more sparsely")
     clip_frames: list[int] | None = HfArg(
         default=None, help="fewest and most sampled frames of a video; samples with others are dropped"
+    )
+    max_dropped: float = HfArg(
+        default=0.1,
+        help="the largest share of the records that may be dropped because they cannot be used, from 0 to 1; more is "
+        "an error. What --clip_frames drops does not count",
     )
     check_threads: int = HfArg(default=16, help="media files opened at a time by the check at the start")
 
@@ -157,15 +165,20 @@ class FinetuneArguments(TrainingArguments):
     )
     dry_run: bool = HfArg(
         default=False,
-        help=f"check the data, train {DRY_RUN_STEPS} steps, print the tokens per sample, the dropped samples and "
-        "the time of an epoch; save nothing",
+        help=f"check the data, train {STEPS} steps, the longest samples among them, print the tokens per sample, the "
+        "dropped samples, the memory and the time of an epoch; save nothing",
     )
     per_device_train_batch_size: int = HfArg(default=1, help="samples or packs per process and step")
     per_device_eval_batch_size: int = HfArg(default=1, help="samples or packs per process and step in evaluation")
     logging_steps: float = HfArg(default=10, help="steps between logs; a value below 1 is a share of all steps")
     dataloader_num_workers: int = HfArg(default=2, help="processes that decode videos")
-    report_to: None | str | list[str] = HfArg(
-        default="tensorboard", help="trackers, such as tensorboard; none turns them off"
+    eval_answers: int = HfArg(
+        default=8,
+        help="questions of --eval_data that the model answers at each evaluation; exact_match is the share of right "
+        "answers. 0 for none; there are none under FSDP and DeepSpeed",
+    )
+    report_to: list[str] = HfArg(
+        default_factory=lambda: ["tensorboard"], help="trackers, such as tensorboard wandb; none turns them off"
     )
     hub_strategy: str = HfArg(default="end", help="end: push after training")
 
@@ -187,6 +200,7 @@ class FinetuneArguments(TrainingArguments):
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False  # every process uses all: see Collator
         super().__post_init__()
+        check_trackers(self.report_to)
         if self.n_gpu > 1:  # DataParallel would cut pixels, which have no batch dimension, anywhere
             raise ValueError(
                 f"finetune.py sees {self.n_gpu} GPUs: start it with accelerate launch --config_file "
@@ -280,15 +294,19 @@ def load_data(arguments: DataArguments, processor, seed: int) -> dict[str, tuple
         raise ValueError(f"--media_root must name one folder, or one for each data file, got {len(roots)}")
     if arguments.clip_frames is not None and len(arguments.clip_frames) != 2:
         raise ValueError(f"--clip_frames must be two numbers, got {arguments.clip_frames}")
+    if not 0 <= arguments.max_dropped <= 1:
+        raise ValueError(f"--max_dropped must be from 0 to 1, got {arguments.max_dropped}")
     loaded = {}
     for split, specs in files.items():
         own = roots if len(roots) < 2 else roots[: len(specs)] if split == "train" else roots[-len(specs) :]
         loaded[split] = load_samples(
             specs,
             processor,
+            split=split,
             roots=own if specs else (),
             max_length=arguments.max_length,
             frames=None if arguments.clip_frames is None else tuple(arguments.clip_frames),
+            max_dropped=arguments.max_dropped,
             seed=seed,
             threads=arguments.check_threads,
         )
@@ -386,20 +404,6 @@ def publish(trainer: VideoTrainer, arguments: ModelArguments, saved: torch.dtype
     trainer.accelerator.wait_for_everyone()
 
 
-def report_time(trainer: VideoTrainer, steps_per_epoch: int) -> None:
-    """Print what a dry run measured."""
-    steps = trainer.meter.step_seconds[1:]  # the first one warms up
-    seconds = statistics.median(steps) * steps_per_epoch
-    losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
-    print(f"loss of the first steps: {', '.join(f'{loss:.4f}' for loss in losses)}")
-    if torch.cuda.is_available():
-        print(f"GPU memory: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB at most")
-    print(
-        f"time per epoch: {steps_per_epoch:,} steps × {statistics.median(steps):.2f} s = "
-        f"{seconds / 3600:.2f} h ({len(steps)} steps measured, decoding included)"
-    )
-
-
 class FinetuneParser(Underscores, HfArgumentParser):
     """A parser whose help lists the options of `TOPICS` first."""
 
@@ -482,7 +486,7 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: Finetun
     trainer = VideoTrainer(
         model=model,
         args=args,
-        train_dataset=train,
+        train_dataset=choose_items(train, per_step, args.seed) if args.dry_run else train,
         eval_dataset=evaluated,
         processing_class=processor,
         data_collator=Collator(processor, packed=data_args.packing, always_vision=args.world_size > 1),
@@ -491,10 +495,11 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: Finetun
     if resume and not trainer.is_deepspeed_enabled and not trainer.is_fsdp_enabled:
         on_main_process(args, check_weights, model, Path(resume))
     if args.dry_run:
-        trainer.train()
-        if args.process_index == 0:
-            report_time(trainer, math.ceil(len(train) / per_step))
+        dry_run(trainer, train.lengths(), per_step, math.ceil(len(train) / per_step))
         return trainer
+    trainer.tracking = Tracking(trainer, {"model": asdict(model_args), "data": asdict(data_args)}, resume)
+    if not trainer.is_deepspeed_enabled and not trainer.is_fsdp_enabled:
+        trainer.questions = choose_questions(held_out, args.eval_answers)
     result = train_to_the_end(trainer, resume)
 
     note = (
@@ -573,16 +578,6 @@ def make_datasets(
         return train, None
     multiple = args.world_size * args.per_device_eval_batch_size
     return train, ConversationDataset(held_out, processor, multiple=multiple, **options)
-
-
-def set_dry_run(args: FinetuneArguments) -> None:
-    """Have the Trainer make a few steps and write nothing."""
-    args.max_steps = DRY_RUN_STEPS
-    args.logging_steps = 1
-    args.report_to = []
-    args.push_to_hub = False
-    args.save_strategy = args.eval_strategy = "no"
-    args.output_dir = tempfile.gettempdir()  # Trainer makes the folder
 
 
 def report_training(model, samples: list[Sample], train: ConversationDataset, data_args: DataArguments) -> None:

@@ -240,6 +240,16 @@ for fitting in range(30):
     assert done.returncode == 0, done.stderr
 
 
+def test_cpu_compares_a_variant_with_dense_attention(tmp_path):
+    options = {"nsa_variant": "released", "lengths": 128, "heads": 4, "rounds": 1, "output": tmp_path}
+    done = run("cpu.py", *(x for name, value in options.items() for x in (f"--{name}", value)))
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads((tmp_path / "cpu.json").read_text())
+    assert (row["nsa_variant"], row["tokens"], row["pass"]) == ("released", 128, "forward")
+    assert row["ratio"] > 0 and row["nsa_peak_mb"] >= 0
+    assert "released" in done.stdout
+
+
 def test_video_readers_return_the_same_frames(video):
     rows, printed = video
     assert set(rows) == {"ffmpeg", "pyav", "decord", "videonsa-frames", "videonsa"}

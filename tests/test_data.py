@@ -110,6 +110,52 @@ def test_all_formats_mean_the_same(processor, media):
     assert not drops and [parts(sample) for sample in samples] == [expected] * 2
 
 
+def test_roles_in_capitals_windows_paths_and_urls_of_parts_are_understood(processor, media):
+    turns = [{"from": "Human", "value": "<video>\nWhat?"}, {"from": "GPT", "value": "This."}]
+    (sample,), drops = load(media, processor, {"conversations": turns, "video": "sub\\b.mp4"})
+    b = str(media / "sub/b.mp4")
+    assert not drops and parts(sample) == [
+        ("user", "video", b),
+        ("user", "text", "What?"),
+        ("assistant", "text", "This."),
+    ]
+
+    text = {"type": "text", "text": "What?"}
+    urls = [
+        {"type": "video_url", "video_url": {"url": f"file://{b}", "fps": 2}},
+        {"type": "video_url", "video_url": "sub/b.mp4"},
+        {"type": "image_url", "image_url": {"url": "c.png", "detail": "low"}},
+    ]
+    answer = {"role": "Assistant", "content": "This."}
+    records = [{"messages": [{"role": "USER", "content": [url, text]}, answer]} for url in urls]
+    samples, drops = load(media, processor, *records)
+    assert not drops and [parts(sample)[0][2] for sample in samples] == [b, b, str(media / "c.png")]
+    assert samples[0].messages[0]["content"][0] == {"type": "video", "video": b, "fps": 2}
+    assert samples[0].tokens < samples[1].tokens
+    dataset = ConversationDataset(samples, processor, max_length=9999)
+    assert [len(dataset[i][0]["input_ids"]) for i in range(3)] == [sample.tokens for sample in samples]
+
+
+def test_more_drops_than_allowed_are_an_error_as_soon_as_it_is_sure(processor, media):
+    records = [ask(f"{i}?") for i in range(8)] + [ask(video="gone.mp4"), ask(video="empty.mp4")]
+    samples, drops = load(media, processor, *records, max_dropped=0.2)
+    assert (len(samples), len(drops)) == (8, 2)
+    message = (
+        "--train_data: 2 of the first 10 records cannot be used, more than --max_dropped 0.1 allows of 10: "
+        r"1 × missing file \(such as data.json\[8\]: missing file: gone.mp4 .*\); "
+        r"1 × broken video \(such as .*empty.mp4 is empty\)"
+        ". To go on without them, raise --max_dropped, up to 1$"
+    )
+    with pytest.raises(ValueError, match=message):
+        load(media, processor, *records, max_dropped=0.1, split="train")
+    with pytest.raises(ValueError, match="2 of the first 2 records .* allows of 10: 1 × "):
+        load(media, processor, *records[::-1], max_dropped=0.1)
+    # What the user excludes does not count.
+    videos = [ask(video="a.mp4")] * 9
+    samples, drops = load(media, processor, *videos, *records[:1], frames=(9, 20), max_dropped=0)
+    assert (len(samples), len(drops)) == (1, 9) and drops[0].reason.startswith("outside --clip_frames: 8 frames, of 9")
+
+
 def test_llava_video_178k_is_read_as_published(processor, media):
     record = ask("<image>\nWhat?", id="x", data_source="sub", video="b.mp4")
     samples, drops = load(media, processor, record)
@@ -153,7 +199,7 @@ BAD = {
     r"holds <\|video_pad\|>": ask("What?", "a <|video_pad|>"),
     "too long: .* tokens, of at most 300": ask("x" * 400),
     "cannot be checked: DecompressionBombError": ask("<image>?", image="bomb.png"),
-    "cannot be checked: TypeError: unhashable": {"conversations": [{"from": ["human"], "value": "x"}]},
+    r"a turn needs `from`, .* got .'from': \['human'\]": {"conversations": [{"from": ["human"], "value": "x"}]},
     "broken video: start must be a number of seconds": ask(video={"video": "a.mp4", "start": "0:10"}),
     "cannot be checked: OSError: .*too long": ask("<image>?", image="x" * 5000),
     "cannot be checked: .*Text": ask("What\ud800?"),

@@ -3,6 +3,7 @@
 import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ from videos import REAL_ANNOTATIONS, needs_real_clip
 
 import finetune
 from finetune import DataArguments, FinetuneArguments, ModelArguments, parse_arguments
+from lib.dry_run import duration
 from lib.observe import BRANCHES
 from lib.training import part_of
 from videonsa.modeling_videonsa import VideoNSAForConditionalGeneration
@@ -103,18 +105,6 @@ def test_full_training_through_the_script_saves_a_repository_that_generates(
     assert f"{12 + real} samples, 4 steps of 1" in card and "base_model" not in card
     printed = run_fresh(GENERATE, output, clip)
     assert printed.rstrip().endswith("] 1.0")  # the processor has the sampling of the training
-
-
-def test_tensorboard_gets_loss_speed_and_gates(train):
-    _, folder, _ = train("--max_steps", 2, "--logging_steps", 1, "--dataloader_num_workers", 0, "--save_strategy", "no")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    (run,) = (folder / "runs").iterdir()
-    events = EventAccumulator(str(run))
-    events.Reload()
-    tags = events.Tags()["scalars"]
-    assert {"train/loss", "train/tokens_per_second", "train/gate_window", "train/gate_window/layer_00"} <= set(tags)
-    assert len(events.Scalars("train/gate_compression/layer_01")) == 2
 
 
 def test_lora_saves_an_adapter_with_gates_and_a_merged_model(train, tiny_repository, clip, run_fresh):
@@ -308,7 +298,11 @@ def test_drops_are_listed_and_training_goes_on(train, needles, tmp_path, clip):
 
     data = tmp_path / "data.json"
     data.write_text(json.dumps([record(str(broken)), record("gone.mp4"), record(str(clip)), *[record("x.mp4")] * 12]))
-    trainer, folder, printed = train("--num_train_epochs", 2, *QUICK, data=data)
+    for options in ([], ["--dry_run"]):
+        with pytest.raises(ValueError, match="2 of the first 4 records .* --max_dropped 0.1 allows of 15"):
+            train(*options, *QUICK, data=data)
+    allow = ["--max_dropped", 0.9]
+    trainer, folder, printed = train("--num_train_epochs", 2, *allow, *QUICK, data=data)
     assert "train: 2 samples, 13 dropped" in printed
     assert "dropped data.json[1]: missing file: gone.mp4" in printed and "in all: 13 × missing file" in printed
     dropped = [json.loads(line) for line in (folder / "dropped.jsonl").read_text().splitlines()]
@@ -321,15 +315,42 @@ def test_drops_are_listed_and_training_goes_on(train, needles, tmp_path, clip):
     assert "skipped" not in printed and not (folder / "skipped.jsonl").exists()
     data.write_text(json.dumps([record("gone.mp4")]))
     with pytest.raises(ValueError, match="--train_data: no sample can be used"):
-        train(*QUICK, data=data, output="none")
+        train("--max_dropped", 1, *QUICK, data=data, output="none")
 
 
-def test_a_dry_run_tells_tokens_drops_and_time_and_saves_nothing(train, needles, tmp_path):
-    options = ["--dry_run", "--packing", "--max_length", 600, "--num_train_epochs", 50, "--dataloader_num_workers", 0]
-    _, folder, printed = train(*options)
+@pytest.mark.parametrize("packing", [[], ["--packing", "--max_length", 600]], ids=["samples", "packs"])
+def test_a_dry_run_tells_tokens_drops_memory_and_time_and_saves_nothing(train, packing, monkeypatch):
+    options = ["--dry_run", *packing, "--num_train_epochs", 50, "--dataloader_num_workers", 0]
+    if packing:
+        options += ["--gradient_accumulation_steps", 2]
+    trainer, folder, printed = train(*options)
     assert "tokens per sample: " in printed and "% of them vision" in printed
-    assert "packing: 12 samples in " in printed and "time per epoch: " in printed
-    assert not folder.exists()
+    assert ("packing: 12 samples in " in printed) == bool(packing)
+    (memory,) = re.findall(r"memory of the process: ([\d.]+) GiB at most, .*up to ([\d,]+) tokens", printed)
+    assert 0.1 < float(memory[0]) < 30
+    assert re.search(r"time per epoch: [\d,]+ steps × [\d.]+ (ms|s) = [1-9][\d.]* (ms|s|min) \(3 steps", printed)
+    assert not folder.exists() and trainer.state.global_step == 5
+
+    # The first and the last step take the longest.
+    trained, whole = trainer.train_dataset, trainer.train_dataset.dataset.lengths()
+    lengths = [whole[i] for i in trained.indices]
+    step = 2 if packing else 1
+    longest = sorted(whole)[-step:][::-1]
+    assert len(lengths) == 5 * step and lengths[:step] == lengths[-step:] == longest
+    assert int(memory[1].replace(",", "")) == longest[0]
+
+    def fail(*args, **kwargs):
+        raise torch.OutOfMemoryError("tried to allocate 9 GiB\nmore")
+
+    monkeypatch.setattr(finetune.VideoTrainer, "training_step", fail)
+    message = rf"out of memory on samples or packs of up to {longest[0]:,} tokens.* lower --max_length.*9 GiB\)$"
+    with pytest.raises(ValueError, match=message):
+        train(*options)
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0.0042, "4.2 ms"), (6.24, "6.2 s"), (90, "1.5 min"), (5400, "1.5 h")])
+def test_a_time_has_a_unit_that_suits_it(seconds, text):
+    assert duration(seconds) == text
 
 
 def test_push_to_hub_makes_the_repository_first_and_uploads_the_folder_last(train, monkeypatch):
@@ -364,6 +385,7 @@ def test_push_to_hub_makes_the_repository_first_and_uploads_the_folder_last(trai
         (["--method", "lora", "--no_train_language"], "--method lora needs --train_language or --train_vision"),
         (["--clip_frames", "5"], "--clip_frames must be two numbers"),
         (["--media_root", "a", "b"], "--media_root must name one folder, or one for each data file, got 2"),
+        (["--max_dropped", "10"], "--max_dropped must be from 0 to 1, got 10.0"),
         (["--config", "gone.yaml"], "--config must be a file, got gone.yaml"),
         (["--block_size", "24"], "block_size must be a power of two"),
         (["--nsa_variant", "merged"], "block_count must be at least 4"),

@@ -135,6 +135,13 @@ def test_nothing_is_chosen_where_there_is_no_choice(monkeypatch):
     assert len(calls) == 1
 
 
+def test_compression_that_needs_no_lse_takes_one_fused_attention(monkeypatch):
+    calls = count_calls(monkeypatch, "see_means")
+    tensors, lengths, _ = make((300, 30), (300, 10), 4, 2)
+    whole(tensors, lengths)
+    assert not calls
+
+
 def test_only_chosen_blocks_are_multiplied(monkeypatch):
     """Logits of the selection of 1,024 queries: 4 blocks of 16 keys for each, not all before it."""
     made = []

@@ -96,7 +96,7 @@ def test_the_demo_shows_progress_on_a_terminal(terminal, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["demo.py", "--model", "tiny", "--seed", "1", "--question", question])
     demo.main()
     shown, printed = on_terminal(), capsys.readouterr().out
-    assert "reading   layer 4 of 4, 283 tokens, " in shown
+    assert "reading   layer 3 of 4, 283 tokens, " in shown
     assert "reading   vision tower, block 1 of 2, 0 s so far\r" in shown and shown.endswith("\r\x1b[K")
     assert "\nanswer    yellow\n" in printed and "reading" not in printed
 

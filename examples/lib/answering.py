@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from .data import MODEL_INPUTS, Drop, Sample, media_parts
+from .sources import open_media
 
 LETTER = re.compile(r"(?:answer:?\s*|option\s+)?\(?([a-z])(?:[).:,]|\s*$)", re.IGNORECASE)
 
@@ -61,7 +62,7 @@ class Prompts(Dataset):
                 media = media_parts(question.messages)
                 if known[0] != media:
                     inputs = self.processor.apply_chat_template(
-                        question.messages,
+                        open_media(question.messages),
                         add_generation_prompt=True,
                         tokenize=True,
                         return_dict=True,

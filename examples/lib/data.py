@@ -1,15 +1,15 @@
 """Conversations about videos and images, as training samples: formats, checks, tokens, labels, packing, batches.
 
-`load_samples` reads annotation files and checks every record without decoding; what cannot be used becomes a `Drop`
-with its reason. `ConversationDataset` decodes and tokenises one sample at a time, in the workers of a DataLoader, and
-`Collator` makes batches. `finetune.py` trains on them; `evaluate.py` uses the reading and checking only.
+`load_samples` reads records, from where `sources.py` says, and checks each without decoding; what cannot be used
+becomes a `Drop` with its reason. `ConversationDataset` decodes and tokenises one sample at a time, in the workers of a
+DataLoader, and `Collator` makes batches. `finetune.py` trains on them; `evaluate.py` reads and checks only.
 """
 
 import bisect
+import functools
 import json
 import logging
 import math
-import os
 import random
 import re
 from collections import Counter
@@ -21,14 +21,24 @@ from urllib.parse import unquote
 
 import av
 import torch
-from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers.video_utils import VideoMetadata
 
 from videonsa.video_inputs import CLIP_KEYS
 
 from .interruption import ignore_signals
+from .sources import (
+    BadSample,
+    Entry,
+    Media,
+    as_image,
+    find_files,
+    image_size,
+    open_media,
+    parse_spec,
+    read_entries,
+    video_header,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -47,8 +57,8 @@ RESERVED = re.compile(r"<\|(?:im_start|im_end|vision_start|vision_end|vision_pad
 MOST_FAILURES = 50  # samples in a row that cannot be read, before training stops: then it is not the samples
 
 
-class BadSample(ValueError):
-    """Why a record cannot be used."""
+class Unwanted(BadSample):
+    """A record that could be used, and is left out because the user asked for others."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +67,7 @@ class Drop:
 
     id: str
     reason: str
+    unwanted: bool = False  # see Unwanted
 
 
 @dataclass(frozen=True)
@@ -64,7 +75,7 @@ class Sample:
     """A record that can be used, in the form of `processor.apply_chat_template`."""
 
     id: str  # file name and index, and the record's own id if it has one
-    messages: list  # of {"role", "content": [{"type": "text" | "image" | "video", ...}]}, media as absolute paths
+    messages: list  # of {"role", "content": [{"type": "text" | "image" | "video", ...}]}, media as paths or `Media`
     record: dict
     tokens: int  # as estimated from the headers of the media
     vision_tokens: int
@@ -74,63 +85,109 @@ def load_samples(
     specs: Sequence[str],
     processor,
     *,
+    split: str = "test",
     roots: Sequence[str] = (),
     max_length: int | None = None,
     frames: tuple[int, int] | None = None,
+    max_dropped: float = 1.0,
     seed: int = 0,
     threads: int = 16,
     require_answer: bool = True,
 ) -> tuple[list[Sample], list[Drop]]:
-    """Read annotation files and check their records: format, tags, media files, token counts.
+    """Read records and check them: format, tags, media files, token counts.
 
     Media are opened, not decoded; tokens are counted from their headers.
 
     Args:
-        specs: paths of .json or .jsonl files; `path%50` takes half of the records, drawn by `seed`.
+        specs: files, folders or data sets of the Hub: see `find_files`; `name%50` takes half of the records of each
+            file, drawn by `seed`.
         processor: of the model.
-        roots: folders that media paths are relative to, one for each file or one for all; default: each file's own.
+        split: "train", "eval" or "test": which part of a folder or data set is read.
+        roots: folders that media paths are relative to, one for each spec or one for all; default: that of each file.
         max_length: most tokens of a sample.
         frames: fewest and most sampled frames of each video.
+        max_dropped: the largest share of the records that may be dropped, but for those that `frames` excludes.
         threads: that open media at the same time.
         require_answer: drop conversations without an assistant turn.
 
     Raises:
-        FileNotFoundError, ValueError: a file is missing or is not a list of records.
+        FileNotFoundError, ValueError: a file is missing or is not a list of records; more than `max_dropped` are
+            dropped, which is raised as soon as it is sure.
     """
+    jobs = list_jobs(specs, split, roots, seed)
+
+    check = functools.partial(
+        check_job, processor=processor, max_length=max_length, frames=frames, require_answer=require_answer
+    )
+    samples, drops, dropped = [], [], 0
+    pool = ThreadPoolExecutor(threads)
+    try:
+        for checked in tqdm(pool.map(check, jobs), total=len(jobs), desc="check", unit="sample", disable=None):
+            (samples if isinstance(checked, Sample) else drops).append(checked)
+            dropped += isinstance(checked, Drop) and not checked.unwanted
+            if dropped > max_dropped * len(jobs):
+                raise ValueError(too_many_drops(split, drops, len(samples) + len(drops), len(jobs), max_dropped))
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return samples, drops
+
+
+def list_jobs(specs: Sequence[str], split: str, roots: Sequence[str], seed: int) -> list[tuple[str, Entry, Path]]:
+    """What is to be checked: names of entries, entries, and the folders that their paths are relative to."""
     if len(roots) not in (0, 1, len(specs)):
         raise ValueError(f"{len(roots)} media roots for {len(specs)} data files; give one for all or one for each")
     jobs = []
     for i, spec in enumerate(specs):
-        path, percent = parse_spec(spec)
-        records = read_records(path)
-        if percent < 100:
-            chosen = random.Random(f"{seed} {path.name}").sample(
-                range(len(records)), round(len(records) * percent / 100)
-            )
-            records = [records[k] for k in sorted(chosen)]
-        root = Path(roots[i % len(roots)]) if roots else path.parent
-        jobs += [(path, *record, root) for record in records]
+        name, percent = parse_spec(spec)
+        for file in find_files(name, split):
+            entries = list(enumerate(read_entries(file)))
+            if percent < 100:
+                count = round(len(entries) * percent / 100)
+                chosen = random.Random(f"{seed} {file.name}").sample(range(len(entries)), count)
+                entries = [entries[k] for k in sorted(chosen)]
+            root = Path(roots[i % len(roots)]) if roots else file.path.parent
+            jobs += [(f"{file.name}[{number}]", entry, root) for number, entry in entries]
+    return jobs
 
-    def check(job) -> Sample | Drop:
-        path, number, record, root = job
-        name = f"{path.name}[{number}]"
-        try:
-            if isinstance(record, BadSample):
-                raise record
-            if isinstance(record, dict) and "id" in record:
-                name = printable(f"{name} {record['id']}")
-            sample = check_record(name, record, root.resolve(), processor, frames, require_answer)
-            if max_length and sample.tokens > max_length:
-                raise BadSample(f"too long: {sample.tokens:,} tokens, of at most {max_length:,}")
-            return sample
-        except BadSample as error:
-            return Drop(name, printable(str(error)))
-        except Exception as error:  # noqa: BLE001  no record may end the check of the others
-            return Drop(name, printable(f"cannot be checked: {type(error).__name__}: {error}"))
 
-    with ThreadPoolExecutor(threads) as pool:
-        checked = list(tqdm(pool.map(check, jobs), total=len(jobs), desc="check", unit="sample", disable=None))
-    return [x for x in checked if isinstance(x, Sample)], [x for x in checked if isinstance(x, Drop)]
+def check_job(job, processor, max_length: int | None, frames, require_answer: bool) -> Sample | Drop:
+    """The sample of an item of `list_jobs`, or why there is none."""
+    name, entry, root = job
+    try:
+        if isinstance(entry.record, BadSample):
+            raise entry.record
+        if isinstance(entry.record, dict) and "id" in entry.record:
+            name = printable(f"{name} {entry.record['id']}")
+        sample = check_record(name, entry, root.resolve(), processor, frames, require_answer)
+        if max_length and sample.tokens > max_length:
+            raise BadSample(f"too long: {sample.tokens:,} tokens, of at most {max_length:,}")
+        return sample
+    except BadSample as error:
+        return Drop(name, printable(str(error)), isinstance(error, Unwanted))
+    except Exception as error:  # noqa: BLE001  no record may end the check of the others
+        return Drop(name, printable(f"cannot be checked: {type(error).__name__}: {error}"))
+
+
+def too_many_drops(split: str, drops: list[Drop], checked: int, total: int, max_dropped: float) -> str:
+    """What to say when more records are dropped than `max_dropped` allows; the rest is not checked any more."""
+    drops = [drop for drop in drops if not drop.unwanted]
+    examples = {}
+    for drop in drops:
+        examples.setdefault(kind_of(drop), drop)
+    counts = Counter(map(kind_of, drops)).most_common(5)
+    reasons = "; ".join(f"{count:,} × {kind} (such as {describe(examples[kind])})" for kind, count in counts)
+    return (
+        f"--{split}_data: {len(drops):,} of the first {checked:,} records cannot be used, more than --max_dropped "
+        f"{max_dropped:g} allows of {total:,}: {reasons}. To go on without them, raise --max_dropped, up to 1"
+    )
+
+
+def kind_of(drop: Drop) -> str:
+    return drop.reason.split(":")[0]
+
+
+def describe(drop: Drop) -> str:
+    return " ".join(f"{drop.id}: {drop.reason}".split())[:200]
 
 
 def printable(text: str) -> str:
@@ -138,45 +195,9 @@ def printable(text: str) -> str:
     return text.encode(errors="backslashreplace").decode()
 
 
-def parse_spec(spec: str) -> tuple[Path, float]:
-    """Path and percentage of "path" or "path%50"."""
-    match = re.fullmatch(r"(.+?)(?:%(\d+(?:\.\d*)?))?", spec)
-    percent = float(match[2]) if match and match[2] else 100.0
-    if not match or not 0 < percent <= 100:
-        raise ValueError(f"a data file is named PATH or PATH%N with 0 < N <= 100, got {spec!r}")
-    return Path(match[1]), percent
-
-
-def read_records(path: Path) -> list[tuple[int, dict | BadSample]]:
-    """Numbered records of a .json or .jsonl file. A list in place of a record is taken for several records."""
-    if not path.is_file():
-        raise FileNotFoundError(f"data file {path} does not exist")
-    content = path.read_bytes()  # bytes: json skips a byte order mark, and a text may hold U+2028, which ends no line
-    records = []
-    if path.suffix == ".jsonl":
-        for line in content.split(b"\n"):
-            if line.strip():
-                try:
-                    records.append(json.loads(line))
-                except ValueError as error:  # not JSON, or not UTF-8
-                    records.append(BadSample(f"not JSON: {error}"))
-    else:
-        try:
-            records = json.loads(content)
-        except ValueError as error:
-            hint = "one record per line needs the suffix .jsonl"
-            raise ValueError(f"data file {path} is not JSON: {error}; {hint}") from None
-        if not isinstance(records, list):
-            raise ValueError(f"data file {path} must hold a list of records, got {type(records).__name__}")
-    flat = []
-    for record in records:
-        flat += record if isinstance(record, list) else [record]
-    return list(enumerate(flat))
-
-
-def check_record(name, record, root: Path, processor, frames=None, require_answer=True) -> Sample:
+def check_record(name, entry: Entry, root: Path, processor, frames=None, require_answer=True) -> Sample:
     """The sample of a record, or BadSample."""
-    messages = to_messages(record, root)
+    messages = to_messages(entry.record, root, entry.beside)
     texts = [part["text"] for message in messages for part in message["content"] if part["type"] == "text"]
     for text in texts:
         if found := RESERVED.search(text):
@@ -190,50 +211,39 @@ def check_record(name, record, root: Path, processor, frames=None, require_answe
     if found != answers:
         raise BadSample(f"the chat template writes {found} of {answers} assistant turns")
     vision = [count_tokens(part, processor, frames) for part in media_parts(messages)]
-    return Sample(name, messages, record, len(ids) - len(vision) + sum(vision), sum(vision))
+    return Sample(name, messages, entry.record, len(ids) - len(vision) + sum(vision), sum(vision))
 
 
-def to_messages(record, root: Path) -> list[dict]:
+def to_messages(record, root: Path, beside: dict[str, list[Media]] | None = None) -> list[dict]:
     """A record in any of the known formats as chat messages with absolute media paths.
+
+    What stands `beside` the record in its file is found by its name; if the record names no media, all of it is meant.
 
     - Qwen-VL: `conversations` of {"from", "value"}, the media in `image` and `video`, one or a list, and one tag
       `<image>` or `<video>` in the texts for each.
     - LLaVA-Video-178K: the same, but `<image>` stands for the video, and the folder may be named by `data_source`.
     - chat: `messages` of {"role", "content"}, where content is a text, with tags as above, or a list of parts. Of the
       further keys of a video, those of `CLIP_KEYS`, such as `fps`, hold for it; others, and those of an image, do not.
+      A part may be of OpenAI's form, {"type": "video_url", "video_url": {"url"}}.
+
+    Roles may be in any capitals.
     """
-    if not isinstance(record, dict):
-        raise BadSample(f"a record must be an object, got {type(record).__name__}")
-    if ("conversations" in record) == ("messages" in record):
-        raise BadSample("a record needs `conversations` or `messages`")
-    key, role_key, text_key = (
-        ("conversations", "from", "value") if "conversations" in record else ("messages", "role", "content")
-    )
-    turns = record[key]
-    if not isinstance(turns, list) or not turns:
-        raise BadSample(f"`{key}` must be a list of turns, got {turns!r:.60}")
-
+    beside = beside or {}
+    contents = read_turns(record)
     listed = {kind: listed_media(record, kind) for kind in MEDIA}
-    contents = []
-    for turn in turns:
-        if not isinstance(turn, dict) or turn.get(role_key) not in ROLES:
-            raise BadSample(f"a turn needs `{role_key}`, one of {', '.join(ROLES)}; got {turn!r:.60}")
-        role, content = ROLES[turn[role_key]], turn.get(text_key)
-        if isinstance(content, str) and role == "assistant":
-            content = [{"type": "text", "text": content.strip()}]
-        elif isinstance(content, str):
-            content = split_tags(content)
-        contents.append((role, check_parts(content, text_key)))
-
-    tags = Counter(part["type"] for _, parts in contents for part in parts if part["type"] in MEDIA and len(part) == 1)
+    media = [part for _, parts in contents for part in parts if part["type"] in MEDIA]
+    tags = Counter(part["type"] for part in media if len(part) == 1)
+    if not any(listed.values()) and tags.total() == len(media):
+        listed["video"] = beside.get("video", [])
+        listed["image"] = beside.get("image", []) if tags["image"] else []
     if listed["video"] and not listed["image"] and tags["image"] and not tags["video"]:
         tags = Counter(video=tags["image"])  # LLaVA-Video writes <image> for a video
-        for _, parts in contents:
-            for part in parts:
-                part.update(type="video") if part["type"] == "image" and len(part) == 1 else None
+        for part in media:
+            part.update(type="video") if part["type"] == "image" and len(part) == 1 else None
     for kind in MEDIA:
         if tags[kind] != len(listed[kind]):
             raise BadSample(f"{tags[kind]} <{kind}> tags for {len(listed[kind])} {kind}s")
+
     queues = {kind: iter(listed[kind]) for kind in MEDIA}
     source = record.get("data_source")
     messages = []
@@ -246,7 +256,7 @@ def to_messages(record, root: Path) -> list[dict]:
                 item = part.pop(where) if where else next(queues[kind])
                 if isinstance(item, dict):  # a path with settings of its own
                     part, item = {**part, **item, "type": kind}, item.get(kind)
-                part[kind] = resolve(item, root, source)
+                part[kind] = resolve(item, root, source, beside.get(kind, ()))
             elif not part["text"]:
                 continue
             content.append(part)
@@ -256,6 +266,33 @@ def to_messages(record, root: Path) -> list[dict]:
     if any(message["role"] == "assistant" and not message["content"] for message in messages):
         raise BadSample("an assistant turn is empty")
     return messages
+
+
+def read_turns(record) -> list[tuple[str, list[dict]]]:
+    """Role and parts of each turn of a record; a tag is a part without a path."""
+    if not isinstance(record, dict):
+        raise BadSample(f"a record must be an object, got {type(record).__name__}")
+    if ("conversations" in record) == ("messages" in record):
+        raise BadSample("a record needs `conversations` or `messages`")
+    key, role_key, text_key = (
+        ("conversations", "from", "value") if "conversations" in record else ("messages", "role", "content")
+    )
+    turns = record[key]
+    if not isinstance(turns, list) or not turns:
+        raise BadSample(f"`{key}` must be a list of turns, got {turns!r:.60}")
+
+    contents = []
+    for turn in turns:
+        role = ROLES.get(str(turn.get(role_key)).lower()) if isinstance(turn, dict) else None
+        if role is None:
+            raise BadSample(f"a turn needs `{role_key}`, one of {', '.join(ROLES)}; got {turn!r:.60}")
+        content = turn.get(text_key)
+        if isinstance(content, str) and role == "assistant":
+            content = [{"type": "text", "text": content.strip()}]
+        elif isinstance(content, str):
+            content = split_tags(content)
+        contents.append((role, check_parts(content, text_key)))
+    return contents
 
 
 def listed_media(record: dict, kind: str) -> list:
@@ -281,6 +318,7 @@ def check_parts(content, name: str) -> list[dict]:
         raise BadSample(f"`{name}` of a turn must be a text or a list of parts, got {content!r:.60}")
     parts = []
     for part in content:
+        part = without_url(part)
         if not isinstance(part, dict) or part.get("type") not in ("text", *MEDIA):
             raise BadSample(f"a part needs a type, one of text, image, video; got {part!r:.60}")
         if part["type"] == "text" and not isinstance(part.get("text"), str):
@@ -292,23 +330,40 @@ def check_parts(content, name: str) -> list[dict]:
     return parts
 
 
+def without_url(part):
+    """A part of OpenAI's form, {"type": "video_url", "video_url": {"url"}}, as {"type": "video", "video"}."""
+    if not isinstance(part, dict) or part.get("type") not in [f"{kind}_url" for kind in MEDIA]:
+        return part
+    kind = part["type"].removesuffix("_url")
+    given = part.get(part["type"])
+    given = given if isinstance(given, dict) else {"url": given}
+    settings = {key: value for key, value in {**part, **given}.items() if key not in ("type", part["type"], "url")}
+    return {**settings, "type": kind, kind: given.get("url")}
+
+
 def media_parts(messages: Iterable[dict]) -> list[dict]:
     return [part for message in messages for part in message["content"] if part["type"] in MEDIA]
 
 
-def resolve(path, root: Path, source: str | None):
-    """Absolute form of a path, or of each of a list of frames; URLs stay."""
+def resolve(path, root: Path, source: str | None, beside: Sequence[Media] = ()):
+    """Absolute form of a path, or of each of a list of frames; URLs stay, and so do `Media`, found by their names."""
     if isinstance(path, list) and path:
-        return [resolve(frame, root, source) for frame in path]
+        return [resolve(frame, root, source, beside) for frame in path]
+    if isinstance(path, Media):
+        return path
     if not isinstance(path, str) or not path:
         raise BadSample(f"a path must be a text, got {path!r:.60}")
     if path.startswith(("http://", "https://", "data:")):
         return path
     plain = unquote(path.removeprefix("file://")) if path.startswith("file://") else path
+    name = re.split(r"[\\/]", plain)[-1]
+    if found := next((media for media in beside if media.name == name), None):
+        return found
     folders = [root, *([root / source] if isinstance(source, str) else [])]
     for folder in folders:
-        if (folder / plain).is_file():
-            return str(folder / plain)
+        for written in dict.fromkeys((plain, plain.replace("\\", "/"))):  # as on Windows
+            if (folder / written).is_file():
+                return str(folder / written)
     raise BadSample(f"missing file: {path} (in {' and '.join(map(str, folders))})")
 
 
@@ -319,35 +374,24 @@ def count_tokens(part: dict, processor, frames: tuple[int, int] | None) -> int:
         return 0
     try:
         if kind == "image":
-            with Image.open(path) as image:
-                width, height = image.size
+            width, height = image_size(path)
             patches = processor.image_processor.get_number_of_image_patches(height, width, {})
             return patches // processor.image_processor.merge_size**2
         settings = {CLIP_KEYS[key]: value for key, value in part.items() if key in CLIP_KEYS and value is not None}
-        plan = processor.video_processor.plan(path if isinstance(path, list) else probe_video(path), **settings)
+        plan = processor.video_processor.plan(frame_images(path) or video_header(path), **settings)
     except (OSError, ValueError, av.FFmpegError, SyntaxError) as error:  # SyntaxError: a broken PNG
-        raise BadSample(f"broken {kind}: {error}") from None
+        where = f"{path}: " if isinstance(path, Media) else ""
+        raise BadSample(f"broken {kind}: {where}{error}") from None
     if frames and not frames[0] <= plan.num_frames <= frames[1]:
-        raise BadSample(f"{plan.num_frames} frames, of {frames[0]} to {frames[1]}: {path}")
+        raise Unwanted(f"outside --clip_frames: {plan.num_frames} frames, of {frames[0]} to {frames[1]}: {path}")
     return plan.tokens
 
 
-def probe_video(path: str) -> VideoMetadata:
-    """What the header of a video says; nothing is decoded."""
-    if not os.path.getsize(path):
-        raise ValueError(f"{path} is empty")
-    with av.open(path) as container:
-        stream = next(iter(container.streams.video), None)
-        if stream is None or not stream.width:
-            raise ValueError(f"{path} has no video stream")
-        fps = float(stream.average_rate or stream.guessed_rate or 24)
-        if stream.duration:
-            duration = float(stream.duration * stream.time_base)
-        else:
-            duration = (container.duration or 0) / av.time_base
-        total = stream.frames or max(1, round(duration * fps))
-        duration = duration or total / fps
-        return VideoMetadata(total, fps=total / duration, width=stream.width, height=stream.height, duration=duration)
+def frame_images(video) -> list | None:
+    """The frames of a video that is given as a list of images, in a form that the processor plans for."""
+    if not isinstance(video, list):
+        return None
+    return [as_image(frame) if isinstance(frame, Media) else frame for frame in video]
 
 
 def answer_spans(ids: Sequence[int], tokenizer) -> list[tuple[int, int]]:
@@ -424,6 +468,10 @@ class ConversationDataset(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return math.ceil(len(self.items) / (self.multiple or 1)) * (self.multiple or 1)
 
+    def lengths(self) -> list[int]:
+        """The tokens of each item, as estimated from the headers of its media."""
+        return [sum(self.samples[i].tokens for i in item) for item in self.items]
+
     def __getitem__(self, index: int) -> list[dict[str, torch.Tensor]]:
         ignore_signals()
         for step in range(min(len(self.items), MOST_FAILURES)):
@@ -448,7 +496,7 @@ class ConversationDataset(torch.utils.data.Dataset):
     def encode(self, sample: Sample) -> dict[str, torch.Tensor]:
         """Decode and tokenise one sample."""
         inputs = self.processor.apply_chat_template(
-            sample.messages, tokenize=True, return_dict=True, return_tensors="pt"
+            open_media(sample.messages), tokenize=True, return_dict=True, return_tensors="pt"
         )
         feature = {"input_ids": inputs["input_ids"][0]}
         feature["labels"] = make_labels(feature["input_ids"], self.processor.tokenizer)

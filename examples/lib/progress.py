@@ -95,15 +95,15 @@ class Watch:
             "layer": [False] * len(layers),
         }
         self.times: dict[str, list[tuple[bool, float]]] = {part: [] for part in self.parts}
-        self.handles = [
-            handle
-            for part, modules in zip(self.parts, (tower.blocks, layers), strict=True)
-            for i, module in enumerate(modules)
-            for handle in (
-                module.register_forward_pre_hook(self._hook(self._enter, part, i), with_kwargs=True),
-                module.register_forward_hook(self._hook(self._leave, part, i), with_kwargs=True),
-            )
-        ]
+        blocks = [("vision tower, block", i, block) for i, block in enumerate(tower.blocks)]
+        blocks += [("layer", i, layer) for i, layer in enumerate(layers)]
+        self.handles = [model.language_model.norm.register_forward_pre_hook(self._end)]
+        for part, i, block in blocks:
+            enter, leave = (self._hook(function, part, i) for function in (self._enter, self._leave))
+            self.handles.append(block.register_forward_pre_hook(enter, with_kwargs=True))
+            # A hook after the last layer would have it compute tokens that nobody reads.
+            if block is not layers[-1]:
+                self.handles.append(block.register_forward_hook(leave, with_kwargs=True))
 
     def remove(self) -> None:
         for handle in self.handles:
@@ -113,7 +113,8 @@ class Watch:
     def _hook(self, function, part: str, i: int):
         def hook(module, args, kwargs, *output):
             x = args[0] if args else kwargs["hidden_states"]
-            if part == "layer" and x.shape[1] == 1:  # a step of the answer
+            # A step of the answer, or the last layer, if it computes the last token only.
+            if part == "layer" and x.shape[1] == 1:
                 return
             if x.is_cuda:
                 torch.cuda.synchronize(x.device)
@@ -132,9 +133,10 @@ class Watch:
 
     def _leave(self, part: str, i: int, x) -> None:
         self.times[part].append((self.parts[part][i], time.perf_counter() - self.entered))
-        if part == "layer" and i + 1 == len(self.parts[part]):
-            self.times = {part: [] for part in self.parts}
-            self._clear()
+
+    def _end(self, *_) -> None:
+        self.times = {part: [] for part in self.parts}
+        self._clear()
 
     def _tell(self, part: str, i: int, tokens: str) -> None:
         now = time.perf_counter()

@@ -1,20 +1,25 @@
-"""The Trainer of `finetune.py`: rates per part, packed samples, losses as means over tokens, and logs."""
+"""The Trainer of `finetune.py`: rates per part, packed samples, losses as means over tokens, answers, and logs."""
 
 import contextlib
+import sys
 import time
 from pathlib import Path
 
 import torch
+from accelerate.utils import gather_object
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 from transformers.utils import CONFIG_NAME
 
-from .data import IGNORED, packed_positions
+from .answering import Prompts, Question, answer, is_correct, list_questions
+from .data import IGNORED, Drop, Sample, packed_positions
 from .folders import share
 from .observe import BRANCHES
 
 PARTS = ("language", "merger", "vision", "gates")
+# The most tokens of an answer at evaluation.
+LONGEST_ANSWER = 128
 
 
 class Meter(TrainerCallback):
@@ -74,10 +79,18 @@ class Meter(TrainerCallback):
 
 
 class VideoTrainer(Trainer):
-    """Trainer with learning rates per part, packed samples, logits where there is a loss only, and a `Meter`."""
+    """Trainer with learning rates per part, packed samples, logits where there is a loss only, and a `Meter`.
+
+    Attributes:
+        questions: that are answered at each evaluation; none by default.
+        tracking: a `Tracking` that shows the answers, or None.
+    """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        self.questions: list[Question] = []
+        self.tracking = None
+        self.rate_names = []
         # Qwen2.5-VL says it does not take `num_items_in_batch`, but it does: with it, every token of a step counts the
         # same, however it is split into batches and processes.
         self.model_accepts_loss_kwargs = True
@@ -94,6 +107,7 @@ class VideoTrainer(Trainer):
         optimizer = super().create_optimizer(*args, **kwargs)
         model = args[0] if args else kwargs.get("model") or self.model
         parts = {parameter: part_of(name) for name, parameter in model.named_parameters()}
+        adapters = {parameter for name, parameter in model.named_parameters() if ".lora_" in name}
         groups = []
         for group in optimizer.param_groups:
             for part in PARTS:
@@ -105,6 +119,7 @@ class VideoTrainer(Trainer):
                 }.get(part)
                 if parameters:
                     groups.append({**group, "params": parameters, "lr": group["lr"] if rate is None else rate})
+                    self.rate_names.append(f"lora_{part}" if parameters[0] in adapters else part)
         optimizer.param_groups[:] = groups
         return optimizer
 
@@ -147,7 +162,33 @@ class VideoTrainer(Trainer):
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         total, tokens = self.accelerator.reduce(self.evaluated, "sum").tolist()
         output.metrics[f"{metric_key_prefix}_loss"] = total / max(tokens, 1)
+        if self.questions:
+            answers = self.answer_questions()
+            correct = [answer["correct"] for answer in answers]
+            output.metrics[f"{metric_key_prefix}_exact_match"] = sum(correct) / max(len(correct), 1)
+            if self.tracking:
+                self.tracking.show_answers(answers, self.state.global_step)
         return output
+
+    def answer_questions(self) -> list[dict]:
+        """{"question", "expected", "answered", "correct"} for each of the questions; processes share the work."""
+        mine = self.questions[self.args.process_index :: self.args.world_size]
+        prompts = Prompts([[question] for question in mine], self.processing_class)
+        answers = []
+        for i in range(len(prompts)):
+            found = prompts[i]
+            if isinstance(found, Drop):  # a file that cannot be read; the loss leaves it out, too
+                continue
+            ((question, prompt),) = found
+            longest = len(self.processing_class.tokenizer(question.expected)["input_ids"]) + 8
+            with torch.no_grad(), self.compute_loss_context_manager():
+                (text,) = answer(self.model, self.processing_class, [prompt], min(longest, LONGEST_ANSWER))
+            asked = [part["text"] for part in question.messages[-1]["content"] if part["type"] == "text"]
+            correct = is_correct(text, question.expected)
+            answers.append(
+                {"question": " ".join(asked), "expected": question.expected, "answered": text, "correct": correct}
+            )
+        return gather_object(answers) if self.args.world_size > 1 else answers
 
     def _save(self, output_dir=None, *args, **kwargs):
         folder = Path(output_dir or self.args.output_dir)
@@ -161,7 +202,10 @@ class VideoTrainer(Trainer):
 
     def log(self, logs, *args, **kwargs):
         if "loss" in logs:
+            rates = zip(self.rate_names, self.lr_scheduler.get_last_lr(), strict=False)
             logs = {**logs, **self.meter.read(self.accelerator)}
+            logs |= {f"learning_rate/{name}": rate for name, rate in rates}
+            logs["memory_gib"] = round(peak_memory(self.args.device) / 2**30, 3)
         super().log(logs, *args, **kwargs)
 
 
@@ -185,6 +229,26 @@ def short_logs(callback: type[TrainerCallback]) -> type[TrainerCallback]:
             super().on_log(args, state, control, logs=logs, **kwargs)
 
     return ShortLogs
+
+
+def choose_questions(samples: list[Sample], count: int) -> list[Question]:
+    """One question of each of `count` samples, spread over all."""
+    asked = [questions for questions in map(list_questions, samples) if questions]
+    count = min(count, len(asked))
+    chosen = [asked[i * len(asked) // count] for i in range(count)]
+    return [questions[i % len(questions)] for i, questions in enumerate(chosen)]
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes so far: of tensors on a GPU, or else of this process. 0 if it is not known."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
 
 
 def part_of(name: str) -> str:
