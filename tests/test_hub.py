@@ -140,7 +140,9 @@ def test_every_python_snippet_of_a_card_runs_as_pasted(
 def test_every_python_snippet_of_the_pages_runs(trained, sample, tmp_path, run_fresh):
     shutil.copytree(trained, tmp_path / "VideoNSA-7B")
     shutil.copy(sample["video"], tmp_path / "talk.mp4")
-    written = [snippet for page in PAGES for snippet in snippets(page, "python")]
+    # That page is about a module which the reader has: test_add_a_kernel.py.
+    pages = [page for page in PAGES if page.name != "add_a_kernel.md"]
+    written = [snippet for page in pages for snippet in snippets(page, "python")]
     for word, package in (("torchao", "torchao"), ("BitsAndBytes", "bitsandbytes"), ("serving", "uvicorn")):
         if not importlib.util.find_spec(package):
             written = [snippet for snippet in written if word not in snippet]
