@@ -115,11 +115,12 @@ class VideoNSAAttention(Qwen2_5_VLAttention):
         batch, _, length, _ = q.shape
         k = k.to(v.dtype)  # under autocast the rotary factors are fp32
         q = q.to(v.dtype).transpose(1, 2).flatten(0, 1)  # [batch * length, heads, dim]
-        if gates is not None and layout.observe is not None:
+        has_vision = gates is not None or len(layout.queries) > 0
+        if layout.observe is not None and has_vision:
             gates = layout.observe(self, q, k, v, gates, layout)
 
         output = q.new_zeros(q.shape)  # padding stays 0
-        if gates is not None or len(layout.queries) > 0:
+        if has_vision:
             VISION_ATTENTION[self.config.nsa_variant](self, output, q, k, v, gates, layout)
 
         for chunk in layout.text_chunks(self.num_key_value_groups):

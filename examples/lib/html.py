@@ -7,13 +7,18 @@ from html import escape
 
 from PIL import Image
 
-from .conversation import Conversation
+from videonsa.video_chat import Conversation
+from videonsa.video_moments import Moment
 
-STRIP = 120  # cells, at most, of the strip that shows how often each part of a video was chosen
+STRIP = 120  # cells, at most, of the strip that shows how much each part of a video was looked at
 
 
 def clock(seconds: float) -> str:
     return f"{int(seconds // 60)}:{seconds % 60:04.1f}"
+
+
+def percent(share: float) -> str:
+    return f"{share:.0%}" if share >= 0.01 else f"{share:.1%}"
 
 
 def plan_html(plan: dict[str, str], truth: str = "") -> str:
@@ -37,40 +42,48 @@ def timing_text(timing: dict[str, float]) -> str:
     return f"{read}; first token after {timing['first']:.2f} s{speed}."
 
 
-def sheet_html(conversation: Conversation | None, released: bool = False) -> str:
-    """The contact sheet: the moments that vision tokens chose most, above all of the video."""
-    if conversation is None or not conversation.moments:
+def sheet_html(conversation: Conversation | None) -> str:
+    """The contact sheet: the moments that the last answer attended to and, below, those that vision tokens chose."""
+    if conversation is None or conversation.answer is None:
         return ""
+    answer = conversation.answer
+    views = view_html(
+        "What the answer looked at",
+        "The frames that the words of the last answer attended to, with their share of its attention to the video.",
+        answer.moments,
+        answer.shares,
+    )
+    if conversation.choices:
+        views += view_html(
+            "What the vision tokens chose",
+            "Where vision tokens have more before them than they may read, they choose. These are the frames that they "
+            "chose most, and how many of them did; no question changes that.",
+            conversation.choices,
+            conversation.choice_shares,
+        )
+    return f"<section class='vn-sheet'>{views}</section>"
+
+
+def view_html(title: str, text: str, moments: list[Moment], shares: list[float]) -> str:
+    """Frames in the order of the video, under a strip that shows the shares of all of it."""
     figures = []
-    for moment in conversation.moments:
+    for moment in sorted(moments, key=lambda moment: moment.seconds):
         image, data = Image.fromarray(moment.frame), io.BytesIO()
         image.thumbnail((320, 320))
         image.save(data, "JPEG", quality=85)
         source = f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"
-        share = "" if moment.share is None else f" · {moment.share:.0%}"
         when = clock(moment.seconds)
         figures.append(
-            f"<figure><img src='{source}' alt='frame at {when}'><figcaption>{when}{share}</figcaption></figure>"
+            f"<figure><img src='{source}' alt='frame at {when}'>"
+            f"<figcaption>{when} · {percent(moment.share)}</figcaption></figure>"
         )
-    shares = conversation.shares
-    if all(map(math.isnan, shares)):
-        reason = (
-            "no vision token had to choose what to read" if not released else "choices of this variant are not counted"
-        )
-        text, strip = f"Frames of the video ({reason}):", ""
-    else:
-        text = (
-            "Where vision tokens have more before them than they may read, the selection branch chooses. These are the "
-            "moments that they chose most, and how many of them did."
-        )
-        step = -(-len(shares) // STRIP)
-        cells = [
-            max((s for s in shares[i : i + step] if not math.isnan(s)), default=0) for i in range(0, len(shares), step)
-        ]
-        bars = "".join(f"<i style='opacity:{max(cell / max(max(cells), 1e-9), 0.04):.2f}'></i>" for cell in cells)
-        strip = f"<div class='vn-strip' role='img' aria-label='how often each part was chosen'>{bars}</div>"
-    frames = f"<div>{''.join(figures)}</div>"
-    return f"<section class='vn-sheet'><h3>What the model looked at</h3><p>{text}</p>{strip}{frames}</section>"
+    step = -(-len(shares) // STRIP)
+    cells = [
+        max((s for s in shares[i : i + step] if not math.isnan(s)), default=0) for i in range(0, len(shares), step)
+    ]
+    bars = "".join(f"<i style='opacity:{max(cell / max(max(cells), 1e-9), 0.04):.2f}'></i>" for cell in cells)
+    strip = f"<div class='vn-strip' role='img' aria-label='the share of each part'>{bars}</div>"
+    return f"<h3>{title}</h3><p>{text}</p>{strip}<div class='vn-frames'>{''.join(figures)}</div>"
 
 
 CSS = """
@@ -86,7 +99,8 @@ CSS = """
     overflow-wrap: anywhere; }
 .vn-sheet h3 { margin: 0; }
 .vn-sheet p { font-size: .85rem; opacity: .75; margin: .2rem 0 .5rem; }
-.vn-sheet > div:last-child { display: grid; gap: .5rem;
+.vn-frames + h3 { margin-top: 1rem; }
+.vn-frames { display: grid; gap: .5rem;
     grid-template-columns: repeat(auto-fill, minmax(min(130px, 30%), 1fr)); }
 .vn-sheet figure { margin: 0; } .vn-sheet img { width: 100%; border-radius: 6px; display: block; }
 .vn-sheet figcaption { font-size: .8rem; text-align: center; font-variant-numeric: tabular-nums; }

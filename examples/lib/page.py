@@ -212,7 +212,6 @@ class Events:
 
     def __init__(self, app: App):
         self.app = app
-        self.released = app.chat.model.config.nsa_variant == "released"
         limit = f"{app.limits.seconds / 60:g} minutes and {app.limits.megabytes:,} MB"
         self.hint = note_html(f"A video of up to {limit}. What will be read of it is shown here.")
 
@@ -271,11 +270,11 @@ class Events:
             return
 
         conversation = getattr(app.visitors.get(visitor), "conversation", None)
-        if conversation is None or not conversation.timing:
+        if conversation is None or conversation.answer is None:
             yield app.messages(visitor), question, gr.skip(), note_html("Stopped before the first word.")
             return
-        status = note_html(timing_text(conversation.timing))
-        yield app.messages(visitor), "", sheet_html(conversation, self.released), status
+        status = note_html(timing_text(conversation.answer.timing))
+        yield app.messages(visitor), "", sheet_html(conversation), status
 
     def stop(self, request: gr.Request) -> None:
         self.app.stop(request.session_hash)

@@ -14,9 +14,9 @@ from urllib.parse import unquote, urlsplit
 import torch
 
 from videonsa import video_reader, video_source
+from videonsa.video_chat import Conversation, VideoChat
 from videonsa.video_inputs import file_metadata
 
-from .conversation import Conversation, VideoChat
 from .loading import CLIP, UNSEEN
 from .needles import make_sample
 from .progress import Forecast, clock
@@ -48,6 +48,7 @@ class Visitor:
     truth: str = ""  # what is true of an example clip
     questions: tuple[str, ...] = QUESTIONS
     conversation: Conversation | None = None
+    settings: dict = field(default_factory=dict)  # with which the conversation reads the video
     busy: bool = False
     stop: threading.Event = field(default_factory=threading.Event)
     seen: float = field(default_factory=time.monotonic)
@@ -147,25 +148,28 @@ class App:
         if not 1 <= new_tokens <= limits.new_tokens:
             raise ValueError(f"An answer may have 1 to {limits.new_tokens} tokens, got {new_tokens}.")
         conversation = found.conversation
-        if conversation is None or conversation.settings != settings or conversation.cache is None:
-            conversation = Conversation(str(found.path), settings)
+        if conversation is None or found.settings != settings:
+            conversation = self.chat.open(str(found.path), **settings)
         elif len(conversation.ids) + new_tokens > limits.tokens:
             raise ValueError(f"The conversation has reached {limits.tokens:,} tokens, the limit. Start a new one.")
-        conversation.stop = found.stop
-        found.conversation, found.busy, found.seen = conversation, True, time.monotonic()
-        before = [*self.messages(visitor), {"role": "user", "content": question}]
+        found.conversation, found.settings = conversation, settings
+        found.busy, found.seen = True, time.monotonic()
+        before, text = [*self.messages(visitor), {"role": "user", "content": question}], ""
         try:
             yield before
-            for text in self.chat.ask(conversation, question, int(new_tokens)):
+            for piece in conversation.stream(question, max_new_tokens=int(new_tokens), stop=found.stop):
+                text += piece
                 yield [*before, {"role": "assistant", "content": text}]
         except torch.OutOfMemoryError as error:
             raise ValueError("There is not enough memory for so many tokens. Allow fewer and ask again.") from error
         except (OSError, ValueError) as error:
+            found.conversation = conversation if conversation.videos else None  # it drops those that cannot be read
             raise ValueError(str(error).replace(str(found.path), found.path.name)) from error
         finally:
             found.busy, found.seen = False, time.monotonic()
-        timing = conversation.timing
-        if timing and not timing["cached"]:
+        answer = conversation.answer
+        if answer is not None and not answer.timing["cached"]:
+            timing = answer.timing
             self.forecast.add(timing["given"], timing["reading"] + timing["first"])
 
     def _wait(self, tokens: int) -> str:
