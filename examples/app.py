@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 from lib.conversation import VideoChat
@@ -35,6 +36,15 @@ def launch(app: App, name: str, **options):
     return serve(app, name, **options)
 
 
+def serve(app: App, args) -> None:
+    """Serve the page until the process is ended, and say where it is."""
+    options = {"server_name": args.host, "server_port": args.port, "share": args.share or None}
+    # Quiet, since Gradio advertises. It still says a public address.
+    _, local, _ = launch(app, args.model or "tiny VideoNSA", quiet=True, prevent_thread_lock=True, **options)
+    print(f"Open {local} in a browser; Ctrl-C ends it.", flush=True)
+    threading.Event().wait()
+
+
 def main() -> None:
     parser = OptionParser(description=__doc__)
     default = Limits()
@@ -47,6 +57,7 @@ def main() -> None:
     add_device(parser)
     parser.add_argument("--host", help="address to serve on; 0.0.0.0 is all of this machine's (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, help="port to serve on (default: the first free one from 7860 on)")
+    parser.add_argument("--share", action="store_true", help="also serve at a public address, through Gradio's servers")
     parser.add_argument("--max_megabytes", type=int, default=default.megabytes, help="largest video in MB")
     parser.add_argument("--max_seconds", type=float, default=default.seconds, help="longest video in seconds")
     parser.add_argument("--max_tokens", type=int, default=default.tokens, help="most tokens of a prompt")
@@ -78,7 +89,7 @@ def main() -> None:
             if not args.private_urls:
                 refuse_private_addresses()
             app = App(chat, Path(folder) / "files", limits, examples=not args.model)
-            launch(app, args.model or "tiny VideoNSA", server_name=args.host, server_port=args.port)
+            serve(app, args)
     except (OSError, ValueError) as error:
         sys.exit(f"app.py: {error}")
 

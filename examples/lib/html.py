@@ -4,21 +4,75 @@ import base64
 import io
 import math
 from html import escape
+from pathlib import Path
+from urllib.parse import quote
 
 from PIL import Image
 
 from .conversation import Conversation
+from .times import clock
 
 STRIP = 120  # cells, at most, of the strip that shows how often each part of a video was chosen
 
 
-def clock(seconds: float) -> str:
-    return f"{int(seconds // 60)}:{seconds % 60:04.1f}"
+def title_html(model: str, tiny: bool) -> str:
+    hint = " It knows coloured shapes that flash up, and nothing else." if tiny else ""
+    return (
+        "<h1>Ask a long video</h1><p>Choose a video, ask about it, and see which moments the model looked at. "
+        f"Model: {escape(model)}.{hint}</p>"
+    )
 
 
-def plan_html(plan: dict[str, str], truth: str = "") -> str:
+def zone_note_html(megabytes: int) -> str:
+    """Where `page.js` says that a file is too large."""
+    return f"<p id='too-large' class='vn-error' role='alert' data-megabytes='{megabytes}' hidden></p>"
+
+
+def examples_html(clips: list[tuple[int, bytes]]) -> str:
+    """Buttons for clips, each with its seed and a picture of it, and one for a new clip."""
+    buttons = [
+        f"<button data-seed='{seed}' aria-label='Example clip {i}'><img src='{data_uri(picture)}' alt=''></button>"
+        for i, (seed, picture) in enumerate(clips, 1)
+    ]
+    title = note_html("Or try an example clip:")
+    return f"{title}<div class='vn-examples'>{''.join(buttons)}<button data-seed=''>New clip</button></div>"
+
+
+def player_html(path: Path | str) -> str:
+    source = escape(quote(f"gradio_api/file={path}", safe="/=:"))
+    cannot = "This browser cannot play the video. Questions about it work all the same."
+    return (
+        f"<video controls playsinline preload='metadata' src='{source}' aria-label='the video'></video>"
+        f"<p class='vn-wait' hidden>{cannot}</p>"
+    )
+
+
+def wait_html(text: str) -> str:
+    return f"<p class='vn-wait'>{escape(text)}</p>"
+
+
+def save_html(name: str, text: str, data: str) -> str:
+    """Links that save a conversation, which they contain."""
+    links = [
+        f"<a download='{escape(name)}.{ending}' href='{data_uri(content.encode(), kind)}'>{label}</a>"
+        for ending, label, content, kind in (
+            ("txt", "text", text, "text/plain;charset=utf-8"),
+            ("json", "JSON", data, "application/json"),
+        )
+    ]
+    return f"<p class='vn-save'>Save the conversation: {' · '.join(links)}</p>"
+
+
+def plan_html(plan: dict[str, str], truth: str = "", forgets: bool = False) -> str:
     tiles = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(text)}</dd></div>" for name, text in plan.items())
-    return f"<dl class='vn-plan'>{tiles}</dl>{note_html(f'True of this clip: {truth}.') if truth else ''}"
+    notes = [f"True of this clip: {truth}."] if truth else []
+    if forgets:
+        notes.append("Settings changed: the next question reads the video anew and begins a new conversation.")
+    return f"<dl class='vn-plan'>{tiles}</dl>{''.join(map(note_html, notes))}"
+
+
+def data_uri(content: bytes, kind: str = "image/jpeg") -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def error_html(message: str) -> str:
@@ -26,7 +80,7 @@ def error_html(message: str) -> str:
 
 
 def note_html(text: str) -> str:
-    return f"<p class='vn-note'>{escape(text)}</p>"
+    return f"<p class='vn-note'>{escape(text)}</p>" if text else ""
 
 
 def timing_text(timing: dict[str, float]) -> str:
@@ -46,11 +100,12 @@ def sheet_html(conversation: Conversation | None, released: bool = False) -> str
         image, data = Image.fromarray(moment.frame), io.BytesIO()
         image.thumbnail((320, 320))
         image.save(data, "JPEG", quality=85)
-        source = f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"
+        source = data_uri(data.getvalue())
         share = "" if moment.share is None else f" · {moment.share:.0%}"
         when = clock(moment.seconds)
         figures.append(
-            f"<figure><img src='{source}' alt='frame at {when}'><figcaption>{when}{share}</figcaption></figure>"
+            f"<button data-seconds='{moment.seconds:.3f}' title='Show this moment'>"
+            f"<img src='{source}' alt='frame at {when}'>{when}{share}</button>"
         )
     shares = conversation.shares
     if all(map(math.isnan, shares)):
@@ -69,28 +124,5 @@ def sheet_html(conversation: Conversation | None, released: bool = False) -> str
         ]
         bars = "".join(f"<i style='opacity:{max(cell / max(max(cells), 1e-9), 0.04):.2f}'></i>" for cell in cells)
         strip = f"<div class='vn-strip' role='img' aria-label='how often each part was chosen'>{bars}</div>"
-    frames = f"<div>{''.join(figures)}</div>"
+    frames = f"<div class='vn-frames'>{''.join(figures)}</div>"
     return f"<section class='vn-sheet'><h3>What the model looked at</h3><p>{text}</p>{strip}{frames}</section>"
-
-
-CSS = """
-.gradio-container { max-width: 1240px !important; margin: auto; }
-.html-container { padding: 0 !important; }
-#video button[aria-label^="Trim"], #video button[aria-label^="Reset"] { display: none; }
-#title h1 { margin: 0; } #title p { margin: .25rem 0 0; }
-.vn-plan { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; margin: 0; font-size: .9rem; }
-.vn-plan div { display: contents; } .vn-plan dd { margin: 0; font-variant-numeric: tabular-nums; }
-.vn-plan dt { opacity: .75; }
-.vn-note { font-size: .85rem; opacity: .75; margin: .4rem 0 0; }
-.vn-error { border-left: 4px solid #dc2626; background: #dc262618; border-radius: 4px; padding: .5rem .75rem; margin: 0;
-    overflow-wrap: anywhere; }
-.vn-sheet h3 { margin: 0; }
-.vn-sheet p { font-size: .85rem; opacity: .75; margin: .2rem 0 .5rem; }
-.vn-sheet > div:last-child { display: grid; gap: .5rem;
-    grid-template-columns: repeat(auto-fill, minmax(min(130px, 30%), 1fr)); }
-.vn-sheet figure { margin: 0; } .vn-sheet img { width: 100%; border-radius: 6px; display: block; }
-.vn-sheet figcaption { font-size: .8rem; text-align: center; font-variant-numeric: tabular-nums; }
-.vn-strip { display: flex; height: 10px; border-radius: 5px; overflow: hidden; margin-bottom: .5rem;
-    border: 1px solid var(--border-color-primary); }
-.vn-strip i { flex: 1; background: var(--color-accent); }
-"""
