@@ -7,6 +7,7 @@ import importlib
 from pathlib import Path
 
 MODULES = {
+    "VideoChat": "video_chat",
     "VideoNSAConfig": "configuration_videonsa",
     "VideoNSAForConditionalGeneration": "modeling_videonsa",
     "VideoNSAModel": "modeling_videonsa",

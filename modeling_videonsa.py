@@ -174,8 +174,8 @@ class VideoNSAModel(WholeCheckpoint, Qwen2_5_VLModel):
                 window, 0 for tokens that are not vision; empty when the call computes no sparse attention with gates.
             observe: called in each layer that has vision queries, before it attends, with its attention module, q
                 [batch * length, heads, dim], k and v [batch, KV heads, total, dim] of all tokens after the rotary, the
-                gates of its vision queries [N, heads, 3], and the `VisionLayout`; returns the gates to use. Not called
-                by the variant "merged", which has none.
+                gates of its vision queries [N, heads, 3], and the `VisionLayout`; returns the gates to use. In the
+                variant "merged", which has none, the gates are None.
         """
         gates = []
         if output_gates:
@@ -450,6 +450,8 @@ class VideoNSAForConditionalGeneration(WholeCheckpoint, Qwen2_5_VLForConditional
 def _keep_gates(kept: list, observe: Callable | None, attention, q, k, v, gates, layout: VisionLayout):
     """An observer that keeps the gates of a layer as [batch, length, heads, 3], those that another one returns."""
     gates = gates if observe is None else observe(attention, q, k, v, gates, layout)
+    if gates is None:
+        return None
     every = gates.new_zeros(len(q), *gates.shape[1:]).index_copy(0, layout.queries, gates)
     kept.append(every.unflatten(0, (-1, layout.length)))
     return gates

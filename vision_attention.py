@@ -96,7 +96,7 @@ class VideoNSAAttention(Qwen2_5_VLAttention):
         batch, _, length, _ = q.shape
         k = k.to(v.dtype)  # under autocast the rotary factors are fp32
         q = q.to(v.dtype).transpose(1, 2).flatten(0, 1)  # [batch * length, heads, dim]
-        if gates is not None and layout.observe is not None:
+        if layout.observe is not None:
             gates = layout.observe(self, q, k, v, gates, layout)
 
         output = q.new_zeros(q.shape)  # padding stays 0

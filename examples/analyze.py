@@ -38,13 +38,9 @@ from lib.observe import (
     BRANCHES,
     SINK_ATTENTION,
     SinkTally,
-    branch_functions,
     configured,
-    count_choices,
     dense_received,
-    observing,
     only_branches,
-    patch_frame,
     received_by_branch,
     similarity,
     watch,
@@ -52,6 +48,7 @@ from lib.observe import (
 )  # fmt: skip
 from lib.options import OptionParser, add_device
 from videonsa.nsa_torch import block_means
+from videonsa.video_moments import branch_functions, count_choices, observing, patch_frame
 
 KINDS = {1: "image", 2: "video"}  # of mm_token_type_ids
 SAMPLED = 2048  # tokens of a clip of which gates are kept one by one
@@ -261,7 +258,7 @@ def latency(args) -> dict:
         k, v = (new(tokens, config.num_key_value_heads, dim) for _ in range(2))
         hidden, g = new(tokens, config.hidden_size), new(tokens, config.num_attention_heads, 3).sigmoid()
         cu_seqlens = torch.tensor([0, tokens], dtype=torch.int32, device=model.device)
-        nsa = branch_functions(model, q)
+        nsa = branch_functions(model.model.language_model.layers[0].self_attn, q)
         with torch.no_grad():
             _, lse = nsa.compressed_attention(q, k, v, cu_seqlens, block_size=sizes.block_size)
             blocks = nsa.select_blocks(

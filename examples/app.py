@@ -6,8 +6,8 @@
 
 A video is uploaded or named by its address. What would be read of it is shown before it is read; answers are streamed
 and can be stopped; later questions find the video in the model's cache. The files of visitors lie in one temporary
-folder, which goes when the app ends, and go with them; no other file is served. The model's side of it is in
-`lib/conversation.py`. `--model` runs the code files of that repository (`trust_remote_code=True`).
+folder, which goes when the app ends, and go with them; no other file is served. The model's side of it is
+`VideoChat`. `--model` runs the code files of that repository (`trust_remote_code=True`).
 """
 
 import importlib.metadata
@@ -18,13 +18,13 @@ import tempfile
 import threading
 from pathlib import Path
 
-from lib.conversation import VideoChat
 from lib.fields import add_fields
 from lib.loading import assemble_tiny_model, load
 from lib.network import refuse_private_addresses
 from lib.options import OptionParser, add_device
 from lib.space import write_space
 from lib.visits import App, Limits
+from videonsa.video_chat import VideoChat
 
 
 def launch(app: App, name: str, **options):

@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import pytest
 
 import app as app_module
-from lib.conversation import VideoChat
 from lib.loading import assemble_tiny_model, load
 from lib.visits import App, Limits
+from videonsa.video_chat import VideoChat
 
 
 def make_chat(folder) -> VideoChat:

@@ -9,10 +9,12 @@ from urllib.parse import quote
 
 from PIL import Image
 
-from .conversation import Conversation
+from videonsa.video_chat import Conversation
+from videonsa.video_moments import Moment
+
 from .times import clock
 
-STRIP = 120  # cells, at most, of the strip that shows how often each part of a video was chosen
+STRIP = 120  # cells, at most, of the strip that shows how much each part of a video was looked at
 
 
 def title_html(model: str, tiny: bool) -> str:
@@ -91,38 +93,43 @@ def timing_text(timing: dict[str, float]) -> str:
     return f"{read}; first token after {timing['first']:.2f} s{speed}."
 
 
-def sheet_html(conversation: Conversation | None, released: bool = False) -> str:
-    """The contact sheet: the moments that vision tokens chose most, above all of the video."""
-    if conversation is None or not conversation.moments:
+def sheet_html(conversation: Conversation | None) -> str:
+    """The moments that the last answer attended to and, folded away, those that vision tokens chose."""
+    if conversation is None or conversation.answer is None:
         return ""
-    figures = []
-    for moment in conversation.moments:
+    answer = conversation.answer
+    text = "The frames that the words of the last answer attended to, with their share of its attention to the video."
+    views = f"<h3>What the model looked at</h3>{view_html(text, answer.moments, answer.shares)}"
+    if conversation.choices:
+        text = (
+            "Where vision tokens have more before them than they may read, they choose. These are the frames that they "
+            "chose most, and how many of them did; no question changes that."
+        )
+        view = view_html(text, conversation.choices, conversation.choice_shares)
+        views += f"<details><summary>What the vision tokens chose</summary>{view}</details>"
+    return f"<section class='vn-sheet'>{views}</section>"
+
+
+def view_html(text: str, moments: list[Moment], shares: list[float]) -> str:
+    """Frames in the order of the video, which show their moment in the player, under a strip of the shares of all."""
+    frames = []
+    for moment in sorted(moments, key=lambda moment: moment.seconds):
         image, data = Image.fromarray(moment.frame), io.BytesIO()
         image.thumbnail((320, 320))
         image.save(data, "JPEG", quality=85)
-        source = data_uri(data.getvalue())
-        share = "" if moment.share is None else f" · {moment.share:.0%}"
         when = clock(moment.seconds)
-        figures.append(
+        frames.append(
             f"<button data-seconds='{moment.seconds:.3f}' title='Show this moment'>"
-            f"<img src='{source}' alt='frame at {when}'>{when}{share}</button>"
+            f"<img src='{data_uri(data.getvalue())}' alt='frame at {when}'>{when} · {percent(moment.share)}</button>"
         )
-    shares = conversation.shares
-    if all(map(math.isnan, shares)):
-        reason = (
-            "no vision token had to choose what to read" if not released else "choices of this variant are not counted"
-        )
-        text, strip = f"Frames of the video ({reason}):", ""
-    else:
-        text = (
-            "Where vision tokens have more before them than they may read, the selection branch chooses. These are the "
-            "moments that they chose most, and how many of them did."
-        )
-        step = -(-len(shares) // STRIP)
-        cells = [
-            max((s for s in shares[i : i + step] if not math.isnan(s)), default=0) for i in range(0, len(shares), step)
-        ]
-        bars = "".join(f"<i style='opacity:{max(cell / max(max(cells), 1e-9), 0.04):.2f}'></i>" for cell in cells)
-        strip = f"<div class='vn-strip' role='img' aria-label='how often each part was chosen'>{bars}</div>"
-    frames = f"<div class='vn-frames'>{''.join(figures)}</div>"
-    return f"<section class='vn-sheet'><h3>What the model looked at</h3><p>{text}</p>{strip}{frames}</section>"
+    step = -(-len(shares) // STRIP)
+    cells = [
+        max((s for s in shares[i : i + step] if not math.isnan(s)), default=0) for i in range(0, len(shares), step)
+    ]
+    bars = "".join(f"<i style='opacity:{max(cell / max(max(cells), 1e-9), 0.04):.2f}'></i>" for cell in cells)
+    strip = f"<div class='vn-strip' role='img' aria-label='the share of each part'>{bars}</div>"
+    return f"<p>{text}</p>{strip}<div class='vn-frames'>{''.join(frames)}</div>"
+
+
+def percent(share: float) -> str:
+    return f"{share:.0%}" if share >= 0.01 else f"{share:.1%}"

@@ -7,17 +7,16 @@ dimension D. `analyze.py` measures with it.
 """
 
 import contextlib
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from videonsa.nsa_torch import block_means
+from videonsa.video_moments import branch_functions, observing
 
 from .fields import SIZES
 
@@ -97,20 +96,6 @@ class Seen:
 
 
 @contextlib.contextmanager
-def observing(model, observe: Callable):
-    """Have the layers call `observe` (see `VideoNSAModel.forward`), also where generate() runs the model."""
-
-    def add(module, args, kwargs):
-        return args, {**kwargs, "observe": observe}
-
-    handle = model.model.language_model.register_forward_pre_hook(add, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-@contextlib.contextmanager
 def configured(model, **fields):
     """Other values of configuration fields, which layers read at each call, for a while."""
     before = {name: getattr(model.config, name) for name in fields}
@@ -139,7 +124,7 @@ def watch(model, inputs: dict, see: Callable[[Seen], None]) -> None:
         vision = layout.keys.positions
         sizes = {name: getattr(attention.config, name) for name in SIZES}
         streams = (q[layout.queries], k[vision], v[vision])
-        nsa = branch_functions(model, q)
+        nsa = branch_functions(attention, q)
         see(Seen(attention.layer_idx, *streams, gates, q, k, vision, attention.scaling, sizes, nsa))
         return gates
 
@@ -164,50 +149,6 @@ def watch_dense(model, inputs: dict, see: Callable) -> None:
         model(**{name: x.to(model.device) for name, x in inputs.items()}, logits_to_keep=1, use_cache=False)
     finally:
         config._attn_implementation = before
-
-
-def branch_functions(model, q: torch.Tensor):
-    """`nsa_triton` or `nsa_torch`, of the files that this model runs."""
-    attention = model.model.language_model.layers[0].self_attn
-    code = sys.modules[type(attention).__module__]
-    triton = attention.uses_triton(q)
-    return sys.modules[(code.nsa_attention_triton if triton else code.nsa_attention_torch).__module__]
-
-
-def count_choices(blocks: torch.Tensor, block_size: int, block_count: int) -> torch.Tensor:
-    """How often each block of one stream was chosen, and could have been, by tokens that had to choose.
-
-    Those are the tokens with more than `block_count` blocks before and around them. The first, the previous and the own
-    block of a token are no choice.
-
-    Args:
-        blocks: int32 [KV heads, tokens, block_count], of `select_blocks`, -1 for none.
-
-    Returns:
-        float64 [blocks, 2].
-    """
-    groups, n, _ = blocks.shape
-    own = torch.arange(n, device=blocks.device) // block_size
-    total = -(-n // block_size)
-    choosing = own >= block_count
-    picked, own = blocks[:, choosing], own[choosing]
-    free = (picked > 0) & (picked < own[:, None] - 1)
-    chosen = picked[free].long().bincount(minlength=total).double()
-    tokens = own.bincount(minlength=total + 2)
-    could = groups * tokens.flip(0).cumsum(0).flip(0)[2 : total + 2].double()  # tokens at least two blocks later
-    could[0] = 0
-    return torch.stack([chosen, could], -1)
-
-
-def patch_frame(processor, pixels: torch.Tensor, grid: list[int], index: int) -> np.ndarray:
-    """uint8 [height, width, 3]: the first frame of a temporal patch, from the model's input."""
-    _, rows, columns = grid
-    size, merge = processor.patch_size, processor.merge_size
-    patch = pixels[index * rows * columns : (index + 1) * rows * columns].float()
-    patch = patch.view(rows // merge, columns // merge, merge, merge, 3, processor.temporal_patch_size, size, size)
-    frame = patch[..., 0, :, :].permute(4, 0, 2, 5, 1, 3, 6).reshape(3, rows * size, columns * size)
-    mean, std = (torch.tensor(x)[:, None, None] for x in (processor.image_mean, processor.image_std))
-    return ((frame * std + mean) * 255).round().clamp(0, 255).byte().permute(1, 2, 0).contiguous().numpy()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -267,7 +208,7 @@ def received_by_branch(seen: Seen, names) -> Iterator[tuple[str, torch.Tensor, t
 
 def dense_received(model, layer, q, k, v, vision, scale):
     """The same of dense causal attention over all tokens, from vision queries to vision keys, after the layer."""
-    nsa = branch_functions(model, q)
+    nsa = branch_functions(model.model.language_model.layers[0].self_attn, q)
     cu_seqlens = torch.tensor([0, len(q)], dtype=torch.int32, device=q.device)
     _, lse = nsa.window_attention(q, k, v, cu_seqlens, window_size=len(q), scale=scale)
     position = torch.arange(len(vision), device=q.device)

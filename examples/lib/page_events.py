@@ -26,7 +26,6 @@ class Events:
 
     def __init__(self, app: App, name: str):
         self.app, self.name = app, name
-        self.released = app.chat.model.config.nsa_variant == "released"
 
     # ------------------------------------------------------------------------------------------------------------------
     # Which control calls what
@@ -231,15 +230,15 @@ class Events:
     def results(self, found: Visitor) -> dict:
         """What stands below a conversation."""
         conversation, empty = found.conversation, not found.turns
-        timing = conversation.timing if conversation else {}
+        answer = conversation.answer if conversation else None
         about = (found.path.name, found.metadata.duration, self.name)
         name = f"{found.path.stem}-conversation"
         return {
-            self.talk.status: note_html(timing_text(timing) if timing else ""),
+            self.talk.status: note_html(timing_text(answer.timing) if answer else ""),
             self.talk.save: ""
             if empty
             else save_html(name, as_text(found.turns, *about), as_json(found.turns, *about)),
-            self.sheet: "" if empty else sheet_html(conversation, self.released),
+            self.sheet: "" if empty else sheet_html(conversation),
         }
 
     def retry(self, request: gr.Request) -> dict:

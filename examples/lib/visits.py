@@ -17,10 +17,10 @@ import torch
 from PIL import Image
 
 from videonsa import video_reader, video_source
+from videonsa.video_chat import Conversation, VideoChat
 from videonsa.video_inputs import file_metadata
 
 from . import preview
-from .conversation import Conversation, VideoChat
 from .loading import CLIP, UNSEEN
 from .needles import make_sample
 from .times import clock
@@ -54,6 +54,7 @@ class Visitor:
 
     Attributes:
         shown: the file that the page plays; None if a copy that browsers can play is still to be made.
+        settings: with which the conversation reads the video.
         turns: all that was said about the video, also what the conversation, begun later, does not remember.
         values: of the settings on the page, when last used.
         notice: what the visitor who has asked should know now.
@@ -65,6 +66,7 @@ class Visitor:
     truth: str = ""  # what is true of an example clip
     questions: tuple[str, ...] = QUESTIONS
     conversation: Conversation | None = None
+    settings: dict = field(default_factory=dict)
     turns: list[Turn] = field(default_factory=list)
     notice: str = ""
     values: tuple = ()
@@ -188,7 +190,7 @@ class App:
     def forgets(self, visitor: str, **settings) -> bool:
         """Whether a question with these settings begins a new conversation, though there is one."""
         found = self._visitor(visitor)
-        return bool(found.turns) and self._starts(found, self._settings(settings))
+        return bool(found.turns) and self._opens(found, self._settings(settings))
 
     def ask(self, visitor: str, question: str, new_tokens: int = 128, **settings) -> Iterator[list[dict[str, str]]]:
         """Yield the conversation with the answer so far, as `messages`, and `Visitor.notice` each time.
@@ -206,16 +208,16 @@ class App:
             raise ValueError(f"The question has {len(question):,} characters, the limit is {MAX_QUESTION:,}.")
         if not 1 <= new_tokens <= limits.new_tokens:
             raise ValueError(f"An answer may have 1 to {limits.new_tokens} tokens, got {new_tokens}.")
-        starts = self._starts(found, settings)
-        if not starts and len(found.conversation.ids) + new_tokens > limits.tokens:
+        opens = self._opens(found, settings)
+        if not opens and len(found.conversation.ids) + new_tokens > limits.tokens:
             raise ValueError(f"The conversation has reached {limits.tokens:,} tokens, the limit. Start a new one.")
 
         found.busy, found.seen = True, time.monotonic()
         place = None
         try:
-            reading = self._reading_seconds(found, settings) if starts else 0.0
+            reading = self._reading_seconds(found, settings) if opens else 0.0
             place = self.line.join(None if reading is None else reading + self.speaking)
-            turn = Turn(question, settings=settings, remembered=0 if starts else len(found.conversation.ids))
+            turn = Turn(question, settings=settings, remembered=0 if opens else len(found.conversation.ids))
             while not place.turn.wait(0.5) and not found.stop.is_set():
                 found.notice = self.line.describe(place)
                 yield as_messages(found.turns, turn)
@@ -234,32 +236,37 @@ class App:
             found.busy, found.seen = False, time.monotonic()
 
     def _answer(self, found: Visitor, turn: Turn, new_tokens: int, reading: float | None) -> Iterator[list]:
-        if not turn.remembered:
-            found.conversation = Conversation(str(found.path), turn.settings)
-        conversation = found.conversation
-        conversation.stop = found.stop
-        conversation.timing = {}
         found.notice = ""
-        if not turn.remembered:
+        if self._opens(found, turn.settings):
+            found.conversation, found.settings = self.chat.open(str(found.path), **turn.settings), turn.settings
+        conversation = found.conversation
+        if conversation.cache is None:
             found.notice = f"Reading the video, about {reading:.0f} s…" if reading else "Reading the video…"
         yield as_messages(found.turns, turn)
         try:
-            for text in self.chat.ask(conversation, turn.question, new_tokens):
-                turn.answer = text
+            for piece in conversation.stream(turn.question, max_new_tokens=new_tokens, stop=found.stop):
+                turn.answer += piece
                 found.notice = "Stopping…" if found.stop.is_set() else ""
                 yield as_messages(found.turns, turn)
-        finally:
-            if timing := conversation.timing:
-                turn.moments = [(moment.seconds, moment.share) for moment in conversation.moments]
+        except GeneratorExit:
+            # The page is gone: what was said is kept, and the model, which is still ending it, begins anew.
+            found.conversation = None
+            if turn.answer:
                 found.turns.append(turn)
-                self.speaking = (timing["tokens"] - 1) / max(timing["speed"], 1e-9)
-                if not timing["cached"]:
-                    self.pace = (timing["reading"] + timing["first"]) / timing["given"]
-            elif turn.answer:
-                # The page is gone: what was said is kept, and the model, which is still ending it, begins anew.
-                found.turns.append(turn)
-                found.conversation = None
-        found.notice = "" if timing else "Stopped before the first word."
+            raise
+        except (OSError, ValueError):
+            found.conversation = None  # the video is out of it
+            raise
+
+        answer = conversation.answer
+        found.notice = "" if answer is not None else "Stopped before the first word."
+        if answer is not None:
+            turn.moments = [(moment.seconds, moment.share) for moment in answer.moments]
+            found.turns.append(turn)
+            timing = answer.timing
+            self.speaking = (timing["tokens"] - 1) / max(timing["speed"], 1e-9)
+            if not timing["cached"]:
+                self.pace = (timing["reading"] + timing["first"]) / timing["given"]
         yield as_messages(found.turns)
 
     def retract(self, visitor: str) -> str:
@@ -267,16 +274,9 @@ class App:
         found = self._visitor(visitor)
         if found.busy or not found.turns:
             raise ValueError("There is no answer to try again.")
-        turn, conversation = found.turns.pop(), found.conversation
-        if not turn.remembered or conversation is None or conversation.cache is None:
-            found.conversation = None
-        else:
-            # The last token is given to the model again, together with the next question.
-            kept = turn.remembered - 1
-            conversation.cache.crop(kept - conversation.cache.get_seq_length())
-            conversation.ids = conversation.ids[: turn.remembered]
-            del conversation.messages[-2:]
-        return turn.question
+        if found.conversation is not None:
+            found.conversation.undo()
+        return found.turns.pop().question
 
     def stop(self, visitor: str) -> None:
         """End the answer that is being given to the visitor, or waits to be."""
@@ -332,9 +332,8 @@ class App:
             raise ValueError(f"max_tokens may be {self.limits.tokens:,} at most, got {settings['max_tokens']:,}.")
         return {"max_tokens": self.limits.tokens, **settings, "max_duration": self.limits.seconds}
 
-    def _starts(self, found: Visitor, settings: dict) -> bool:
-        conversation = found.conversation
-        return conversation is None or conversation.settings != settings or conversation.cache is None
+    def _opens(self, found: Visitor, settings: dict) -> bool:
+        return found.conversation is None or found.settings != settings
 
     def _reading_seconds(self, found: Visitor, settings: dict) -> float | None:
         """What the next answer is expected to take until its first word."""
