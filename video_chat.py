@@ -19,6 +19,7 @@ from itertools import accumulate
 
 import numpy as np
 import torch
+from torch.overrides import TorchFunctionMode
 from transformers import DynamicCache, TextIteratorStreamer
 
 from .cache_record import position_after
@@ -381,6 +382,9 @@ class _Turn:
         with AnswerAttention(model) as attention, ExitStack() as stack:
             for layer in (*model.model.language_model.layers, *model.model.visual.blocks):
                 stack.callback(layer.register_forward_pre_hook(check_stop).remove)
+            if model.device.type == "cpu":
+                # A layer may take many seconds there.
+                stack.enter_context(BeforeEachOperation(check_stop))
             if counter is not None:
                 stack.enter_context(observing(model, counter))
             output = model.generate(
@@ -409,6 +413,18 @@ class _Turn:
         patches = [part.view(len(video.seconds), -1) for part, video in zip(parts, videos, strict=True)]
         conversation.choice_shares = torch.cat([patch.nanmean(1) for patch in patches]).tolist()
         conversation.choices = moments_of(videos, conversation.choice_shares, least=0.001)
+
+
+class BeforeEachOperation(TorchFunctionMode):
+    """Calls `check` before each operation of PyTorch that this thread begins."""
+
+    def __init__(self, check):
+        super().__init__()
+        self.check = check
+
+    def __torch_function__(self, operation, types, args=(), kwargs=None):
+        self.check()
+        return operation(*args, **(kwargs or {}))
 
 
 def crop(cache, length: int) -> None:

@@ -5,11 +5,13 @@
     python examples/app.py --write_space my-space    # a folder to upload as a Hugging Face Space
 
 A video is uploaded or named by its address. What would be read of it is shown before it is read; answers are streamed
-and can be stopped; later questions find the video in the model's cache. The files of visitors lie in one temporary
-folder, which goes when the app ends, and go with them; no other file is served. The model's side of it is
-`VideoChat`. `--model` runs the code files of that repository (`trust_remote_code=True`).
+and can be stopped; later questions find the video in the model's cache. A page that is loaded again finds its
+conversation. The files of visitors lie in one temporary folder, which goes when the app ends, and go with them; no
+other file is served. `--share` gives the page a public address. The model's side of it is `VideoChat`. `--model` runs
+the code files of that repository (`trust_remote_code=True`).
 """
 
+import contextlib
 import importlib.metadata
 import os
 import signal
@@ -24,6 +26,7 @@ from lib.network import refuse_private_addresses
 from lib.options import OptionParser, add_device
 from lib.space import write_space
 from lib.visits import App, Limits
+from lib.zero_gpu import LentChat, is_zero_gpu
 from videonsa.video_chat import VideoChat
 
 
@@ -42,7 +45,8 @@ def serve(app: App, args) -> None:
     # Quiet, since Gradio advertises. It still says a public address.
     _, local, _ = launch(app, args.model or "tiny VideoNSA", quiet=True, prevent_thread_lock=True, **options)
     print(f"Open {local} in a browser; Ctrl-C ends it.", flush=True)
-    threading.Event().wait()
+    with contextlib.suppress(KeyboardInterrupt):
+        threading.Event().wait()
 
 
 def main() -> None:
@@ -82,6 +86,8 @@ def main() -> None:
         with tempfile.TemporaryDirectory(prefix="videonsa-app-") as folder:
             source = args.model or str(assemble_tiny_model(Path(folder) / "tiny-videonsa"))
             chat = VideoChat(*load(source, args.nsa_variant, args.device))
+            if is_zero_gpu():
+                chat = LentChat(chat)
             limits = Limits(
                 args.max_megabytes, args.max_seconds, args.max_tokens, args.max_new_tokens, args.visitors, args.queue,
                 args.timeout,

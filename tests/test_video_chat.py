@@ -237,6 +237,19 @@ def test_a_question_stopped_before_its_first_token_leaves_no_trace(talker, sampl
     assert_same_state(state(conversation), before)
 
 
+def test_reading_stops_within_a_layer(talker, sample):
+    talk, stop, ran = talker.open(sample["video"]), threading.Event(), []
+    layer = talker.model.model.language_model.layers[0]
+    handles = [
+        layer.self_attn.q_proj.register_forward_hook(lambda *_: stop.set()),
+        layer.mlp.register_forward_hook(lambda *_: ran.append("mlp")),
+    ]
+    assert list(talk.stream("What appeared?", stop=stop)) == [] and talk.answer is None
+    for handle in handles:
+        handle.remove()
+    assert not ran and talk.messages == []
+
+
 def test_who_stops_listening_ends_the_answer(talker, sample):
     conversation = talker.open(sample["video"])
     answer = conversation.stream("What appeared?", max_new_tokens=10_000)

@@ -95,7 +95,7 @@ def timing_text(timing: dict[str, float]) -> str:
 
 def sheet_html(conversation: Conversation | None) -> str:
     """The moments that the last answer attended to and, folded away, those that vision tokens chose."""
-    if conversation is None or conversation.answer is None:
+    if conversation is None or conversation.answer is None or not conversation.answer.shares:
         return ""
     answer = conversation.answer
     text = "The frames that the words of the last answer attended to, with their share of its attention to the video."

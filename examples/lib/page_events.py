@@ -61,8 +61,8 @@ class Events:
             event.then(self.preview, None, source.player, **HIDDEN, concurrency_limit=2)
 
         columns = [source.chooser, source.back, source.shown]
-        source.other.click(lambda: self.columns(choose=True, found=True), None, columns, **QUICK)
-        source.back.click(lambda: self.columns(choose=False, found=True), None, columns, **QUICK)
+        source.other.click(lambda: self.columns(choose=True), None, columns, **QUICK)
+        source.back.click(lambda: self.columns(choose=False), None, columns, **QUICK)
         gr.on(
             [control.change for control in settings],
             self.plan,
@@ -139,7 +139,7 @@ class Events:
         """All that is seen of a visitor's video and conversation, but for the settings."""
         source, talk = self.source, self.talk
         return {
-            **self.columns(choose=False, found=True),
+            **self.columns(choose=False),
             source.zone: None,
             source.player: player_html(found.shown) if found.shown else wait_html("Preparing a preview…"),
             source.panel: panel,
@@ -149,13 +149,13 @@ class Events:
             **self.results(found),
         }
 
-    def columns(self, choose: bool, found: bool) -> dict:
-        """Whether to show what chooses a video, the player, or the way back from the first to the second."""
+    def columns(self, choose: bool) -> dict:
+        """Show what chooses another video and the way back, or the player."""
         source = self.source
         return {
             source.chooser: gr.update(visible=choose),
-            source.back: gr.update(visible=choose and found),
-            source.shown: gr.update(visible=found and not choose),
+            source.back: gr.update(visible=choose),
+            source.shown: gr.update(visible=not choose),
         }
 
     def preview(self, request: gr.Request):
@@ -194,8 +194,7 @@ class Events:
     # ------------------------------------------------------------------------------------------------------------------
 
     def begin(self, request: gr.Request) -> dict:
-        if found := self.app.visitors.get(request.session_hash):
-            found.stop.clear()
+        self.app.begin(request.session_hash)
         return self.buttons(asking=True)
 
     def finish(self) -> dict:
@@ -234,7 +233,7 @@ class Events:
         about = (found.path.name, found.metadata.duration, self.name)
         name = f"{found.path.stem}-conversation"
         return {
-            self.talk.status: note_html(timing_text(answer.timing) if answer else ""),
+            self.talk.status: note_html(timing_text(answer.timing) if answer and answer.timing else ""),
             self.talk.save: ""
             if empty
             else save_html(name, as_text(found.turns, *about), as_json(found.turns, *about)),

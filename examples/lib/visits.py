@@ -212,20 +212,20 @@ class App:
         if not opens and len(found.conversation.ids) + new_tokens > limits.tokens:
             raise ValueError(f"The conversation has reached {limits.tokens:,} tokens, the limit. Start a new one.")
 
-        found.busy, found.seen = True, time.monotonic()
+        found.busy, found.seen, stop = True, time.monotonic(), found.stop
         place = None
         try:
             reading = self._reading_seconds(found, settings) if opens else 0.0
             place = self.line.join(None if reading is None else reading + self.speaking)
             turn = Turn(question, settings=settings, remembered=0 if opens else len(found.conversation.ids))
-            while not place.turn.wait(0.5) and not found.stop.is_set():
+            while not place.turn.wait(0.5) and not stop.is_set():
                 found.notice = self.line.describe(place)
                 yield as_messages(found.turns, turn)
             if not place.turn.is_set():
                 found.notice = "Stopped while waiting."
                 yield as_messages(found.turns)
                 return
-            yield from self._answer(found, turn, int(new_tokens), reading)
+            yield from self._answer(found, turn, int(new_tokens), reading, stop)
         except torch.OutOfMemoryError as error:
             raise ValueError("There is not enough memory for so many tokens. Allow fewer and ask again.") from error
         except (OSError, ValueError) as error:
@@ -235,7 +235,7 @@ class App:
                 self.line.leave(place)
             found.busy, found.seen = False, time.monotonic()
 
-    def _answer(self, found: Visitor, turn: Turn, new_tokens: int, reading: float | None) -> Iterator[list]:
+    def _answer(self, found: Visitor, turn: Turn, new_tokens: int, reading: float | None, stop) -> Iterator[list]:
         found.notice = ""
         if self._opens(found, turn.settings):
             found.conversation, found.settings = self.chat.open(str(found.path), **turn.settings), turn.settings
@@ -244,13 +244,13 @@ class App:
             found.notice = f"Reading the video, about {reading:.0f} s…" if reading else "Reading the video…"
         yield as_messages(found.turns, turn)
         try:
-            for piece in conversation.stream(turn.question, max_new_tokens=new_tokens, stop=found.stop):
+            for piece in conversation.stream(turn.question, max_new_tokens=new_tokens, stop=stop):
                 turn.answer += piece
-                found.notice = "Stopping…" if found.stop.is_set() else ""
+                found.notice = "Stopping…" if stop.is_set() else ""
                 yield as_messages(found.turns, turn)
         except GeneratorExit:
             # The page is gone: what was said is kept, and the model, which is still ending it, begins anew.
-            found.conversation = None
+            found.conversation = None if found.conversation is conversation else found.conversation
             if turn.answer:
                 found.turns.append(turn)
             raise
@@ -259,11 +259,13 @@ class App:
             raise
 
         answer = conversation.answer
-        found.notice = "" if answer is not None else "Stopped before the first word."
-        if answer is not None:
+        if answer is None:
+            found.notice = "Stopped before the first word."
+        else:
+            found.notice = ""
             turn.moments = [(moment.seconds, moment.share) for moment in answer.moments]
             found.turns.append(turn)
-            timing = answer.timing
+        if timing := answer is not None and answer.timing:
             self.speaking = (timing["tokens"] - 1) / max(timing["speed"], 1e-9)
             if not timing["cached"]:
                 self.pace = (timing["reading"] + timing["first"]) / timing["given"]
@@ -274,9 +276,14 @@ class App:
         found = self._visitor(visitor)
         if found.busy or not found.turns:
             raise ValueError("There is no answer to try again.")
-        if found.conversation is not None:
+        if found.conversation is not None and found.conversation.messages:
             found.conversation.undo()
         return found.turns.pop().question
+
+    def begin(self, visitor: str) -> None:
+        """Let the visitor's next question be answered, whatever was stopped before."""
+        if visitor in self.visitors:
+            self.visitors[visitor].stop = threading.Event()
 
     def stop(self, visitor: str) -> None:
         """End the answer that is being given to the visitor, or waits to be."""
