@@ -24,7 +24,16 @@ from transformers import DynamicCache, TextIteratorStreamer
 
 from .cache_record import position_after
 from .processing_videonsa import seconds_per_patch
-from .video_moments import AnswerAttention, ChoiceCounter, Moment, observing, patch_frame, pick_moments, this_thread
+from .video_moments import (
+    AnswerAttention,
+    ChoiceCounter,
+    Moment,
+    observing,
+    patch_frame,
+    patch_shares,
+    pick_moments,
+    this_thread,
+)
 
 
 class Answer(str):
@@ -261,7 +270,8 @@ class _Turn:
         for video, feature in zip(videos[len(videos) - len(features) :], features, strict=True):
             grid, pixels = feature["video_grid_thw"][0].tolist(), feature["pixel_values_videos"]
             video.frames = [patch_frame(self.processor.video_processor, pixels, grid, i) for i in range(grid[0])]
-        shares = shares_of_patches(attention.received(cache), videos)
+        received = attention.received(cache)
+        shares = patch_shares([received[v.start : v.start + v.tokens].view(len(v.seconds), -1) for v in videos])
         self.answer = Answer(
             text,
             moments=moments_of(videos, shares, least=1 / len(shares)),
@@ -433,15 +443,6 @@ def crop(cache, length: int) -> None:
         surplus = int(layer.get_seq_length()) - length
         if surplus > 0:
             layer.crop(-surplus)
-
-
-def shares_of_patches(received: torch.Tensor, videos: list[Video]) -> list[float]:
-    """The part of what all videos receive that each of their temporal patches does, from that of tokens [n]."""
-    patches = [
-        received[video.start : video.start + video.tokens].view(len(video.seconds), -1).sum(1) for video in videos
-    ]
-    shares = torch.cat(patches).double()
-    return (shares / shares.sum()).nan_to_num().tolist()
 
 
 def moments_of(videos: list[Video], shares: list[float], least: float = 0.0) -> list[Moment]:

@@ -17,6 +17,7 @@ import torch
 
 MOMENTS = 8  # that are picked at most
 ANSWER_LAYERS = 4  # whose attention counts for an answer: more would cost as much again, on a CPU
+ANSWER_TOKENS = 64  # of an answer that count at most, evenly spread
 CHOICE_LAYERS = 3  # whose choices of blocks are counted
 MAX_SCORES = 2**25  # attention scores held at a time
 
@@ -29,13 +30,13 @@ class Moment:
         seconds: when it is on screen.
         share: of an answer's attention to videos, the part that its frame and those beside it in a temporal patch
             receive; or, of the vision tokens that had the choice, those that chose to read it.
-        frame: uint8 [height, width, 3].
+        frame: uint8 [height, width, 3]; None where nobody asked for pictures.
         video: its number in the conversation, from 0.
     """
 
     seconds: float
     share: float
-    frame: np.ndarray
+    frame: np.ndarray | None = None
     video: int = 0
 
     def __str__(self) -> str:
@@ -66,8 +67,8 @@ class AnswerAttention:
     """Sees what the tokens of an answer attend to, without changing it.
 
         with AnswerAttention(model) as attention:
-            output = model.generate(**inputs, return_dict_in_generate=True)
-        received = attention.received(output.past_key_values)
+            model.generate(**inputs, past_key_values=cache)
+        received = attention.received(cache)
 
     Only queries are kept while `generate` runs, for one prompt and a growing cache; keys are in the cache, and both
     meet afterwards. In the variant "released", text has a further term, which is not counted.
@@ -79,19 +80,20 @@ class AnswerAttention:
         self.handles = []
 
     def __enter__(self) -> "AnswerAttention":
-        # Of the last token of each call: of each layer [H * D], before the rotary, and (cosines, sines) [D].
+        # Of the last token of each call: of each layer [1, 1, H * D], before the rotary, and (cosines, sines).
         self.queries = [[] for _ in self.watched]
         self.rotary = []
         is_own = this_thread()
 
+        def last(x):
+            return x if x.shape[-2] == 1 else x[..., -1:, :].clone()  # without a copy, all others would stay
+
         def keep_rotary(module, args, kwargs):
             if is_own():
-                # [3, 1, length, D] in transformers 5.17. Text has the same position in all three components.
-                cos, sin = (x.reshape(-1, *x.shape[-2:])[0, -1].clone() for x in kwargs["position_embeddings"])
-                self.rotary.append((cos, sin))
+                self.rotary.append([last(x) for x in kwargs["position_embeddings"]])
 
         def keep(kept):
-            return lambda module, args, output: kept.append(output[0, -1].clone()) if is_own() else None
+            return lambda module, args, output: kept.append(last(output)) if is_own() else None
 
         self.handles = [self.watched[0].register_forward_pre_hook(keep_rotary, with_kwargs=True)]
         for attention, kept in zip(self.watched, self.queries, strict=True):
@@ -105,31 +107,33 @@ class AnswerAttention:
     @torch.no_grad()
     def received(self, cache) -> torch.Tensor:
         """What each token in the cache receives, fp32 [tokens] on the CPU: the attention probability, the mean over
-        the tokens that predict the answer, the watched layers and their heads."""
-        total = torch.zeros(cache.get_seq_length())
-        cos, sin = (torch.stack(x).float()[:, None] for x in zip(*self.rotary, strict=True))  # [T, 1, D]
+        tokens that predict the answer, the watched layers and their heads."""
+        total, count = torch.zeros(cache.get_seq_length()), len(self.rotary)
+        taken = torch.linspace(0, count - 1, min(count, ANSWER_TOKENS)).round().long()
+        # [3, 1, 1, D] in transformers 5.17: text has the same position in all three components.
+        cos, sin = (torch.stack([self.rotary[i][x].flatten(0, -2)[:1] for i in taken]).float() for x in (0, 1))
         for attention, kept in zip(self.watched, self.queries, strict=True):
             keys = cache.layers[attention.layer_idx].keys[0]  # [G, tokens, D]
-            q = torch.stack(kept).float().unflatten(1, (-1, keys.shape[-1]))  # [T, H, D]
+            q = torch.stack([kept[i].flatten() for i in taken]).float().unflatten(1, (-1, keys.shape[-1]))  # [T, H, D]
             first, second = q.chunk(2, -1)
             q = q * cos.to(q.device) + torch.cat([-second, first], -1) * sin.to(q.device)
-            total += received(q, keys, attention.scaling).cpu()
+            places = (len(total) - count + taken).to(keys.device)
+            total += received(q, keys, places, attention.scaling).cpu()
         return total / len(self.watched)
 
 
-def received(q: torch.Tensor, keys: torch.Tensor, scale: float) -> torch.Tensor:
-    """What each of keys [G, n, D] receives from the queries q [T, H, D] of its last T tokens, causally: fp32 [n], the
-    mean over queries and heads."""
+def received(q: torch.Tensor, keys: torch.Tensor, places: torch.Tensor, scale: float) -> torch.Tensor:
+    """What each of keys [G, n, D] receives from queries q [T, H, D], which stand at `places` int64 [T] among them,
+    causally: fp32 [n], the mean over queries and heads."""
     (groups, n, _), (count, heads, _) = keys.shape, q.shape
     total = torch.zeros(n, device=keys.device)
-    token = torch.arange(count, device=keys.device).repeat_interleave(heads // groups)
     position = torch.arange(n, device=keys.device)
+    seen = places.repeat_interleave(heads // groups)[:, None]
     for group, own in zip(keys, q.unflatten(1, (groups, -1)).unbind(1), strict=True):
         group = group.float()
-        for rows in torch.arange(len(token), device=keys.device).split(max(1, MAX_SCORES // n)):
-            scores = own.flatten(0, 1)[rows] @ group.T * scale
-            later = position > n - count + token[rows, None]
-            total += scores.masked_fill_(later, -torch.inf).softmax(-1).sum(0)
+        for part, last in zip(*(x.split(max(1, MAX_SCORES // n)) for x in (own.flatten(0, 1), seen)), strict=True):
+            scores = (part @ group.T * scale).masked_fill_(position > last, -torch.inf)
+            total += scores.softmax(-1).sum(0)
     return total / (count * heads)
 
 
@@ -256,6 +260,16 @@ def branch_functions(attention, q: torch.Tensor):
 # ----------------------------------------------------------------------------------------------------------------------
 # Pictures
 # ----------------------------------------------------------------------------------------------------------------------
+
+
+def patch_shares(received: list[torch.Tensor]) -> list[float]:
+    """The part of all that videos receive that each of their temporal patches does.
+
+    Args:
+        received: of each video, [temporal patches, tokens of a patch], from `AnswerAttention.received`.
+    """
+    shares = torch.cat([video.sum(1) for video in received]).double()
+    return (shares / shares.sum()).nan_to_num().tolist()
 
 
 def pick_moments(shares: list[float], most: int = MOMENTS, least: float = 0.0) -> list[int]:

@@ -24,10 +24,13 @@ from lib.fields import SIZES, add_fields
 from lib.loading import CLIP, UNSEEN, assemble_tiny_model, load, read, report
 from lib.needles import make_sample
 from lib.options import OptionParser, add_device
+from videonsa.transformers_compat import cache_of
+from videonsa.video_moments import AnswerAttention, Moment, patch_shares, pick_moments
 
 QUESTION = "What happens in this video?"
 SEED = 1  # of the clip whose questions the tiny model answers on every machine
 TRUTH_COLUMN = 10  # characters of an answer before the truth stands beside it
+MOMENTS = 3  # that are printed at most
 
 
 class TimedStreamer(TextStreamer):
@@ -58,14 +61,17 @@ def report_reading(model, video: str, metadata, inputs) -> None:
     report("budget", f"{budget:.1%} of the query–key pairs of dense attention, {pooled:.1%} with the pooled keys")
 
 
-def answer(model, processor, inputs, max_new_tokens: int, truth: str | None = None) -> bool | None:
-    """Print the answer while it is generated, and the truth beside it; returns whether both agree, if it is known."""
+def answer(model, processor, inputs, metadata, max_new_tokens: int, truth: str | None = None) -> bool | None:
+    """Print the answer while it is generated, the truth beside it, and the moments that it attended to; returns
+    whether answer and truth agree, if that is known."""
     print(f"{'answer':<10}", end="", flush=True)
     streamer = TimedStreamer(processor.tokenizer)
     start = time.perf_counter()  # the vision tower may run before the streamer is given the prompt
-    output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer)
+    options = {"max_new_tokens": max_new_tokens, "do_sample": False, "return_dict_in_generate": True}
+    with AnswerAttention(model) as attention:
+        output = model.generate(**inputs, **options, streamer=streamer)
     ends = model.generation_config.eos_token_id
-    complete = int(output[0, -1]) in (ends if isinstance(ends, list) else [ends])
+    complete = int(output.sequences[0, -1]) in (ends if isinstance(ends, list) else [ends])
     rest_of_line = "" if complete else " … (cut: --max_new_tokens)"
     right = None
     if truth is not None:
@@ -77,6 +83,12 @@ def answer(model, processor, inputs, max_new_tokens: int, truth: str | None = No
     _, first, *rest = streamer.times
     speed = f", then {len(rest) / (rest[-1] - first):.1f} tokens/s" if rest else ""
     report("time", f"first token after {first - start:.2f} s{speed}")
+
+    vision = (inputs["mm_token_type_ids"][0] > 0).nonzero().squeeze(1).cpu()
+    seconds = metadata.sample_times[:: processor.video_processor.temporal_patch_size]
+    shares = patch_shares([attention.received(cache_of(output))[vision].view(len(seconds), -1)])
+    picked = pick_moments(shares, most=MOMENTS, least=1 / len(shares))
+    report("looked at", ", ".join(str(Moment(seconds[i], shares[i])) for i in picked))
     return right
 
 
@@ -157,7 +169,7 @@ def ask(args, folder: Path, seed: int, settings: dict) -> list[bool]:
         report("question", asked["question"])
         truth = asked.get("answer")
         most = args.max_new_tokens or (128 if truth is None else 16)
-        answers.append(answer(model, processor, inputs.to(model.device), most, truth))
+        answers.append(answer(model, processor, inputs.to(model.device), metadata, most, truth))
     return [right for right in answers if right is not None]
 
 

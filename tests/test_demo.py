@@ -1,6 +1,7 @@
 """demo.py as a user runs it: what is on the screen, which answers are right, and how it ends."""
 
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import demo
 from lib import tiny
 
 ROOT = Path(__file__).resolve().parents[1]
-LABELS = ("model", "video", "plan", "tokens", "budget", "question", "answer", "time")
+LABELS = ("model", "video", "plan", "tokens", "budget", "question", "answer", "time", "looked")
 
 
 @pytest.fixture
@@ -80,6 +81,11 @@ def test_nothing_but_its_own_lines_is_on_the_screen_and_all_answers_are_right():
     for line in found["answer"]:
         answer, label, truth, mark = line.split()
         assert (answer, label, mark) == (truth, "truth", "✓")
+    # The needle is on screen from 0.25 to 1.0 s.
+    assert len(found["looked"]) == 4
+    for line in found["looked"]:
+        (first, *_) = re.findall(r"(\d:\d\d(?:\.\d)?) \(\d+ %\)", line)
+        assert line.startswith("at") and first in ("0:00", "0:00.5")
     assert last.startswith("4 of 4 right. Next: ")
     interpreter, script, *options = shlex.split(last.split("`")[1])
     assert (ROOT / script).is_file() and options == ["--seed", "2"]

@@ -1,18 +1,23 @@
 """Answers over a cache are those of the whole conversation, whatever was stopped, failed or asked aside before."""
 
+import re
+import shutil
 import threading
 import time
 from copy import deepcopy
+from pathlib import Path
 
 import pytest
 import torch
 
 from lib.loading import CLIP, UNSEEN, assemble_tiny_model, load, read
 from lib.needles import make_sample
+from prompts import assert_close
 from videonsa import VideoChat
-from videonsa.transformers_compat import cache_of
+from videonsa.transformers_compat import CACHE_NAMES, cache_of
 from videonsa.video_chat import Answer, crop
 
+ROOT = Path(__file__).resolve().parents[1]
 VARIANTS = ("paper", "merged", "released", "dense")
 
 
@@ -343,6 +348,35 @@ def test_layers_of_different_lengths_are_cut_to_one(chat, sample):
     crop(cache, 100)
     for layer, keys in zip(cache.layers, expected, strict=True):
         assert torch.equal(layer.keys, keys) and layer.get_seq_length() == 100
+
+
+def test_the_plain_way_of_the_page_is_exact(repository, samples, tmp_path, monkeypatch):
+    """Runs what the page shows, and compares with asking afresh."""
+    page = (ROOT / "docs/conversations.md").read_text().split("## With transformers alone")[1]
+    (snippet,) = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    questions = [item["question"] for item in samples[0]["questions"]]
+    assert '("What is the talk about?", "Who speaks first?")' in snippet
+    snippet = snippet.replace('("What is the talk about?", "Who speaks first?")', str(questions))
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(samples[0]["video"], "talk.mp4")
+    for variant in ("paper", "merged", "dense"):
+        model, processor = load(str(repository), variant, "cpu")
+        names = {"chat": VideoChat(model, processor), "model": model}
+        exec(snippet, names)
+        if variant == "paper":
+            assert names["answers"] == [item["answer"] for item in samples[0]["questions"]]
+
+        options = {"max_new_tokens": 8, "return_dict_in_generate": True, "output_logits": True}
+        for question in questions:
+            inputs, _ = read(processor, "talk.mp4", question)
+            afresh = model.generate(**inputs, **options)
+            ids = inputs["input_ids"]
+            for name in CACHE_NAMES:
+                copied = {name: deepcopy(names["cache"])}
+                after = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **copied, **options)
+                assert torch.equal(after.sequences, afresh.sequences)
+                for a, b in zip(after.logits, afresh.logits, strict=True):
+                    assert_close(a, b)
 
 
 HUB_USER = """
