@@ -287,13 +287,14 @@ class _Turn:
                 {"role": "assistant", "content": [{"type": "text", "text": text}]},
             ]
             conversation._said = len(videos)
+            stays = bool(features)
         else:
             # In the variant "released", text after a video is computed together with it.
             stays = features and self.model.config.nsa_variant != "released"
             cached = videos[-1].start + videos[-1].tokens if stays else cached
             crop(cache, cached)
             conversation.cache = cache if cached else None
-        if features and conversation.cache is not None:
+        if stays:
             self._keep_videos(videos, counter)
         conversation.answer = self.answer
 

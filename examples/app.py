@@ -11,7 +11,6 @@ other file is served. `--share` gives the page a public address. The model's sid
 the code files of that repository (`trust_remote_code=True`).
 """
 
-import contextlib
 import importlib.metadata
 import os
 import signal
@@ -45,8 +44,7 @@ def serve(app: App, args) -> None:
     # Quiet, since Gradio advertises. It still says a public address.
     _, local, _ = launch(app, args.model or "tiny VideoNSA", quiet=True, prevent_thread_lock=True, **options)
     print(f"Open {local} in a browser; Ctrl-C ends it.", flush=True)
-    with contextlib.suppress(KeyboardInterrupt):
-        threading.Event().wait()
+    threading.Event().wait()
 
 
 def main() -> None:
@@ -96,6 +94,8 @@ def main() -> None:
                 refuse_private_addresses()
             app = App(chat, Path(folder) / "files", limits, examples=not args.model)
             serve(app, args)
+    except KeyboardInterrupt:
+        pass  # the way to end it
     except (OSError, ValueError) as error:
         sys.exit(f"app.py: {error}")
 

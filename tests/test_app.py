@@ -486,5 +486,5 @@ def test_the_console_says_where_the_page_is_and_nothing_else(tmp_path):
         assert line.startswith("Open http://127.0.0.1:") and line.endswith("in a browser; Ctrl-C ends it.\n")
         process.send_signal(signal.SIGINT)
         rest, errors = process.communicate(timeout=60)
-        assert rest == "" and "Traceback" not in errors and process.returncode == 0
+        assert rest == "" and "Traceback" not in errors and process.returncode == 0, errors
     assert not list(tmp_path.iterdir())

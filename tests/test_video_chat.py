@@ -189,6 +189,11 @@ def test_with_released_a_question_that_is_not_saved_reads_the_video_again(chats,
     assert conversation.cache is None and first.moments
     assert conversation.ask(question) == first and conversation.answer.timing["cached"] == 0
 
+    conversation.add(sample["video"])
+    tokens = conversation.videos[0].tokens
+    second = conversation.ask(question, save=False)
+    assert conversation.ask(question) == second and conversation.answer.timing["given"] > tokens
+
 
 def test_a_cut_answer_says_so(chat, sample):
     answer = chat.open(sample["video"]).ask("What appeared?", max_new_tokens=1)

@@ -42,7 +42,7 @@ class Events:
         self.connect_source()
         self.connect_talk()
 
-        former = gr.Textbox(visible=False)
+        former = gr.Textbox(visible=False, elem_id="former")
         entering = blocks.load(self.enter, former, [*self.seen, *self.settings, former], **HIDDEN, js=RECALL)
         entering = entering.then(None, former, None, js=REMEMBER)
         entering.then(self.preview, None, source.player, **HIDDEN, concurrency_limit=2)
