@@ -36,8 +36,8 @@ from .transformers_compat import (
     named_arguments,
     register_key_layouts,
 )
-from .vision_attention import GATE_STD, GateLinear, VideoNSAAttention, untrained_gates
-from .vision_layout import VisionLayout
+from .vision_attention import GATE_STD, GateLinear, VideoNSAAttention, only_last_queries, untrained_gates
+from .vision_layout import VisionLayout, send
 
 logger = logging.get_logger(__name__)
 
@@ -58,6 +58,7 @@ class VideoNSATextModel(WholeCheckpoint, Qwen2_5_VLTextModel):
         super().__init__(config)
         for i, layer in enumerate(self.layers):
             layer.self_attn = VideoNSAAttention(config, i)
+        self.layers[-1].register_forward_pre_hook(only_last_queries, with_kwargs=True)
         self.gates_checked = False
         self.post_init()
 
@@ -69,8 +70,13 @@ class VideoNSATextModel(WholeCheckpoint, Qwen2_5_VLTextModel):
             super()._init_weights(module)
 
     @named_arguments(Qwen2_5_VLTextModel.forward)
-    def forward(self, vision_mask: torch.Tensor | None = None, observe: Callable | None = None, **kwargs):
-        """As in Qwen2.5-VL, with vision_mask bool [batch, length]: which new tokens are vision; None for none."""
+    def forward(
+        self, vision_mask: torch.Tensor | None = None, observe: Callable | None = None, last: int = 0, **kwargs
+    ):
+        """As in Qwen2.5-VL, with vision_mask bool [batch, length]: which new tokens are vision; None for none.
+
+        With `last`, only the outputs of so many last tokens are read, and the others may be missing.
+        """
         if self.config.nsa_variant != "dense":
             check_attention(self.config._attn_implementation, self.config.nsa_variant)
         if vision_mask is not None and self.config.nsa_variant == "released":
@@ -85,7 +91,8 @@ class VideoNSATextModel(WholeCheckpoint, Qwen2_5_VLTextModel):
         position_ids, attention_mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
         if vision_mask is not None:
             vision = torch.cat([cached_vision(cache, past, vision_mask), vision_mask], 1)
-            kwargs["vision_layout"] = self._layout(vision, past, attention_mask, position_ids, observe)
+            last = 0 if observe or self._all_are_read(kwargs) else last
+            kwargs["vision_layout"] = self._layout(vision, past, attention_mask, position_ids, observe, last)
             self._warn_of_untrained_gates()
             # "Prepared" masks, so that no [length, length] mask is made.
             kwargs["attention_mask"] = dict.fromkeys(("full_attention", "sliding_attention"))
@@ -129,25 +136,41 @@ class VideoNSATextModel(WholeCheckpoint, Qwen2_5_VLTextModel):
         mask = (time != row) | (time != column)
         return mask if mask.any() else None
 
-    def _layout(self, vision_mask, past, attention_mask, position_ids, observe) -> VisionLayout:
+    def _all_are_read(self, kwargs: dict) -> bool:
+        """Whether somebody may read what the last layer computes for any token of a call with vision."""
+        wanted = (
+            kwargs.get(name, getattr(self.config, name, None)) for name in ("output_hidden_states", "output_attentions")
+        )
+        recorded = any(x is not None and x is not False for x in wanted)
+        hooked = any(module._forward_hooks for module in self.layers[-1].modules())
+        # Text rows of "released" have a term of their own wherever the call has vision queries.
+        return self.training or recorded or hooked or self.config.nsa_variant == "released"
+
+    def _layout(self, vision_mask, past, attention_mask, position_ids, observe, last) -> VisionLayout:
         batch, total = vision_mask.shape
-        valid = starts = None
+        masks = {"vision": vision_mask}
         if attention_mask is not None:
             if not isinstance(attention_mask, torch.Tensor) or attention_mask.shape != (batch, total):
                 got = list(getattr(attention_mask, "shape", [])) or type(attention_mask).__name__
                 raise ValueError(f"attention_mask must be [batch, cached + new tokens] = {[batch, total]}, got {got}")
-            valid = attention_mask.to(vision_mask.device, torch.bool)
-            valid = None if valid.all() else valid
+            masks["valid"] = attention_mask.to(vision_mask.device, torch.bool)
         elif past == 0 and position_ids is not None and position_ids.ndim == 3 and len(position_ids) == 4:
             # Samples packed into a row: its text positions (the first of four) start anew with each.
             text_positions = position_ids[0].expand(batch, -1)
-            starts = text_positions.diff(dim=1, prepend=text_positions[:, :1] - 1) != 1
+            begins = text_positions.diff(dim=1, prepend=text_positions[:, :1] - 1) != 1
+            masks["starts"] = begins.to(vision_mask.device)
+        # All that a layout needs of the device, in one copy.
+        masks = dict(zip(masks, torch.stack(list(masks.values())).cpu(), strict=True))
+        if "valid" in masks and masks["valid"].all():
+            del masks["valid"]
         make_stream = None
         if self.config.nsa_variant == "released":
             make_stream = functools.partial(
                 Stream.make, block_size=self.config.block_size, block_count=self.config.block_count
             )
-        return VisionLayout.make(vision_mask, total - past, valid, starts, observe, make_stream)
+        options = {"observe": observe, "make_stream": make_stream, "last": last}
+        layout = VisionLayout.make(length=total - past, **masks, **options)
+        return layout.to(vision_mask.device)
 
 
 class VideoNSAModel(WholeCheckpoint, Qwen2_5_VLModel):
@@ -163,7 +186,7 @@ class VideoNSAModel(WholeCheckpoint, Qwen2_5_VLModel):
         self.post_init()
 
     @named_arguments(Qwen2_5_VLModel.forward)
-    def forward(self, output_gates: bool = False, observe: Callable | None = None, **kwargs):
+    def forward(self, output_gates: bool = False, observe: Callable | None = None, last: int = 0, **kwargs):
         """As in Qwen2.5-VL.
 
         Vision tokens are told by `input_ids`; where only `inputs_embeds` are given, by `mm_token_type_ids`, which are
@@ -176,6 +199,7 @@ class VideoNSAModel(WholeCheckpoint, Qwen2_5_VLModel):
                 [batch * length, heads, dim], k and v [batch, KV heads, total, dim] of all tokens after the rotary, the
                 gates of its vision queries [N, heads, 3], and the `VisionLayout`; returns the gates to use. In the
                 variant "merged", which has none, the gates are None.
+            last: if not 0, `last_hidden_state` is read at so many last tokens only, and may lack the others.
         """
         gates = []
         if output_gates:
@@ -186,7 +210,7 @@ class VideoNSAModel(WholeCheckpoint, Qwen2_5_VLModel):
         vision_mask = self._vision_mask(kwargs)
         if kwargs.get("mm_token_type_ids") is None and input_ids is not None and self._has_features(kwargs):
             kwargs["mm_token_type_ids"] = self.token_types(input_ids)  # without it, positions would be those of text
-        outputs = super().forward(vision_mask=vision_mask, observe=observe, **kwargs)
+        outputs = super().forward(vision_mask=vision_mask, observe=observe, last=last, **kwargs)
         return _with_gates(outputs, gates) if output_gates else outputs
 
     @named_arguments(Qwen2_5_VLModel.compute_3d_position_ids)
@@ -265,7 +289,9 @@ class VideoNSAModel(WholeCheckpoint, Qwen2_5_VLModel):
         if input_ids is not None:
             mask = self.token_types(input_ids) > 0
             if not self._has_features(kwargs):
-                expected = types[:, -length:].to(mask.device) > 0 if types is not None else mask & (past == 0)
+                if past > 0 and (types is None or length == 1):
+                    return None  # text, as in each step of decoding, which must not wait for the device
+                expected = types[:, -length:].to(mask.device) > 0 if types is not None else mask
                 if expected.any():
                     raise ValueError(
                         f"input_ids have {int(expected.sum())} placeholders of images or video, but the call has "
@@ -360,15 +386,17 @@ class VideoNSAModel(WholeCheckpoint, Qwen2_5_VLModel):
             tokens_per_second=self.config.vision_config.tokens_per_second,
             truncate=self.config.text_config.cuts_seconds(),
         )
-        types = self.token_types(input_ids) if mm_token_type_ids is None else mm_token_type_ids
-        positions = torch.zeros(3, *input_ids.shape, dtype=torch.long, device=input_ids.device)
+        # On the CPU, since every step reads results of the one before.
+        types = (self.token_types(input_ids) if mm_token_type_ids is None else mm_token_type_ids).cpu()
+        valid = None if attention_mask is None else attention_mask.bool().cpu()
+        positions = torch.zeros(3, *input_ids.shape, dtype=torch.long)
         deltas = []
         for row in range(len(input_ids)):
-            keep = slice(None) if attention_mask is None else attention_mask[row].bool().to(input_ids.device)
+            keep = slice(None) if valid is None else valid[row]
             own, following = sample_positions(types[row][keep], media, row)
-            positions[:, row, keep] = own.to(positions.device)
+            positions[:, row, keep] = own
             deltas.append([following - own.shape[1]])
-        return positions, torch.tensor(deltas, device=positions.device)
+        return send(positions, input_ids.device), send(torch.tensor(deltas), input_ids.device)
 
 
 class VideoNSAForConditionalGeneration(WholeCheckpoint, Qwen2_5_VLForConditionalGeneration):
@@ -397,6 +425,9 @@ class VideoNSAForConditionalGeneration(WholeCheckpoint, Qwen2_5_VLForConditional
             observe = functools.partial(_keep_gates, gates, observe)
         if observe is not None:
             kwargs["observe"] = observe
+        read = kwargs.get("logits_to_keep")
+        if isinstance(read, int) and read > 0 and kwargs.get("labels") is None:
+            kwargs["last"] = read
         outputs = super().forward(**kwargs)
         return _with_gates(outputs, gates) if output_gates else outputs
 

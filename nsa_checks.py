@@ -2,6 +2,9 @@
 
 import torch
 
+# Of `nsa_attention`, in the order of its gates.
+BRANCHES = ("compression", "selection", "window")
+
 
 def check_arguments(
     q: torch.Tensor,
@@ -70,14 +73,27 @@ def check_text(
             raise ValueError(f"{name} must be [text tokens, {k.shape[1]}, {k.shape[2]}] like k, got {list(x.shape)}")
         _check_like_q(name, x, q)
 
-    _check_lengths("cu_seqlens_text", cu_seqlens_text, text_k, "text_k", read_lengths)
-    if cu_seqlens_text.shape != cu_seqlens.shape:
-        raise ValueError(
-            f"cu_seqlens_text must describe the {len(cu_seqlens) - 1} samples of cu_seqlens, got "
-            f"{len(cu_seqlens_text) - 1}"
-        )
-    if text_seen.dtype != torch.int32 or text_seen.shape != q.shape[:1] or text_seen.device != q.device:
-        raise ValueError(f"text_seen must be int32 [{len(q)}] on {q.device}, got {_describe(text_seen)}")
+    names = ("text_k", "text_seen", "cu_seqlens_text")
+    _check_seen(q, text_k, text_seen, cu_seqlens, cu_seqlens_text, names, read_lengths)
+
+
+def check_prefix(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    seen: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    *,
+    scale: float | None = None,
+    read_lengths: bool = True,
+) -> None:
+    """As `check_arguments`, for what `prefix_attention` takes."""
+    _check_qkv(q, k, v)
+    _check_sizes(None, scale=scale)
+    _check_lengths("cu_seqlens", cu_seqlens, q, "q", read_lengths)
+
+    _check_seen(q, k, seen, cu_seqlens, cu_seqlens_k, ("k", "seen", "cu_seqlens_k"), read_lengths)
 
 
 def check_block_count(block_count: int, block_size: int, window_size: int) -> None:
@@ -113,8 +129,9 @@ def _check_per_query(q, k, gates, lse, blocks, own_importance) -> None:
     n, heads, _ = q.shape
     groups = k.shape[1]
 
-    if gates is not None and (gates.shape != (n, heads, 3) or gates.device != q.device):
-        raise ValueError(f"gates must be {[n, heads, 3]} on {q.device}, got {list(gates.shape)} on {gates.device}")
+    wanted = (n, heads, len(BRANCHES))
+    if gates is not None and (gates.shape != wanted or gates.device != q.device):
+        raise ValueError(f"gates must be {[*wanted]} on {q.device}, got {list(gates.shape)} on {gates.device}")
 
     if lse is not None and (lse.shape != (n, heads) or not lse.is_floating_point() or lse.device != q.device):
         raise ValueError(f"lse must be floating-point {[n, heads]} on {q.device}, got {_describe(lse)}")
@@ -162,6 +179,19 @@ def _check_lengths(name: str, cu_seqlens: torch.Tensor, counted: torch.Tensor, c
     n = len(counted)
     if values[0] != 0 or values[-1] != n or values != sorted(values):
         raise ValueError(f"{name} must rise from 0 to the {n} tokens of {counted_name}, got {values}")
+
+
+def _check_seen(q, k, seen, cu_seqlens, cu_seqlens_k, names: tuple[str, str, str], read: bool) -> None:
+    """`seen` counts, for each query, keys of its sample; `names` are those of k, seen and cu_seqlens_k."""
+    k_name, seen_name, lengths_name = names
+    _check_lengths(lengths_name, cu_seqlens_k, k, k_name, read)
+
+    samples = len(cu_seqlens) - 1
+    if len(cu_seqlens_k) - 1 != samples:
+        got = len(cu_seqlens_k) - 1
+        raise ValueError(f"{lengths_name} must describe the {samples} samples of cu_seqlens, got {got}")
+    if seen.dtype != torch.int32 or seen.shape != q.shape[:1] or seen.device != q.device:
+        raise ValueError(f"{seen_name} must be int32 [{len(q)}] on {q.device}, got {_describe(seen)}")
 
 
 def _check_like_q(name: str, x: torch.Tensor, q: torch.Tensor) -> None:

@@ -84,11 +84,10 @@ def released_attention(
     Returns:
         [n, H, D] in the dtype of q; differentiable in q, k, v and gates.
     """
-    attend_pooled, select_blocks, selected_attention, window_attention = TRITON if triton else TORCH
+    attend_pooled, *branches = TRITON if triton else TORCH
     n, heads, dim = q.shape
     length, groups, _ = k.shape
     first = length - n
-    count = -(-length // block_size)  # blocks
     scale = dim**-0.5 if scale is None else scale
 
     zeroed = ~stream.vision[:, None, None]
@@ -97,57 +96,28 @@ def released_attention(
     k_means, v_means = _means(k, block_size), _means(v, block_size)
     # KV head g is read by the heads 16 g ... 16 g + 15 of these. `VideoNSATextConfig` checks that they fit.
     q = torch.cat([q, q, q.new_zeros(n, PADDED * groups - 2 * heads, dim)], 1)
-    gates = gates.new_zeros(n, heads, 3).index_copy(0, stream.vision_rows, 0.5 * gates)  # of heads and copies, halved
+    # Those of heads and copies, halved.
+    gates = gates.new_zeros(n, *gates.shape[1:]).index_copy(0, stream.vision_rows, 0.5 * gates)
     gates = gates.to(q.dtype).unsqueeze(-1).unbind(2)  # 3 x [n, H, 1]
 
-    # A query that is 0 sees all its keys alike. So do the heads of zeros, whose lse is exactly this.
-    own = torch.arange(first, length, device=q.device) // block_size
-    seen = own + 1 if block_causal else count - own
-    lse = seen.to(accumulate(q[:0]).dtype).log().repeat(PADDED * groups, 1)
-    compressed = []
-    for start, stop in stream.runs:
-        last = first + stop
-        if block_causal:
-            means, at = slice(0, -(-last // block_size)), first + start
-        else:
-            means, at = slice((first + start) // block_size, None), count * block_size - last
-        o, run_lse = attend_pooled(
-            q[start:stop],
-            k_means[means],
-            v_means[means],
-            first=at + block_size - 1,
-            block_size=block_size,
-            reverse=not block_causal,
-            scale=scale,
-        )
-        compressed.append(_with_copies(o, heads))
-        own_lse = run_lse[:, : 2 * heads].T
-        lse[: 2 * heads, start:stop] = own_lse.where(stream.vision[first:][start:stop], lse[: 2 * heads, start:stop])
+    compressed, lse = _compressed_runs(
+        attend_pooled, q, k_means, v_means, stream, heads, first, block_size, block_causal, scale
+    )
     lse = lse.view(n, PADDED * groups)  # the public code reads [heads, n] so
     others = (-lse).exp().unflatten(1, (groups, PADDED)).sum(2).T  # [groups, n]: importance of a block to a query of 0
     own_importance = others.new_full(others.shape, PADDED)
 
     out = q.new_zeros(n, heads, dim)
     rounded = (q * scale).detach()
+    sizes = {"block_size": block_size, "block_count": block_count, "window_size": window_size, "scale": scale}
     for (start, stop), o in zip(stream.runs, compressed, strict=True):
-        keys = slice(0, first + stop)
-        lengths = _lengths(q, stop - start, first + stop)
-        blocks = select_blocks(
-            rounded[start:stop],
-            k[keys],
-            lse[start:stop],
-            block_size=block_size,
-            block_count=block_count,
-            own_importance=own_importance[:, start:stop],
-            scale=1.0,
-            **lengths,
-        )
-        qkv = (q[start:stop], k[keys], v[keys])
-        g_cmp, g_slc, g_win = (gate[start:stop] for gate in gates)
-        selected, _ = selected_attention(*qkv, blocks, block_size=block_size, scale=scale, **lengths)
+        run, keys = slice(start, stop), slice(0, first + stop)
+        choosing = (rounded[run], k[keys], lse[run], own_importance[:, run])
+        selected, window = _chosen_and_near(branches, q[run], k[keys], v[keys], choosing, **sizes)
+
+        g_cmp, g_slc, g_win = (gate[run] for gate in gates)
         o = torch.addcmul(g_cmp * o, g_slc, _with_copies(selected, heads))
-        window, _ = window_attention(*qkv, window_size=window_size, scale=scale, **lengths)
-        out[start:stop] = torch.addcmul(o, g_win, _with_copies(window, heads))
+        out[run] = torch.addcmul(o, g_win, _with_copies(window, heads))
     if stream.all_vision:
         return out
 
@@ -160,6 +130,60 @@ def released_attention(
     means = _text_means(v, v_means, first + rows, stream.ties, others[:, rows].sub(PADDED).sign().long(), **sizes)
     copies = torch.arange(2 * heads, device=q.device).view(2, heads) // PADDED  # KV heads of each head and its copy
     return out.index_copy(0, rows, 0.25 * means[:, copies].sum(1).to(q.dtype))
+
+
+def _compressed_runs(attend_pooled, q, k_means, v_means, stream, heads, first, block_size, block_causal, scale):
+    """The compression branch of every run: a list of [run, H, D], and lse [padded heads, n] of all queries."""
+    n, padded, _ = q.shape
+    length, count = first + n, len(k_means)
+
+    # A query that is 0 sees all its keys alike. So do the heads of zeros, whose lse is exactly this.
+    own = torch.arange(first, length, device=q.device) // block_size
+    seen = own + 1 if block_causal else count - own
+    lse = seen.to(accumulate(q[:0]).dtype).log().repeat(padded, 1)
+
+    compressed = []
+    for start, stop in stream.runs:
+        last = first + stop
+        if block_causal:
+            means, at = slice(0, -(-last // block_size)), first + start
+        else:
+            means, at = slice((first + start) // block_size, None), count * block_size - last
+
+        o, run_lse = attend_pooled(
+            q[start:stop],
+            k_means[means],
+            v_means[means],
+            first=at + block_size - 1,
+            block_size=block_size,
+            reverse=not block_causal,
+            scale=scale,
+        )
+        compressed.append(_with_copies(o, heads))
+        own_lse = run_lse[:, : 2 * heads].T
+        vision = stream.vision[first:][start:stop]
+        lse[: 2 * heads, start:stop] = own_lse.where(vision, lse[: 2 * heads, start:stop])
+    return compressed, lse
+
+
+def _chosen_and_near(branches, q, k, v, choosing, *, block_size, block_count, window_size, scale):
+    """The selection and window branches of one run; `choosing` has q, scaled, k, lse and the own blocks' importance."""
+    select_blocks, selected_attention, window_attention = branches
+    *scored, own_importance = choosing
+    ends = torch.arange(2, dtype=torch.int32, device=q.device)
+    lengths = {"cu_seqlens": ends * len(q), "cu_seqlens_k": ends * len(k)}
+
+    blocks = select_blocks(
+        *scored,
+        block_size=block_size,
+        block_count=block_count,
+        own_importance=own_importance,
+        scale=1.0,
+        **lengths,
+    )
+    selected, _ = selected_attention(q, k, v, blocks, block_size=block_size, scale=scale, **lengths)
+    window, _ = window_attention(q, k, v, window_size=window_size, scale=scale, **lengths)
+    return selected, window
 
 
 def pooled_attention(
@@ -306,8 +330,3 @@ def _means(x: torch.Tensor, block_size: int) -> torch.Tensor:
 def _with_copies(o: torch.Tensor, heads: int) -> torch.Tensor:
     """Heads and their copies, of [n, 2 H or more, D], added up: they have the same gates."""
     return o[:, :heads] + o[:, heads : 2 * heads]
-
-
-def _lengths(q: torch.Tensor, queries: int, keys: int) -> dict:
-    ends = torch.arange(2, dtype=torch.int32, device=q.device)
-    return {"cu_seqlens": ends * queries, "cu_seqlens_k": ends * keys}

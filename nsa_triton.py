@@ -12,7 +12,7 @@ import os
 
 import torch
 
-from .nsa_checks import check_arguments, check_block_count, check_text
+from .nsa_checks import check_arguments, check_block_count, check_prefix
 from .nsa_launches import BRANCHES, Gradients, Launches, capability, triton
 
 
@@ -99,7 +99,7 @@ def prefix_attention(q, k, v, seen, cu_seqlens, cu_seqlens_k, *, scale=None, wit
     Others, and what is returned, as in `nsa_torch.compressed_attention`.
     """
     _check_launchable(q)
-    check_text(q, k, k, v, seen, cu_seqlens, cu_seqlens_k, read_lengths=reads_lengths(q))
+    check_prefix(q, k, v, seen, cu_seqlens, cu_seqlens_k, scale=scale, read_lengths=reads_lengths(q))
     _check_supported(q)
     return _branch("prefix", q, k, v, cu_seqlens, cu_seqlens_k, with_lse_gradient, seen=seen, scale=scale)
 
@@ -246,7 +246,7 @@ def _attend_gated(q, k, v, gates, cu_seqlens, cu_seqlens_k, *, block_count, save
         with torch.cuda.device_of(q):
             blocks = chosen if save else chosen.new_empty(k.shape[1], q.shape[0], block_count)
             launches = Launches(q, k, v, cu_seqlens, cu_seqlens_k, blocks=blocks, **settings)
-            launches.attend_gated(gates.contiguous(), out, outputs if save else (None,) * 3, lse)
+            launches.attend_gated(gates.contiguous(), out, outputs if save else (None,) * len(BRANCHES), lse)
     return out, outputs, lse, chosen
 
 
@@ -256,8 +256,8 @@ def _gated_results(q, k, block_count, save):
     saved = n if save else 0
     return (
         q.new_empty(n, heads, dim),
-        q.new_empty(3, saved, heads, dim),
-        q.new_empty(3, n, heads, dtype=torch.float32),
+        q.new_empty(len(BRANCHES), saved, heads, dim),
+        q.new_empty(len(BRANCHES), n, heads, dtype=torch.float32),
         q.new_empty(k.shape[1], saved, block_count, dtype=torch.int32),
     )
 

@@ -18,6 +18,7 @@ from transformers.core_model_loading import WeightRenaming
 from transformers.masking_utils import create_masks_for_generate
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     Qwen2_5_VLAttention,
+    Qwen2_5_VLDecoderLayer,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLModel,
     Qwen2_5_VLTextModel,
@@ -59,6 +60,7 @@ def check_contract() -> None:
     pixels = ("pixel_values", "pixel_values_videos")
     needed = {
         (Qwen2_5_VLAttention, "forward"): ("hidden_states", CACHE, "position_embeddings", "kwargs"),
+        (Qwen2_5_VLDecoderLayer, "forward"): ("hidden_states", CACHE, "position_embeddings", "kwargs"),
         (Qwen2_5_VLTextModel, "forward"): (*text, "kwargs"),
         (Qwen2_5_VLModel, "forward"): ("input_ids", *text, *pixels, *grids, "kwargs"),
         (Qwen2_5_VLModel, "compute_3d_position_ids"): ("inputs_embeds", CACHE, "mm_token_type_ids"),

@@ -70,34 +70,36 @@ class AnswerAttention:
             model.generate(**inputs, past_key_values=cache)
         received = attention.received(cache)
 
-    Only queries are kept while `generate` runs, for one prompt and a growing cache; keys are in the cache, and both
-    meet afterwards. In the variant "released", text has a further term, which is not counted.
+    Only what queries are made of is kept while `generate` runs, for one prompt and a growing cache; keys are in the
+    cache, and both meet afterwards. In the variant "released", text has a further term, which is not counted.
     """
 
     def __init__(self, model):
+        self.rotary_emb = model.model.language_model.rotary_emb
         layers = model.model.language_model.layers
         self.watched = [layers[i].self_attn for i in spread_layers(model, ANSWER_LAYERS)]
         self.handles = []
 
     def __enter__(self) -> "AnswerAttention":
-        # Of the last token of each call: of each layer [1, 1, H * D], before the rotary, and (cosines, sines).
-        self.queries = [[] for _ in self.watched]
+        # Of the last token of each call: of each layer [1, 1, hidden], what queries are made of; (cosines, sines).
+        self.states = [[] for _ in self.watched]
         self.rotary = []
         is_own = this_thread()
 
         def last(x):
             return x if x.shape[-2] == 1 else x[..., -1:, :].clone()  # without a copy, all others would stay
 
-        def keep_rotary(module, args, kwargs):
+        def keep_rotary(module, args, output):
             if is_own():
-                self.rotary.append([last(x) for x in kwargs["position_embeddings"]])
+                self.rotary.append([last(x) for x in output])
 
         def keep(kept):
-            return lambda module, args, output: kept.append(last(output)) if is_own() else None
+            return lambda module, args: kept.append(last(args[0])) if is_own() else None
 
-        self.handles = [self.watched[0].register_forward_pre_hook(keep_rotary, with_kwargs=True)]
-        for attention, kept in zip(self.watched, self.queries, strict=True):
-            self.handles.append(attention.q_proj.register_forward_hook(keep(kept)))
+        # Before the projections, not after: a layer with an output that somebody reads computes it for all tokens.
+        self.handles = [self.rotary_emb.register_forward_hook(keep_rotary)]
+        for attention, kept in zip(self.watched, self.states, strict=True):
+            self.handles.append(attention.q_proj.register_forward_pre_hook(keep(kept)))
         return self
 
     def __exit__(self, *_) -> None:
@@ -112,9 +114,10 @@ class AnswerAttention:
         taken = torch.linspace(0, count - 1, min(count, ANSWER_TOKENS)).round().long()
         # [3, 1, 1, D] in transformers 5.17: text has the same position in all three components.
         cos, sin = (torch.stack([self.rotary[i][x].flatten(0, -2)[:1] for i in taken]).float() for x in (0, 1))
-        for attention, kept in zip(self.watched, self.queries, strict=True):
+        for attention, kept in zip(self.watched, self.states, strict=True):
             keys = cache.layers[attention.layer_idx].keys[0]  # [G, tokens, D]
-            q = torch.stack([kept[i].flatten() for i in taken]).float().unflatten(1, (-1, keys.shape[-1]))  # [T, H, D]
+            q = attention.q_proj(torch.cat([kept[i][0] for i in taken]))
+            q = q.float().unflatten(1, (-1, keys.shape[-1]))  # [T, H, D]
             first, second = q.chunk(2, -1)
             q = q * cos.to(q.device) + torch.cat([-second, first], -1) * sin.to(q.device)
             places = (len(total) - count + taken).to(keys.device)

@@ -13,12 +13,13 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLAttention
 
 from .configuration_videonsa import VideoNSATextConfig
+from .nsa_checks import BRANCHES
 from .nsa_merged import merged_attention
 from .nsa_released import released_attention
 from .nsa_torch import nsa_attention as nsa_attention_torch
 from .nsa_triton import available as triton_available
 from .nsa_triton import nsa_attention as nsa_attention_triton
-from .transformers_compat import Substitute, named_arguments
+from .transformers_compat import CACHE, Substitute, named_arguments
 from .vision_layout import TextChunk, VisionLayout
 
 # New gates have weights N(0, GATE_STD) and no bias.
@@ -37,7 +38,7 @@ class VideoNSAAttention(Qwen2_5_VLAttention):
         self.has_gates = config.nsa_variant != "merged"
         if self.has_gates:
             self.g_proj_1 = GateLinear(self.hidden_size, self.hidden_size)
-            self.g_proj_2 = GateLinear(self.hidden_size, 3 * self.num_heads)
+            self.g_proj_2 = GateLinear(self.hidden_size, len(BRANCHES) * self.num_heads)
 
     def gates(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Weights of the compression, selection and window branch: [..., hidden] -> [..., heads, 3] in (0, 1)."""
@@ -47,10 +48,12 @@ class VideoNSAAttention(Qwen2_5_VLAttention):
                 "load the checkpoint with the variant that you want"
             )
         logits = self.g_proj_2(nn.functional.gelu(self.g_proj_1(hidden_states)))
-        return (logits / self.config.gate_temperature).sigmoid().unflatten(-1, (-1, 3))
+        return (logits / self.config.gate_temperature).sigmoid().unflatten(-1, (-1, len(BRANCHES)))
 
     @named_arguments(Qwen2_5_VLAttention.forward)
-    def forward(self, hidden_states: torch.Tensor, vision_layout: VisionLayout | None = None, **kwargs):
+    def forward(
+        self, hidden_states: torch.Tensor, vision_layout: VisionLayout | None = None, keys_only: bool = False, **kwargs
+    ):
         """As in Qwen2.5-VL, with the layout of a call that has vision queries.
 
         Projections, rotary and cache are those of the stock forward, which calls an attention function by its name in
@@ -59,8 +62,15 @@ class VideoNSAAttention(Qwen2_5_VLAttention):
         Returns:
             the output [batch, length, hidden] and the attention weights [batch, heads, length, total] or None. As in
             stock, only attn_implementation="eager" has weights. With vision queries, they are computed only if
-            `output_attentions` asks for them, and only for text queries; the rows of vision queries are 0.
+            `output_attentions` asks for them, and only for text queries; the rows of vision queries are 0. With
+            `keys_only`, nothing attends: in place of the weights are the keys and values of the cached and new tokens.
         """
+        if keys_only:
+            # One head of queries, which the rotary wants, costs nothing.
+            parts = {"q_proj": lambda x: x[..., : self.head_dim], "o_proj": nn.Identity()}
+            config = Substitute(self.config, _attn_implementation=KEYS_ONLY)
+            return Qwen2_5_VLAttention.forward(Substitute(self, config=config, **parts), hidden_states, **kwargs)
+
         if vision_layout is None:
             output, weights = super().forward(hidden_states, **kwargs)
             if self.has_gates and self.training and torch.is_grad_enabled():
@@ -69,7 +79,8 @@ class VideoNSAAttention(Qwen2_5_VLAttention):
             return output, weights
 
         gates = None
-        if self.config.nsa_variant != "merged":
+        # Data parallelism needs the gates also where a batch has hidden all of its vision tokens.
+        if self.config.nsa_variant != "merged" and (self.training or len(vision_layout.queries) > 0):
             gates = self.gates(hidden_states.flatten(0, 1)[vision_layout.queries])  # [N, heads, 3]
         attend = SparseCall(self, gates, vision_layout)
         config = Substitute(self.config, _attn_implementation=SPARSE_ATTENTION)
@@ -96,11 +107,13 @@ class VideoNSAAttention(Qwen2_5_VLAttention):
         batch, _, length, _ = q.shape
         k = k.to(v.dtype)  # under autocast the rotary factors are fp32
         q = q.to(v.dtype).transpose(1, 2).flatten(0, 1)  # [batch * length, heads, dim]
-        if layout.observe is not None:
+        has_vision = gates is not None or len(layout.queries) > 0
+        if layout.observe is not None and has_vision:
             gates = layout.observe(self, q, k, v, gates, layout)
 
         output = q.new_zeros(q.shape)  # padding stays 0
-        VISION_ATTENTION[self.config.nsa_variant](self, output, q, k, v, gates, layout)
+        if has_vision:
+            VISION_ATTENTION[self.config.nsa_variant](self, output, q, k, v, gates, layout)
 
         for chunk in layout.text_chunks(self.num_key_value_groups):
             if weights is None:
@@ -268,3 +281,45 @@ def _attend_sparsely(
 
 
 ALL_ATTENTION_FUNCTIONS.register(SPARSE_ATTENTION, _attend_sparsely)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The last layer, where its output is read at the last tokens alone
+# ----------------------------------------------------------------------------------------------------------------------
+
+KEYS_ONLY = "videonsa_keys_only"
+
+
+def _keys_and_values(module, q, k, v, attention_mask, **kwargs):
+    """An attention function of transformers that returns the keys and values in place of weights."""
+    return q.transpose(1, 2), (k, v)
+
+
+ALL_ATTENTION_FUNCTIONS.register(KEYS_ONLY, _keys_and_values)
+
+
+@dataclass
+class WrittenCache:
+    """Stands for a cache in a layer whose keys and values of this call it has already."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    def update(self, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.keys, self.values
+
+
+def only_last_queries(layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    """A hook before the last decoder layer: as `VisionLayout.last` asks, all tokens become keys and values in the
+    cache, as they would, but only the last ones go through the layer."""
+    layout = kwargs.get("vision_layout")
+    if layout is None or layout.last is None:
+        return None
+    (hidden_states,) = args
+    inputs = {name: kwargs.get(name) for name in ("position_embeddings", CACHE)}
+    _, written = layer.self_attn(layer.input_layernorm(hidden_states), keys_only=True, **inputs)
+
+    last = layout.last.length
+    places = tuple(x[..., -last:, :] for x in kwargs["position_embeddings"])
+    changed = {"position_embeddings": places, "vision_layout": layout.last, CACHE: WrittenCache(*written)}
+    return (hidden_states[:, -last:],), {**kwargs, **changed}

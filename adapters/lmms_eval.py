@@ -10,6 +10,9 @@ own processor: `--model_args` takes its settings (`fps`, `num_frames`, `frame_to
 docs/findings.md has the lines with the paper's settings.
 """
 
+import re
+from pathlib import Path
+
 import torch
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModel, AutoProcessor
@@ -24,6 +27,7 @@ except ImportError:  # the class can be made and tested without lmms-eval, which
 
 # Settings of a video. A task gives the part of it, from start to end.
 VIDEO_SETTINGS = tuple(dict.fromkeys(name for name in CLIP_KEYS.values() if name not in ("start", "end")))
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 SAMPLING = ("temperature", "top_p", "top_k", "num_beams")
 FILL_BLOCKS = "fill_blocks"  # the processor's own `block_size`, which has the name of a field of the configuration
 
@@ -33,6 +37,27 @@ def manifest():
     from lmms_eval.models.registry_v2 import ModelManifest  # here, as that module loads this one
 
     return ModelManifest(model_id="videonsa", chat_class_path=f"{__name__}.VideoNSA")
+
+
+def read_config(pretrained: str):
+    """The configuration of a VideoNSA repository, read before anything that takes time.
+
+    Raises:
+        ValueError: it is no folder nor an id of the Hub, cannot be read, or is another kind of checkpoint.
+    """
+    given = f"--model_args pretrained={pretrained}"
+    if not Path(pretrained).is_dir() and not HUB_ID.fullmatch(pretrained):
+        raise ValueError(f"{given} is no folder, nor a Hub id, which is OWNER/NAME")
+    try:
+        config = AutoConfig.from_pretrained(pretrained, trust_remote_code=True)
+    except (OSError, ValueError) as error:  # no such repository, no network, no config.json, an unknown kind
+        raise ValueError(f"{given} cannot be read: {str(error).splitlines()[0]}") from error
+    if config.model_type != "videonsa":
+        raise ValueError(
+            f"{given} is a {config.model_type} checkpoint, not a VideoNSA repository; make one with: "
+            f"python examples/convert.py {pretrained} OUTPUT"
+        )
+    return config
 
 
 class VideoNSA(lmms):
@@ -47,7 +72,7 @@ class VideoNSA(lmms):
             called `fill_blocks` here).
 
     Raises:
-        ValueError: a setting is neither.
+        ValueError: a setting is neither, or `pretrained` is no VideoNSA repository.
     """
 
     is_simple = False
@@ -65,6 +90,7 @@ class VideoNSA(lmms):
         if unknown := sorted(set(settings) - ignored):
             allowed = ", ".join(sorted({*NSA_FIELDS, *VIDEO_SETTINGS, FILL_BLOCKS}))
             raise ValueError(f"--model_args has no {', '.join(unknown)}; it may have pretrained, dtype, {allowed}")
+        config = read_config(pretrained)
         self.batch_size, self.system_prompt = int(batch_size), system_prompt
         self._rank, self._world_size = 0, 1
         if torch.distributed.is_torchelastic_launched():
@@ -73,7 +99,6 @@ class VideoNSA(lmms):
             self.accelerator = Accelerator()
             self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
             device = str(self.accelerator.device)
-        config = AutoConfig.from_pretrained(pretrained, trust_remote_code=True)
         for name, value in fields.items():
             setattr(config, name, value)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")

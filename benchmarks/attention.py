@@ -4,21 +4,26 @@
     python benchmarks/attention.py --backward               # also backward, and forward and backward together
     python benchmarks/attention.py --lengths 64K 128K --overlaps 0.8 0.9
     python benchmarks/attention.py --lengths 64K --interleave        # whole and dense again in turns, cold and warm L2
-    python benchmarks/attention.py --lengths 64K --variants          # also the attention of `released` and `merged`
+    python benchmarks/attention.py --backend my_kernels              # also those of another module, if they are right
 
 What users call is what is measured: the functions of `nsa_triton.py` (on a GPU) and `nsa_torch.py` (on a CPU, and up
-to 8K tokens on a GPU), against every dense kernel there is, in the same run. README.md says what a figure includes.
+to 8K tokens on a GPU), the variants `released` and `merged`, and every dense kernel there is, in the same run.
+README.md says what a figure includes, docs/add_a_kernel.md what a module offers.
 """
 
 import argparse
 import functools
+import importlib
 import importlib.util
 import itertools
+import sys
 import warnings
+from pathlib import Path
 
 import torch
 from common import (
     DTYPES,
+    OptionParser,
     add_options,
     announce,
     append_rows,
@@ -37,27 +42,63 @@ PASSES = ("forward", "backward", "forward+backward")
 SDPA_BACKENDS = ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
 FLASH_PACKAGES = {"FlashAttention-2": "flash_attn", "FlashAttention-3": "flash_attn_interface"}
 SMALL = 8192  # tokens up to which kernels run that are slow, or hold all scores: nsa_torch and SDPA's MATH
+OVERLAPS = [0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.96]
+CPU_LENGTHS = [256, 1024]  # in the shape of the 7B
+# What a module offers, by the parts that are timed.
+FUNCTIONS = {
+    "compressed": "compressed_attention",
+    "select": "select_blocks",
+    "selected": "selected_attention",
+    "window": "window_attention",
+    "whole": "nsa_attention",
+}
+BRANCHES = ("compressed", "selected", "window")  # in the order of the gates
+# The most that a part may differ from nsa_torch in fp64, as in tests/kernel_cases.py: relative RMS of outputs, and of
+# gradients; for `select` the share of queries that choose otherwise, since means may be rounded to 16 bits.
+ALLOWED = {"fp32": (1e-5, 1e-5, 0.0), "fp16": (3e-3, 5e-3, 0.05), "bf16": (3e-3, 5e-3, 0.05)}
 TILE = 16  # adjacent queries whose blocks are united: nearly those of a tile of nsa_triton (18, of 7 heads per KV head)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lengths", type=parse_length, nargs="+", help="tokens (4K ... 256K; --backward: also 36K)")
+def parse() -> argparse.Namespace:
+    parser = OptionParser(__doc__)
+    parser.add_argument("--lengths", type=parse_length, nargs="+",
+                        help="tokens (4K ... 256K; --backward: also 36K; without a GPU 256 and 1K)")  # fmt: skip
     parser.add_argument("--backward", action="store_true", help="measure backward and forward+backward, too")
     parser.add_argument("--interleave", action="store_true", help="measure whole and dense in turns, too")
-    parser.add_argument("--variants", action="store_true", help="measure the other variants, too")
-    parser.add_argument("--overlaps", type=float, nargs="*", default=[0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.96],
-                        help="of the blocks of neighbouring queries, besides random queries (%(default)s)")  # fmt: skip
+    parser.add_argument("--no_variants", action="store_true", help="leave released and merged out")
+    parser.add_argument("--variants", action="store_true", help=argparse.SUPPRESS)  # of an earlier release
+    parser.add_argument("--backend", metavar="MODULE", help="a module with our functions' names, timed beside ours")
+    parser.add_argument("--overlaps", type=float, nargs="*",
+                        help="of the blocks of neighbouring queries, besides random queries "
+                        f"({' '.join(map(str, OVERLAPS))}; without a GPU none)")  # fmt: skip
     for name, default in (
-        ("heads", 28), ("kv-heads", 4), ("head-dim", 128), ("block-size", 64), ("block-count", 32), ("window-size", 256)
+        ("heads", 28), ("kv_heads", 4), ("head_dim", 128), ("block_size", 64), ("block_count", 32), ("window_size", 256)
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=default, help="(%(default)s)")
     add_options(parser)
     args = parser.parse_args()
-    args.passes = PASSES if args.backward else PASSES[:1]
+    on_gpu = torch.device(args.device).type == "cuda"
     if args.lengths is None:
-        args.lengths = sorted([2**i for i in range(12, 19)] + [36864] * args.backward)
+        args.lengths = sorted([2**i for i in range(12, 19)] + [36864] * args.backward) if on_gpu else CPU_LENGTHS
+    if args.overlaps is None:
+        args.overlaps = OVERLAPS if on_gpu else []
+    args.passes = PASSES if args.backward else PASSES[:1]
+    if not on_gpu:
+        print("attention.py: no GPU, so nsa_torch is timed and no kernel; --lengths 256 1K ends, long streams do not")
+    return args
+
+
+def main() -> None:
+    args = parse()
     device = torch.device(args.device)
+    args.modules = [nsa_triton if device.type == "cuda" else nsa_torch]
+    args.errors = {}
+    if args.backend:
+        try:
+            args.modules.append(load_backend(args.backend))
+            args.errors = check(args, device)
+        except ValueError as error:
+            sys.exit(f"attention.py: {error}")
     shape = ("dtype", "heads", "kv_heads", "head_dim", "block_size", "block_count", "window_size")
     same = {"benchmark": "attention", **environment(device, args.date), **{name: getattr(args, name) for name in shape}}
     announce(same)
@@ -73,7 +114,7 @@ def main() -> None:
                         row["speedup"] = round(dense_ms / row["ms"], 3)  # over the fastest dense kernel of this run
             print(f"\n{tokens:,} tokens, {name}")
             columns = ("part", "kernel", "selection", "overlap", "union", "ms", "ms_low", "ms_high", "peak_mb")
-            columns = (*columns, "l2") if args.interleave else columns
+            columns = (*columns, *["l2"] * args.interleave, *["error"] * bool(args.backend))
             print_table((*columns, "speedup"), timed)
         for row in rows:
             if "skipped" in row:
@@ -107,42 +148,121 @@ def measure_length(tokens: int, device: torch.device, args: argparse.Namespace) 
         calls = branch_calls(module, q, k, v, gates, lse, blocks, cu_seqlens, args)
         rows = []
         for part in parts:
-            row = {"part": part, "kernel": module.__name__.split("_")[-1]}
+            row = {"part": part, "kernel": name_of(module)}
             row |= {} if part in ("compressed", "window") else selection
+            row |= {"error": args.errors[row["kernel"], part]} if module in args.modules and args.errors else {}
             call, tensors = calls[part]
             for name in args.passes if tensors else args.passes[:1]:
                 rows.append({**row, "pass": name, **time_pass(name, call, tensors, timed)})
         return rows
 
     rows = dense_rows(queries(1.0), k, v, args.passes, timed)
-    modules = [nsa_triton] if device.type == "cuda" else []
-    if not modules or tokens <= SMALL:
-        modules.append(nsa_torch)
-    for module in modules:
+    fast = args.modules
+    for module in [*fast, nsa_torch] if nsa_torch not in fast and tokens <= SMALL else fast:
         q = queries(1.0)
         lse, blocks = choose(module, q)
         random = {"selection": "random", **statistics_of(blocks)}
-        parts = ("compressed", "select", "selected", "window", "whole")
-        rows += time_branches(module, q, lse, blocks, parts, random)
+        rows += time_branches(module, q, lse, blocks, FUNCTIONS, random)
 
-    module = modules[0]
-    if args.variants:
-        for part, call in variant_calls(module, queries(1.0), k, v, gates, args).items():
-            row = {"part": part, "kernel": module.__name__.split("_")[-1], "selection": "random", "pass": "forward"}
-            rows.append({**row, **timed(call)})
+    if not args.no_variants:
+        rows += variant_rows(fast[0], queries(1.0), k, v, gates, args, timed)
     if args.interleave:
-        q = queries(1.0)
-        rows += interleaved_rows(module, q, k, v, gates, cu_seqlens, random, rows, args, device)
+        rows += interleaved_rows(fast, queries(1.0), k, v, gates, cu_seqlens, random, rows, args, device)
     for target in args.overlaps:
         if random["overlap"] is None or target <= random["overlap"]:
             continue  # there is no choice, or random selections overlap more than that
-        q = queries(noise_for(target, lambda noise: statistics_of(choose(module, queries(noise))[1])["overlap"]))
-        lse, blocks = choose(module, q)
-        correlated = {"selection": f"overlap {target}", **statistics_of(blocks)}
-        rows += time_branches(module, q, lse, blocks, ("selected", "whole"), correlated)
+        q = queries(noise_for(target, lambda noise: statistics_of(choose(fast[0], queries(noise))[1])["overlap"]))
+        for module in fast:
+            lse, blocks = choose(module, q)
+            correlated = {"selection": f"overlap {target}", **statistics_of(blocks)}
+            rows += time_branches(module, q, lse, blocks, ("selected", "whole"), correlated)
         if args.interleave:
-            rows += interleaved_rows(module, q, k, v, gates, cu_seqlens, correlated, rows, args, device)
+            rows += interleaved_rows(fast, q, k, v, gates, cu_seqlens, correlated, rows, args, device)
     return rows
+
+
+def load_backend(name: str):
+    """The module of that name, which may lie in the working directory.
+
+    Raises:
+        ValueError: it cannot be imported, or lacks one of `FUNCTIONS`.
+    """
+    sys.path.append(str(Path.cwd()))
+    try:
+        module = importlib.import_module(name)
+    except ImportError as error:
+        raise ValueError(f"--backend {name} cannot be imported: {error}") from error
+    missing = [function for function in FUNCTIONS.values() if not callable(getattr(module, function, None))]
+    if missing:
+        raise ValueError(f"--backend {name} has no {', '.join(missing)}")
+    return module
+
+
+def name_of(module) -> str:
+    """`triton` and `torch` for ours."""
+    return module.__name__.removeprefix("videonsa.nsa_")
+
+
+def check(args: argparse.Namespace, device: torch.device) -> dict[tuple[str, str], float]:
+    """By kernel and part, how far the modules are from nsa_torch in fp64: see `ALLOWED`. With --backward the larger one
+    of output and gradients.
+
+    Raises:
+        ValueError: one is too far away.
+    """
+    lengths = [(args.block_count + 3) * args.block_size + 5, args.block_size + 1]
+    generator = torch.Generator().manual_seed(0)
+    new = functools.partial(torch.randn, generator=generator)
+    tensors = [new(sum(lengths), heads, args.head_dim) for heads in (args.heads, args.kv_heads, args.kv_heads)]
+    tensors.append(new(sum(lengths), args.heads, len(BRANCHES)).sigmoid())
+    tensors = [x.to(device, DTYPES[args.dtype]) for x in tensors]
+    cu_seqlens = torch.tensor([0, lengths[0], sum(lengths)], dtype=torch.int32, device=device)
+
+    errors, (output, gradient, choice) = {}, ALLOWED[args.dtype]
+    for module in args.modules:
+        for part, found in errors_of(module, *tensors, cu_seqlens, args).items():
+            allowed = choice if part == "select" else gradient if args.backward else output
+            if not found <= allowed:  # also where it is not a number
+                name = f"{FUNCTIONS[part]} of {name_of(module)}"
+                raise ValueError(f"{name} differs from nsa_torch by {found:.2g}; allowed is {allowed:.2g}")
+            errors[name_of(module), part] = round(found, 7)
+    return errors
+
+
+def errors_of(module, q, k, v, gates, cu_seqlens, args) -> dict[str, float]:
+    """By part: see `check`. Both sides take the blocks that the module chose: a near tie is counted once."""
+    options = {"block_size": args.block_size}
+    with torch.no_grad():
+        _, lse = module.compressed_attention(q, k, v, cu_seqlens, **options)
+        blocks = module.select_blocks(q, k, lse, cu_seqlens, **options, block_count=args.block_count)
+    calls = branch_calls(module, q, k, v, gates, lse, blocks, cu_seqlens, args)
+    doubles = [x.double() for x in (q, k, v, gates)]
+    expected = branch_calls(nsa_torch, *doubles, lse.double(), blocks, cu_seqlens, args)
+
+    def gated_sum(q, k, v, gates):
+        return sum(gates[..., b, None] * expected[part][0](q, k, v) for b, part in enumerate(BRANCHES))
+
+    expected["whole"] = gated_sum, tuple(doubles)
+    errors = {}
+    for part in FUNCTIONS:
+        pairs = list(zip(*(results(*side[part], args.backward) for side in (calls, expected)), strict=True))
+        if part == "select":
+            ((mine, reference),) = pairs
+            errors[part] = (mine != reference).any(-1).double().mean().item()
+        else:
+            errors[part] = max(((x.double() - y).norm() / y.norm()).item() for x, y in pairs)
+    return errors
+
+
+def results(call, tensors: tuple, with_gradients: bool) -> list[torch.Tensor]:
+    """Of call(*tensors) the output and, if there are any, the gradients."""
+    with torch.set_grad_enabled(with_gradients):
+        leaves = [x.detach().requires_grad_(with_gradients) for x in tensors]
+        out = call(*leaves)
+        if not with_gradients or not tensors:
+            return [out.detach()]
+        d_out = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.device, out.dtype)
+        return [out.detach(), *torch.autograd.grad(out, leaves, d_out)]
 
 
 def branch_calls(module, q, k, v, gates, lse, blocks, cu_seqlens, sizes) -> dict[str, tuple]:
@@ -165,29 +285,50 @@ def branch_calls(module, q, k, v, gates, lse, blocks, cu_seqlens, sizes) -> dict
     }
 
 
-def variant_calls(module, q, k, v, gates, sizes) -> dict:
-    """Forward calls of the other variants, over the same vision tokens: `released` without text, `merged` after 64
+def variant_rows(module, q, k, v, gates, args, timed) -> list[dict]:
+    """Rows of the other variants in all passes; where a shape does not fit one, the row says why."""
+    rows = []
+    for (part, (call, tensors)), name in itertools.product(
+        variant_calls(module, q, k, v, gates, args).items(), args.passes
+    ):
+        row = {"part": part, "kernel": name_of(module), "selection": "random", "pass": name}
+        try:
+            rows.append({**row, **time_pass(name, call, tensors, timed)})
+        except (RuntimeError, ValueError) as error:
+            rows.append({**row, "skipped": str(error).split("\n")[0]})
+    return rows
+
+
+def variant_calls(module, q, k, v, gates, sizes) -> dict[str, tuple]:
+    """As `branch_calls`, of the other variants over the same vision tokens: `released` without text, `merged` after 64
     tokens of it."""
     blocking = {"block_size": sizes.block_size, "block_count": sizes.block_count}
     vision = torch.ones(len(q), dtype=torch.bool, device=q.device)
     stream = nsa_released.Stream.make(vision, len(q), **blocking)
     lengths = (torch.tensor([0, n], dtype=torch.int32, device=q.device) for n in (len(q), min(64, len(k))))
     seen = torch.full((len(q),), min(64, len(k)), dtype=torch.int32, device=q.device)
-    text = k[:64], v[:64], seen, *lengths
+    places = (seen, *lengths)
     options = {**blocking, "window_size": sizes.window_size}
-    is_triton = module is nsa_triton
+    options["triton"] = module is nsa_triton
     return {
-        "released": lambda: nsa_released.released_attention(q, k, v, gates, stream, triton=is_triton, **options),
-        "merged": lambda: nsa_merged.merged_attention(q, k, v, *text, **options, triton=module is nsa_triton),
+        "released": (
+            lambda q, k, v, gates: nsa_released.released_attention(q, k, v, gates, stream, **options),
+            (q, k, v, gates),
+        ),
+        "merged": (
+            lambda q, k, v: nsa_merged.merged_attention(q, k, v, k[:64], v[:64], *places, **options),
+            (q, k, v),
+        ),
     }
 
 
-def interleaved_rows(module, q, k, v, gates, cu_seqlens, selection, rows, sizes, device) -> list[dict]:
+def interleaved_rows(modules, q, k, v, gates, cu_seqlens, selection, rows, sizes, device) -> list[dict]:
     """The forward pass of the whole in turns with the dense kernels that have been measured, with a cold L2 cache and
     with a warm one."""
     blocking = {"block_size": sizes.block_size, "block_count": sizes.block_count, "window_size": sizes.window_size}
     calls = {
-        ("whole", module.__name__.split("_")[-1]): lambda: module.nsa_attention(q, k, v, gates, cu_seqlens, **blocking)
+        ("whole", name_of(module)): functools.partial(module.nsa_attention, q, k, v, gates, cu_seqlens, **blocking)
+        for module in modules
     }
     possible = {row["kernel"] for row in rows if row["part"] == "dense" and "ms" in row}
     for name, ways in dense_calls(q, k, v).items():

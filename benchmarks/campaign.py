@@ -2,14 +2,13 @@
 
     python benchmarks/campaign.py                           # any GPU from sm_80 on; no network
     python benchmarks/campaign.py --resume                  # goes on where a run was cut short
-    python benchmarks/campaign.py --dry-run                 # anywhere: every part at a toy size
+    python benchmarks/campaign.py --dry_run                 # anywhere: every part at a toy size
 
 Each part runs in a process of its own with a time limit. After each, what it found is in the folder of results: its
 rows in the JSON files of the scripts, its output in `campaign/`, and in `campaign.md` a table that sets each figure
 beside what `compile_kernels.py` predicted (`predicted.json`).
 """
 
-import argparse
 import json
 import os
 import shutil
@@ -20,12 +19,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
-from common import RESULTS, ROOT
+from common import RESULTS, ROOT, OptionParser
 
 MINUTES = 9
 SANITIZERS = ("compute-sanitizer", "/usr/local/cuda/bin/compute-sanitizer")
-TOY = "--device cpu --seconds 0 --heads 4 --kv-heads 2"
-TOY_LAYER = f"{TOY} --head-dim 16 --block-size 16 --block-count 4 --window-size 20 --interleave"
+TOY = "--device cpu --seconds 0 --heads 4 --kv_heads 2"
+TOY_LAYER = f"{TOY} --head_dim 16 --block_size 16 --block_count 4 --window_size 20 --interleave"
+TOY_BRANCHES = f"{TOY_LAYER} --no_variants"
 TOY_MODEL = f"{TOY} --lengths 64 --hidden 64 --layers 1"
 # Instead of a script: tests of the kernels, by themselves or under a sanitizer.
 TEST, SANITIZE = "test", "sanitize"
@@ -40,25 +40,27 @@ PARTS = (
     ),
     (
         "forward 64K", 60, "attention.py",
-        "--lengths 64K --overlaps 0.8 0.9 --seconds 0.15 --interleave", f"{TOY_LAYER} --lengths 64 --overlaps",
+        "--lengths 64K --overlaps 0.8 0.9 --seconds 0.15 --interleave --no_variants",
+        f"{TOY_BRANCHES} --lengths 64 --overlaps",
     ),
     (
         "forward 8K and 128K", 90, "attention.py",
-        "--lengths 8K 128K --overlaps 0.9 --seconds 0.15 --interleave", f"{TOY_LAYER} --lengths 48 80 --overlaps",
+        "--lengths 8K 128K --overlaps 0.9 --seconds 0.15 --interleave --no_variants",
+        f"{TOY_BRANCHES} --lengths 48 80 --overlaps",
     ),
     (
         "backward 36K", 70, "attention.py",
-        "--backward --lengths 36K --overlaps 0.9 --seconds 0.15",
-        f"{TOY_LAYER} --lengths 128 --backward --overlaps 0.8",
+        "--backward --lengths 36K --overlaps 0.9 --seconds 0.15 --no_variants",
+        f"{TOY_BRANCHES} --lengths 128 --backward --overlaps 0.8",
     ),
     (
         "released and merged 64K", 45, "attention.py",
-        "--variants --lengths 64K --overlaps --seconds 0.15",
-        f"{TOY_LAYER} --lengths 64 --heads 28 --kv-heads 4 --variants --overlaps",
+        "--lengths 64K --overlaps --seconds 0.15",
+        f"{TOY_LAYER} --lengths 64 --heads 28 --kv_heads 4 --overlaps",
     ),
     (
         "prefill 32K", 60, "prefill.py",
-        "--lengths 32K --new-tokens 8 --seconds 0", f"{TOY_MODEL} --new-tokens 1 --runs 1",
+        "--lengths 32K --new_tokens 8 --seconds 0", f"{TOY_MODEL} --new_tokens 1 --runs 1",
     ),
     (
         "train step 36K", 45, "train_step.py",
@@ -66,7 +68,7 @@ PARTS = (
     ),
     (
         "prefill 128K", 110, "prefill.py",
-        "--lengths 128K --new-tokens 8 --seconds 0 --runs 3", f"{TOY_MODEL} --new-tokens 1 --runs 1",
+        "--lengths 128K --new_tokens 8 --seconds 0 --runs 3", f"{TOY_MODEL} --new_tokens 1 --runs 1",
     ),
     (
         "kernels stay in bounds", 60, SANITIZE,
@@ -74,20 +76,21 @@ PARTS = (
     ),
     (
         "forward 32K", 45, "attention.py",
-        "--lengths 32K --overlaps 0.5 0.9 --seconds 0.15 --interleave", f"{TOY_LAYER} --lengths 32 --overlaps",
+        "--lengths 32K --overlaps 0.5 0.9 --seconds 0.15 --interleave --no_variants",
+        f"{TOY_BRANCHES} --lengths 32 --overlaps",
     ),
 )  # fmt: skip
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OptionParser(__doc__)
     parser.add_argument("--resume", action="store_true", help="leave out what the last run finished")
-    parser.add_argument("--dry-run", action="store_true", help="every part at a toy size, on the CPU")
+    parser.add_argument("--dry_run", action="store_true", help="every part at a toy size, on the CPU")
     parser.add_argument("--minutes", type=float, default=MINUTES, help="after which no part is begun (%(default)s)")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder (benchmarks/results)")
     args = parser.parse_args()
     if not args.dry_run and not torch.cuda.is_available():
-        parser.error("there is no GPU; --dry-run shows on a CPU that every part works")
+        parser.error("there is no GPU; --dry_run shows on a CPU that every part works")
     end = time.monotonic() + 60 * args.minutes
     folder = args.output / "campaign"
     folder.mkdir(parents=True, exist_ok=True)

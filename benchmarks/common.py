@@ -5,6 +5,7 @@ A row is one measured figure with everything needed to judge it: shape, kernel, 
 read them.
 """
 
+import argparse
 import importlib.metadata
 import importlib.util
 import itertools
@@ -25,11 +26,32 @@ RESULTS = Path(__file__).resolve().parent / "results"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 FRAME_PAIR = (1, 16, 16)  # grid of patches of two frames of 224 x 224, which become 64 tokens
 TEXT_BEFORE = 16  # tokens before a video: the system prompt
+# Options by their names in earlier releases.
+OLD_NAMES = {"--variant": "--nsa_variant"}
 
 # `videonsa` is the checkout that this file lies in, installed or not: import common before anything of it.
 _spec = importlib.util.spec_from_file_location("videonsa", ROOT / "__init__.py")
 sys.modules["videonsa"] = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(sys.modules["videonsa"])
+
+
+class OptionParser(argparse.ArgumentParser):
+    """The parser of the benchmarks: options have underscores; hyphens and `OLD_NAMES` go with the next release."""
+
+    def __init__(self, description: str):
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def parse_known_args(self, args=None, namespace=None):
+        return super().parse_known_args([respell(x) for x in (sys.argv[1:] if args is None else args)], namespace)
+
+
+def respell(argument: str) -> str:
+    """An argument of a command line; if it is an option, then in today's spelling."""
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument.partition("=")
+    name = "--" + name[2:].replace("-", "_")
+    return OLD_NAMES.get(name, name) + equals + value
 
 
 def parse_length(text: str) -> int:
@@ -51,21 +73,28 @@ def add_output_options(parser) -> None:
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the JSON file (benchmarks/results)")
 
 
+# Sizes of a model that end on a CPU in seconds.
+TOY = "--lengths 128 --layers 2 --hidden 64 --heads 4 --kv_heads 2 --seconds 0"
+
+
 def add_model_options(parser, lengths: list[int]) -> None:
     """The options of prefill.py and train_step.py: their prompt, kernels and shape but for the number of layers."""
     parser.add_argument("--lengths", type=parse_length, nargs="+", default=lengths, help="vision tokens (8K ... 128K)")
     parser.add_argument("--question", type=int, default=32, help="text tokens after the video (%(default)s)")
     parser.add_argument("--attention", default="sdpa", help="what the stock model runs (%(default)s)")
     backend = "triton" if torch.cuda.is_available() else "torch"
-    parser.add_argument("--backend", default=backend, choices=("triton", "torch"), help="nsa_backend (%(default)s)")
-    parser.add_argument("--variant", default="paper", choices=("paper", "merged"), help="nsa_variant (%(default)s)")
-    for name, default in (("hidden", 3584), ("heads", 28), ("kv-heads", 4)):
+    backends = {"default": backend, "choices": ("triton", "torch")}
+    parser.add_argument("--nsa_backend", "--backend", **backends, help="kernels or PyTorch (%(default)s)")
+    parser.add_argument("--nsa_variant", default="paper", choices=("paper", "merged"), help="(%(default)s)")
+    for name, default in (("hidden", 3584), ("heads", 28), ("kv_heads", 4)):
         parser.add_argument(f"--{name}", type=int, default=default, help="(%(default)s)")
 
 
 def parse_model_options(parser):
     """The values of these options."""
     args = parser.parse_args()
+    if args.device == "cpu" and args.lengths == parser.get_default("lengths"):
+        parser.exit(2, f"{parser.prog}: without a GPU, the 7B at these lengths does not end; try {TOY}\n")
     if any(tokens % 64 for tokens in args.lengths):
         parser.error("--lengths must be multiples of 64, the tokens of two frames")
     return args
@@ -111,7 +140,7 @@ def make_models(args, device: torch.device, layers: int, vocabulary: int = 15206
     torch.manual_seed(0)
     with device:
         model = VideoNSAForConditionalGeneration._from_config(
-            VideoNSAConfig(**settings, nsa_backend=args.backend, nsa_variant=args.variant),
+            VideoNSAConfig(**settings, nsa_backend=args.nsa_backend, nsa_variant=args.nsa_variant),
             dtype=DTYPES[args.dtype],
             attn_implementation="sdpa",
         )
@@ -206,6 +235,25 @@ def measure_in_turns(calls: dict, device: torch.device, seconds: float, cold: bo
                 except (RuntimeError, ImportError) as error:  # out of memory is one
                     failed[name] = {"skipped": str(error).split("\n")[0]}
     return {name: failed.get(name) or _figures(x[2:]) for name, x in times.items()}
+
+
+def time_calls(calls: dict, rounds: int) -> dict[str, list[float]]:
+    """Seconds of the processor, all threads together, of each call in each round. They run turn and turn about; a first
+    round is not counted. Other work on the machine disturbs these times less than the clock's."""
+    times = {name: [] for name in calls}
+    for counted in [False] + [True] * rounds:
+        for name, call in calls.items():
+            start = time.process_time()
+            call()
+            if counted:
+                times[name].append(time.process_time() - start)
+    return times
+
+
+def measure_on_cpu(calls: dict, rounds: int) -> dict:
+    """Figures as of `measure`, {name: figures}, of the times of `time_calls`."""
+    times = time_calls(calls, rounds)
+    return {name: {**_figures([1e3 * x for x in own]), "peak_mb": None} for name, own in times.items()}
 
 
 def announce(same: dict) -> None:

@@ -1,7 +1,7 @@
 """One attention layer without a GPU: the PyTorch path against dense SDPA, in time and memory.
 
     python benchmarks/cpu.py                                     # 1K ... 16K tokens, shape of the 7B, fp32, one thread
-    python benchmarks/cpu.py --heads 7 --kv-heads 1 --lengths 32K    # a quarter of the work
+    python benchmarks/cpu.py --heads 7 --kv_heads 1 --lengths 32K    # a quarter of the work
     python benchmarks/cpu.py --backward --lengths 4K 16K
 
 Both run turn and turn about in one process; `ratio` is the median over the rounds of their times' quotient. Times are
@@ -13,10 +13,20 @@ import argparse
 import statistics
 import subprocess
 import sys
-import time
 
 import torch
-from common import DTYPES, ROOT, add_output_options, announce, append_rows, environment, parse_length, print_table
+from common import (
+    DTYPES,
+    ROOT,
+    OptionParser,
+    add_output_options,
+    announce,
+    append_rows,
+    environment,
+    parse_length,
+    print_table,
+    time_calls,
+)
 from torch.nn.functional import scaled_dot_product_attention
 
 from videonsa.nsa_torch import nsa_attention
@@ -36,10 +46,10 @@ print((cpu.peak() - before) / 1024)
 
 
 def parse(arguments=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OptionParser(__doc__)
     lengths = [1024, 2048, 4096, 8192, 16384]
     parser.add_argument("--lengths", type=parse_length, nargs="+", default=lengths, help="tokens (1K ... 16K)")
-    for name, default in (("heads", 28), ("kv-heads", 4), ("head-dim", 128), ("threads", 1), ("rounds", 5)):
+    for name, default in (("heads", 28), ("kv_heads", 4), ("head_dim", 128), ("threads", 1), ("rounds", 5)):
         parser.add_argument(f"--{name}", type=int, default=default, help="(%(default)s)")
     parser.add_argument("--dtype", default="fp32", choices=DTYPES, help="(%(default)s)")
     parser.add_argument("--backward", action="store_true", help="forward and backward pass, not forward alone")
@@ -87,18 +97,6 @@ def make_calls(tokens: int, args: argparse.Namespace) -> dict:
             torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
 
     return {"dense": lambda: whole(dense), "nsa": lambda: whole(sparse)}
-
-
-def time_calls(calls: dict, rounds: int) -> dict[str, list[float]]:
-    """Seconds of the processor, all threads together, for each call and round; a first round is not counted."""
-    times = {name: [] for name in calls}
-    for counted in [False] + [True] * rounds:
-        for name, call in calls.items():
-            start = time.process_time()
-            call()
-            if counted:
-                times[name].append(time.process_time() - start)
-    return times
 
 
 def peak() -> int:

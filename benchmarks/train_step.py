@@ -14,6 +14,7 @@ import gc
 import torch
 from common import (
     TEXT_BEFORE,
+    OptionParser,
     add_model_options,
     add_options,
     announce,
@@ -28,7 +29,7 @@ from transformers.utils import logging
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OptionParser(__doc__)
     lengths = [8192, 16384, 36864, 65536]
     parser.add_argument("--layers", type=int, help="(as many of 28 as fit for both models, found by trying)")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing of every layer")
@@ -38,11 +39,11 @@ def main() -> None:
     if args.checkpointing and args.lengths == lengths:
         args.lengths = [*lengths, 131072]
     device = torch.device(args.device)
-    shape = ("dtype", "hidden", "heads", "kv_heads")
+    shape = ("dtype", "nsa_variant", "hidden", "heads", "kv_heads")
     about = {**environment(device, args.date), **{name: getattr(args, name) for name in shape}}
     same = {"benchmark": "train_step", **about, "activations": "recomputed" if args.checkpointing else "kept"}
     logging.set_verbosity_error()
-    kernels = {"VideoNSA": args.backend, "Qwen2.5-VL": args.attention}
+    kernels = {"VideoNSA": args.nsa_backend, "Qwen2.5-VL": args.attention}
     announce(same)
     for tokens in args.lengths:
         layers = args.layers or layers_that_fit(tokens, args, device)

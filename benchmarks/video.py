@@ -1,7 +1,7 @@
 """Time and memory of reading a video into sampled, resized frames: this repository, ffmpeg, and other readers.
 
     python benchmarks/video.py                              # two minutes of H.264, in 480p and 1080p
-    python benchmarks/video.py --minutes 10 60 --codecs h264 hevc vp9 av1 --key-frames 2 10
+    python benchmarks/video.py --minutes 10 60 --codecs h264 hevc vp9 av1 --key_frames 2 10
 
 Encodes its clips itself and keeps them in build/clips. Every figure comes from a process of its own, which reads once;
 the readers take turns. What they are is in `readers.py`; README.md says what a figure includes.
@@ -27,7 +27,7 @@ from pathlib import Path
 import av
 import numpy as np
 import torch
-from common import ROOT, add_output_options, announce, append_rows, environment, print_table
+from common import ROOT, OptionParser, add_output_options, announce, append_rows, environment, print_table
 from readers import PIXELS, RATE, READERS, Job, find_ffmpeg
 from transformers.models.qwen2_vl.video_processing_qwen2_vl import smart_resize
 
@@ -58,11 +58,11 @@ class Clip:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OptionParser(__doc__)
     parser.add_argument("--minutes", type=float, nargs="+", default=[2], help="of the clips (%(default)s)")
     parser.add_argument("--heights", type=int, nargs="+", default=[480, 1080], help="at 16:9 (%(default)s)")
     parser.add_argument("--codecs", nargs="+", default=["h264"], choices=CODECS, help="(%(default)s)")
-    parser.add_argument("--key-frames", type=int, nargs="+", default=[2], choices=(1, 2, 5, 10),
+    parser.add_argument("--key_frames", type=int, nargs="+", default=[2], choices=(1, 2, 5, 10),
                         help="seconds from one to the next (%(default)s)")  # fmt: skip
     parser.add_argument("--fps", type=float, nargs="+", default=[4, 0.2], help="frames to sample (%(default)s)")
     parser.add_argument("--readers", nargs="+", default=list(READERS), choices=READERS, help="(all)")

@@ -7,7 +7,8 @@
 FINDING is one of transfer, scaling, budget, gates, latency, sinks and looked-at; `analyze.py FINDING --help` says what
 it measures, by which equation, and what it writes to the folder --output: FINDING.json and figures, in place of older
 ones. DATA is a file as for `evaluate.py`; questions are asked and counted as there. `lib/observe.py` looks into the
-layers, `lib/figures.py` draws. Needs matplotlib: pip install -e ".[analyze]".
+layers, `lib/figures.py` draws, `lib/summaries.py` says in a few lines what was found. Needs matplotlib:
+pip install -e ".[analyze]".
 """
 
 import argparse
@@ -17,6 +18,7 @@ import itertools
 import json
 import sys
 import tempfile
+import time
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
@@ -47,6 +49,7 @@ from lib.observe import (
     watch_dense,
 )  # fmt: skip
 from lib.options import OptionParser, add_device
+from lib.summaries import summarize
 from videonsa.nsa_torch import block_means
 from videonsa.video_moments import branch_functions, count_choices, observing, patch_frame
 
@@ -61,6 +64,7 @@ CLIP_SECONDS = {
     "sinks": (8, 16),
 }
 QUESTIONS = ("colour", "shape", "where", "when")
+SHEET, HIGHLIGHTS = "looked-at.png", "looked-at.mp4"
 OBSERVED = ("gates", "latency", "sinks", "looked-at")  # findings about the branches of nsa_variant="paper"
 
 
@@ -183,9 +187,8 @@ def gates(args) -> dict:
     model, processor, samples = open_model_and_data(args)
     layers = model.config.text_config.num_hidden_layers
     kept, kinds, moments = [[] for _ in range(layers)], [], []
-    alike = torch.zeros(
-        layers, 3, model.config.text_config.num_attention_heads, model.config.text_config.num_attention_heads
-    )
+    heads = model.config.text_config.num_attention_heads
+    alike = torch.zeros(layers, len(BRANCHES), heads, heads)
     clips = 0
     for inputs in prompts_of(processor, samples, args.limit):
         kind = inputs["mm_token_type_ids"][0]
@@ -196,16 +199,16 @@ def gates(args) -> dict:
         clips += 1
 
         def see(seen, chosen=chosen):
-            g = seen.gates[chosen.to(seen.gates.device)].float().cpu()  # [tokens, heads, 3]
+            g = seen.gates[chosen.to(seen.gates.device)].float().cpu()  # [tokens, heads, branches]
             kept[seen.layer].append(g)
             alike[seen.layer] += similarity(g)
 
         watch(model, inputs, see)
-    values = torch.stack([torch.cat(layer) for layer in kept])  # [layers, tokens, heads, 3]
+    values = torch.stack([torch.cat(layer) for layer in kept])  # [layers, tokens, heads, branches]
     kinds, moments = torch.cat(kinds), torch.cat(moments)
     bins = (moments * 10).long().clamp(max=9)
     quartiles = torch.quantile(values.mean(2), torch.tensor([0.25, 0.75]), dim=1)  # over tokens, of the mean head
-    heads = values.mean(1)  # [layers, heads, 3]
+    heads = values.mean(1)  # [layers, heads, branches]
     off_diagonal = ~torch.eye(heads.shape[1], dtype=torch.bool)
     alike /= clips
     result = {
@@ -222,7 +225,8 @@ def gates(args) -> dict:
         "mean_similarity": alike[:, :, off_diagonal].mean(-1).tolist() if heads.shape[1] > 1 else None,
         "ablation": {},
     }
-    for on in (on for n in (3, 2, 1) for on in itertools.combinations(range(3), n)):
+    every = range(len(BRANCHES))
+    for on in (on for n in reversed(every) for on in itertools.combinations(every, n + 1)):
         with observing(model, functools.partial(only_branches, on)):
             run = ask(model, processor, samples, args)
         result["ablation"][" + ".join(BRANCHES[i] for i in on)] = accuracy(run)
@@ -256,7 +260,7 @@ def latency(args) -> dict:
         new = functools.partial(torch.randn, dtype=dtype, device=model.device)
         q = new(tokens, config.num_attention_heads, dim)
         k, v = (new(tokens, config.num_key_value_heads, dim) for _ in range(2))
-        hidden, g = new(tokens, config.hidden_size), new(tokens, config.num_attention_heads, 3).sigmoid()
+        hidden, g = new(tokens, config.hidden_size), new(tokens, config.num_attention_heads, len(BRANCHES)).sigmoid()
         cu_seqlens = torch.tensor([0, tokens], dtype=torch.int32, device=model.device)
         nsa = branch_functions(model.model.language_model.layers[0].self_attn, q)
         with torch.no_grad():
@@ -374,10 +378,10 @@ def looked_at(args) -> dict:
         "frames": {name: x.mean((1, 2)).tolist() for name, x in scores.items()},
         "share_of_answer_on_video": round(float(attended.sum()), 4),
     }
-    figures.contact_sheet(result, frames, args.output / "looked-at.png")
+    figures.contact_sheet(result, frames, args.output / SHEET)
     figures.highlight_video(
         frames, {"chosen": chosen.mean(0).view(t, h, w), "attended": scores["answer"]}, seconds,
-        metadata.plan.fps / 2, args.output / "looked-at.mp4",
+        metadata.plan.fps / 2, args.output / HIGHLIGHTS,
     )  # fmt: skip
     return result
 
@@ -566,22 +570,26 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def run(args) -> dict:
-    """Measure, write FINDING.json and draw it."""
+def run(args) -> tuple[dict, list[Path]]:
+    """Measure, write FINDING.json and draw it; what was found, and the files written."""
     args.output.mkdir(parents=True, exist_ok=True)
     given = {name: str(x) if isinstance(x, Path) else x for name, x in vars(args).items()}
     given["model"] = given["model"] or "tiny"
     with tempfile.TemporaryDirectory() as folder:
         args.scratch = Path(folder)
+        start = time.perf_counter()
         found = FINDINGS[args.finding](args)
+        took = time.perf_counter() - start
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     device = torch.cuda.get_device_name() if args.device.startswith("cuda") else args.device
     del given["output"]
-    result = {"finding": args.finding, "settings": given, "versions": versions, "device": device, **found}
-    (args.output / f"{args.finding}.json").write_text(json.dumps(rounded(result), ensure_ascii=False) + "\n")
-    if args.finding != "looked-at":
-        figures.draw(result, args.output)
-    return result
+    about = {"finding": args.finding, "settings": given, "versions": versions, "device": device}
+    result = {**about, "took_seconds": took, **found}
+    path = args.output / f"{args.finding}.json"
+    path.write_text(json.dumps(rounded(result), ensure_ascii=False) + "\n")
+    if args.finding == "looked-at":
+        return result, [path, *(args.output / name for name in (SHEET, HIGHLIGHTS))]
+    return result, [path, figures.draw(result, args.output)]
 
 
 def rounded(x):
@@ -596,10 +604,11 @@ def rounded(x):
 def main() -> None:
     args = make_parser().parse_args()
     try:
-        run(args)
+        result, files = run(args)
     except (OSError, ValueError) as error:
         sys.exit(f"analyze.py: {error}")
-    for file in sorted(args.output.glob(f"{args.finding}*")):
+    print("\n".join(summarize(result)))
+    for file in files:
         print(f"wrote {file}")
 
 

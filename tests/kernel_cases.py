@@ -1,9 +1,14 @@
 """Inputs and comparisons of the tests of the kernels."""
 
+import importlib
+import os
 from itertools import accumulate
 
 import pytest
 import torch
+
+# What the tests marked `backend` test: any module with the functions of nsa_torch. docs/add_a_kernel.md says more.
+backend = importlib.import_module(os.environ.get("VIDEONSA_BACKEND", "videonsa.nsa_triton"))
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 3e-3}  # relative RMS

@@ -11,9 +11,10 @@ import torch
 
 import analyze
 from evaluate import evaluate
-from lib import observe
+from lib import figures, observe
 from lib.loading import assemble_tiny_model, load
 from lib.needles import Settings, make_dataset
+from lib.summaries import summarize
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +62,9 @@ def run(folder, tmp_path):
         result = json.loads((tmp_path / f"{finding}.json").read_text())
         assert result["finding"] == finding and result["versions"]["torch"] == torch.__version__
         assert (tmp_path / f"{finding}.png").stat().st_size > 10_000
+        lines = summarize(result)
+        assert 2 < len(lines) < 10 and all(line and len(line) < 200 for line in lines)
+        assert lines[-1] == f"took {result['took_seconds']:,.0f} s on cpu" and result["took_seconds"] > 0
         return result
 
     return run
@@ -307,6 +311,9 @@ def test_looked_at_shows_the_frames_of_the_video(run, tiny, folder, tmp_path):
     with av.open(str(tmp_path / "looked-at.mp4")) as container:
         shown = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     assert len(shown) == t and shown[0].shape == (244, 448, 3)
+    with av.open(str(clip)) as container:
+        first = next(container.decode(video=0)).to_ndarray(format="rgb24")
+    assert shown[0][20:].mean() > 0.55 * first.mean()  # visible where nothing looks
 
 
 def test_the_command_line_says_what_is_measured_and_what_is_wrong(folder, tmp_path, monkeypatch, capsys):
@@ -325,3 +332,36 @@ def test_the_command_line_says_what_is_measured_and_what_is_wrong(folder, tmp_pa
     monkeypatch.setattr(sys, "argv", ["analyze.py", "gates", str(dense), "--output", output])
     with pytest.raises(SystemExit, match="has nsa_variant='dense'; gates needs 'paper'"):
         analyze.main()
+
+
+def test_the_command_line_prints_what_was_found_and_the_files_that_it_wrote(folder, tmp_path, monkeypatch, capsys):
+    (tmp_path / "latency-old.json").touch()
+    options = ["--lengths", "64", "--seconds", "0", "--output", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["analyze.py", "latency", str(folder / "tiny"), *options])
+    analyze.main()
+    first, times, took, *wrote = capsys.readouterr().out.splitlines()
+    assert first == "nsa_torch, float32, ms of one layer"
+    assert times.startswith("     64 tokens: pooling ") and ", whole " in times
+    assert took.startswith("took ") and took.endswith(" s on cpu")
+    assert wrote == [f"wrote {tmp_path / 'latency.json'}", f"wrote {tmp_path / 'latency.png'}"]
+
+
+DASHED = {"frames": 8, "frame_tokens": 16}, {"frames": 16, "frame_tokens": 8}
+
+
+def test_figures_hide_no_number_and_no_point():
+    """Numbers of a heat map have a ground that a line does not cross, and legends lie outside of their axes."""
+    cells = [{**cell, "context": 64, "questions": 2, "accuracy": 0.5} for cell in DASHED]
+    lengths = {str(n): {"tokens": n, "seconds": n / 99, "types": {"colour": 1.0, "when": 1.0}} for n in (128, 256)}
+    figure = figures.scaling({"by_length": lengths, "cells": cells, "best_splits": [DASHED[0]]})
+    figure.canvas.draw()
+    numbers = figure.axes[2].texts
+    (line,) = [line for line in figure.axes[2].lines if line.get_linestyle() == "--"]
+    assert len(numbers) == 2
+    for number in numbers:
+        assert number.get_bbox_patch().get_alpha() is None and number.get_zorder() > line.get_zorder()
+    for axis in (figure.axes[0], figure.axes[2]):
+        assert axis.get_legend().get_window_extent().y1 < axis.get_window_extent().y0
+    widths = [line.get_linewidth() for line in figure.axes[0].lines]
+    assert widths == sorted(widths, reverse=True) and len(set(widths)) == 2  # what lies below another shows
+    figures.plt.close(figure)

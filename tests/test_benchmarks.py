@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,13 +12,13 @@ import av
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-ATTENTION = {"heads": 4, "kv-heads": 2, "head-dim": 16, "block-size": 16, "block-count": 4, "window-size": 20}
-MODEL = {"layers": 2, "hidden": 64, "heads": 4, "kv-heads": 2}
+ATTENTION = {"heads": 4, "kv_heads": 2, "head_dim": 16, "block_size": 16, "block_count": 4, "window_size": 20}
+MODEL = {"layers": 2, "hidden": 64, "heads": 4, "kv_heads": 2}
 TIMES = {"ms", "ms_low", "ms_high", "runs", "peak_mb"}
 ABOUT = {"date", "hardware", "torch", "triton", "transformers", "commit", "dtype"}
 
 
-def run(script, *args, **variables):
+def run(script, *args, cwd=None, **variables):
     """Run a script of benchmarks/ in a fresh process with these environment variables; returns it finished."""
     inherited = {name: x for name, x in os.environ.items() if name not in ("PYTHONPATH", "TRITON_INTERPRET")}
     return subprocess.run(
@@ -25,6 +26,7 @@ def run(script, *args, **variables):
         capture_output=True,
         text=True,
         timeout=300,
+        cwd=cwd,
         env={**inherited, "OMP_NUM_THREADS": "1", **{name: str(x) for name, x in variables.items()}},
     )
 
@@ -51,7 +53,7 @@ def attention(folder):
 
 @pytest.fixture(scope="module")
 def prefill(folder):
-    return measure("prefill.py", folder, [128], **{"new-tokens": 2}, **MODEL)
+    return measure("prefill.py", folder, [128], new_tokens=2, **MODEL)
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +77,7 @@ def test_attention_times_every_branch_and_dense_kernels_in_every_pass_at_every_l
         here = [row for row in rows if (row["tokens"], row["pass"]) == (tokens, name)]
         timed = {(row["part"], row["kernel"]): row for row in here if "ms" in row}
         parts = {("dense", "sdpa FLASH_ATTENTION"), ("dense", "sdpa MATH")}
-        parts |= {(part, "torch") for part in ("compressed", "selected", "window", "whole")}
+        parts |= {(part, "torch") for part in ("compressed", "selected", "window", "whole", "released", "merged")}
         parts |= {("select", "torch")} if name == "forward" else set()  # it has no gradient
         assert set(timed) == parts
         for row in timed.values():
@@ -84,6 +86,105 @@ def test_attention_times_every_branch_and_dense_kernels_in_every_pass_at_every_l
         fastest = min(row["ms"] for (part, _), row in timed.items() if part == "dense")
         assert all(row["speedup"] == pytest.approx(fastest / row["ms"], abs=1e-3) for row in timed.values())
         assert f"skipped: dense sdpa CUDNN_ATTENTION, {name}" in printed and f"{tokens} tokens, {name}" in printed
+
+
+TOY = """
+from videonsa import nsa_torch
+from videonsa.nsa_torch import compressed_attention, nsa_attention, select_blocks, selected_attention
+
+
+def window_attention(q, k, v, cu_seqlens, **options):
+    o, lse = nsa_torch.window_attention(q, k, v, cu_seqlens, **options)
+    return FACTOR * o, lse
+"""
+
+
+def options_of(**options):
+    return [x for name, value in options.items() for x in (f"--{name}", value)]
+
+
+def test_another_backend_is_checked_and_timed_beside_ours(tmp_path):
+    (tmp_path / "toy_kernels.py").write_text(TOY.replace("FACTOR", "1"))
+    (tmp_path / "wrong_kernels.py").write_text(TOY.replace("FACTOR", "1.01"))
+    (tmp_path / "few_kernels.py").write_text("nsa_attention = print")
+    given = ["attention.py", "--lengths", 64, "--backward", "--no_variants", *options_of(**ATTENTION)]
+    given += ["--dtype", "fp32", "--seconds", 0, "--device", "cpu", "--output", tmp_path]
+    done = run(*given, "--backend", "toy_kernels", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "attention.json").read_text())
+    for name in ("torch", "toy_kernels"):
+        found = {row["part"]: row["error"] for row in rows if row["kernel"] == name and row["pass"] == "forward"}
+        assert set(found) == {"compressed", "select", "selected", "window", "whole"}
+        assert found.pop("select") == 0 and all(0 < error < 1e-5 for error in found.values())
+
+    (tmp_path / "script.py").write_text("""
+import sys
+
+import attention
+
+for name in ("wrong_kernels", "few_kernels", "no_kernels"):
+    sys.argv = [sys.argv[0], *sys.argv[1:], "--backend", name]
+    try:
+        attention.main()
+    except SystemExit as end:
+        print(end, file=sys.stderr)
+""")
+    done = run(tmp_path / "script.py", *given[1:], PYTHONPATH=ROOT / "benchmarks")
+    assert done.stderr.splitlines() == [
+        "attention.py: window_attention of wrong_kernels differs from nsa_torch by 0.01; allowed is 1e-05",
+        "attention.py: --backend few_kernels has no compressed_attention, select_blocks, selected_attention, "
+        "window_attention",
+        "attention.py: --backend no_kernels cannot be imported: No module named 'no_kernels'",
+    ]
+    assert json.loads((tmp_path / "attention.json").read_text()) == rows
+
+
+def test_without_a_gpu_sizes_that_end_are_offered(tmp_path):
+    (tmp_path / "script.py").write_text("""
+import sys
+
+import attention, common, prefill, torch
+
+assert not torch.cuda.is_available()
+sys.argv = ["attention.py"]
+args = attention.parse()
+assert args.lengths == [256, 1024] and args.overlaps == []
+sys.argv = ["prefill.py"]
+prefill.main()
+""")
+    done = run(tmp_path / "script.py", PYTHONPATH=ROOT / "benchmarks", CUDA_VISIBLE_DEVICES="")
+    assert done.stdout == (
+        "attention.py: no GPU, so nsa_torch is timed and no kernel; --lengths 256 1K ends, long streams do not\n"
+    )
+    offered = "--lengths 128 --layers 2 --hidden 64 --heads 4 --kv_heads 2 --seconds 0"
+    message = f"prefill.py: without a GPU, the 7B at these lengths does not end; try {offered}\n"
+    assert (done.returncode, done.stderr) == (2, message)
+
+
+def test_older_spellings_of_options_are_understood(tmp_path):
+    (tmp_path / "script.py").write_text("""
+import argparse, sys
+
+import attention, common
+
+parser = common.OptionParser("")
+common.add_model_options(parser, [64])
+common.add_options(parser)
+new = ["--kv_heads", "2", "--nsa_variant", "merged", "--nsa_backend=torch", "--output", "a-b--c"]
+old = ["--kv-heads", "2", "--variant", "merged", "--backend=torch", "--output", "a-b--c"]
+assert parser.parse_args(new) == parser.parse_args(old) and str(parser.parse_args(new).output) == "a-b--c"
+for action in parser._actions:
+    assert "-" not in action.option_strings[0].lstrip("-")
+sys.argv = ["attention.py", "--variants", "--block-size", "32"]
+assert attention.parse().block_size == 32
+""")
+    done = run(tmp_path / "script.py", PYTHONPATH=ROOT / "benchmarks")
+    assert done.returncode == 0, done.stderr
+
+
+def test_options_are_spelled_with_underscores():
+    for path in (ROOT / "benchmarks").glob("*.py"):
+        assert not re.findall(r'add_argument\(\s*f?"--\w+-', path.read_text()), path
 
 
 def test_selections_are_described_by_what_was_selected(attention):
@@ -104,6 +205,16 @@ def test_prefill_compares_two_models_of_the_same_weights(prefill):
         assert row["ms"] > 0 and row["decode_tokens_per_s"] > 0
         assert row["tokens"] == 128 and row["text_tokens"] == 48 and row["layers"] == 2
     assert rows[0]["speedup"] == pytest.approx(rows[1]["ms"] / rows[0]["ms"], abs=1e-3)
+
+
+def test_prefill_compares_a_checkpoint_with_its_dense_variant(tmp_path):
+    tiny = ROOT / "examples/tiny"
+    rows, _ = measure("prefill.py", tmp_path, [128], **{"new_tokens": 2}, checkpoint=tiny, dtype="fp32", runs=1)
+    assert [(row["model"], row["kernel"]) for row in rows] == [("VideoNSA", "torch"), ("dense", "sdpa")]
+    for row in rows:
+        shape = {"layers": 4, "hidden": 224, "heads": 7, "kv_heads": 1}
+        assert row["checkpoint"] == "tiny" and {name: row[name] for name in shape} == shape
+        assert row["ms"] > 0 and row["runs"] == 1 and row["threads"] == 1
 
 
 def test_train_step_compares_two_models_of_the_same_weights(train_step):

@@ -17,7 +17,7 @@ def run(*command, **variables):
 
 
 def test_a_dry_run_walks_every_part_and_resumes(tmp_path):
-    program = (FOLDER / "campaign.py", "--dry-run", "--output", tmp_path)
+    program = (FOLDER / "campaign.py", "--dry_run", "--output", tmp_path)
     done = run(*program, "--minutes", 0)
     assert done.returncode == 0, done.stderr
     state = json.loads((tmp_path / "campaign" / "parts.json").read_text())

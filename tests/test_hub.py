@@ -127,18 +127,22 @@ def test_every_python_snippet_of_a_card_runs_as_pasted(
     converted = shutil.copytree(tiny_repository, tmp_path / tiny_repository.name)
     shutil.copy(sample["video"], tmp_path / "clip.mp4")
     written = snippets(folder / "README.md", "python") + snippets(converted / "README.md", "python")
-    assert len(written) == 4 and all(card.VIDEO in snippet for snippet in written)
+    assert len(written) == 6 and all(card.VIDEO in snippet for snippet in written)
     url = f"{serve_folder(tmp_path)}/clip.mp4"
     question = sample["questions"][0]
     run = [s.replace(card.VIDEO, url).replace("What happens in this video?", question["question"]) for s in written]
     printed = run_fresh(SESSION, json.dumps(run))
-    assert printed.split()[:2] == [question["answer"]] * 2
+    first, second, *_ = printed.splitlines()
+    assert first == question["answer"] and second.startswith(f"{question['answer']} 0:0")
+    assert printed.split().count(question["answer"]) >= 3
 
 
 def test_every_python_snippet_of_the_pages_runs(trained, sample, tmp_path, run_fresh):
     shutil.copytree(trained, tmp_path / "VideoNSA-7B")
     shutil.copy(sample["video"], tmp_path / "talk.mp4")
-    written = [snippet for page in PAGES for snippet in snippets(page, "python")]
+    # That page is about a module which the reader has: test_add_a_kernel.py.
+    pages = [page for page in PAGES if page.name != "add_a_kernel.md"]
+    written = [snippet for page in pages for snippet in snippets(page, "python")]
     for word, package in (("torchao", "torchao"), ("BitsAndBytes", "bitsandbytes"), ("serving", "uvicorn")):
         if not importlib.util.find_spec(package):
             written = [snippet for snippet in written if word not in snippet]

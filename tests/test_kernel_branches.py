@@ -12,6 +12,7 @@ from kernel_cases import (
     assert_gradients_close,
     assert_lse_close,
     attend_where,
+    backend,
     inputs,
     needs_gpu,
 )
@@ -49,6 +50,7 @@ CASES = [pytest.param(case, id=name) for name, case in SMALL.items()]
 CASES += [pytest.param(case, id=f"large: {name}", marks=needs_gpu) for name, case in LARGE.items()]
 
 
+@pytest.mark.backend
 @pytest.mark.parametrize("case", CASES)
 def test_every_branch_and_its_gradients_equal_the_torch_path_in_fp64(case):
     (q, k, v, gates), cu, cu_k, options = inputs(*case)
@@ -57,18 +59,18 @@ def test_every_branch_and_its_gradients_equal_the_torch_path_in_fp64(case):
     size, window = {"block_size": options["block_size"]}, {"window_size": options["window_size"]}
     tolerance, exact = TOLERANCE[q.dtype], q.dtype == torch.float32
 
-    compressed = nsa_triton.compressed_attention(*qkv, cu, **lengths, **size)
+    compressed = backend.compressed_attention(*qkv, cu, **lengths, **size)
     reference = nsa_torch.compressed_attention(*doubles[:3], cu, **lengths, **size)
     count = {"block_count": options["block_count"]}
-    blocks = nsa_triton.select_blocks(q, k, compressed[1], cu, **lengths, **size, **count)
+    blocks = backend.select_blocks(q, k, compressed[1], cu, **lengths, **size, **count)
     best = nsa_torch.select_blocks(*doubles[:2], reference[1], cu, **lengths, **size, **count)
     assert blocks.dtype == torch.int32
     different = (blocks != best).any(-1).float().mean()
     assert different == 0 if exact else different < 0.05  # means are rounded to the dtype of k
 
     # With the kernels' own choice of blocks, since one near tie decided otherwise is no error.
-    selected = nsa_triton.selected_attention(*qkv, blocks, cu, **lengths, **size)
-    windowed = nsa_triton.window_attention(*qkv, cu, **lengths, **window)
+    selected = backend.selected_attention(*qkv, blocks, cu, **lengths, **size)
+    windowed = backend.window_attention(*qkv, cu, **lengths, **window)
     references = [
         reference,
         nsa_torch.selected_attention(*doubles[:3], blocks, cu, **lengths, **size),
@@ -81,7 +83,7 @@ def test_every_branch_and_its_gradients_equal_the_torch_path_in_fp64(case):
         assert_lse_close(lse, reference_lse, 1e-5 if exact else lse_tolerance)
         assert_gradients_close(o, qkv, reference, doubles[:3])
 
-    out = nsa_triton.nsa_attention(*qkv, gates, cu, cu_seqlens_k=cu_k, **options)
+    out = backend.nsa_attention(*qkv, gates, cu, cu_seqlens_k=cu_k, **options)
     reference = sum(doubles[3][..., b, None] * o for b, (o, _) in enumerate(references))
     assert_close(out, reference, tolerance)
     assert_gradients_close(out, (*qkv, gates), reference, doubles)

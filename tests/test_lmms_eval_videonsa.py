@@ -13,6 +13,7 @@ import pytest
 
 from lib.loading import assemble_tiny_model, read
 from lib.needles import Settings, make_dataset
+from lib.tiny import make_stock_checkpoint
 from videonsa.adapters.lmms_eval import VideoNSA
 from videonsa.configuration_videonsa import NSA_FIELDS, VideoNSATextConfig
 
@@ -119,6 +120,25 @@ def test_a_system_prompt_goes_first_and_images_are_passed_on(clips):
 def test_unknown_settings_are_named():
     with pytest.raises(ValueError, match="--model_args has no frames; it may have .*block_count.*frame_tokens"):
         VideoNSA("gone", frames=8)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda folder: None, "is no folder, nor a Hub id, which is OWNER/NAME"),
+        (lambda folder: folder.mkdir(), "cannot be read: .*config.json"),
+        (
+            lambda folder: make_stock_checkpoint(folder, num_hidden_layers=1),
+            "is a qwen2_5_vl checkpoint, not a VideoNSA",
+        ),
+    ],
+    ids=["nothing", "empty", "stock"],
+)
+def test_what_is_no_repository_is_said_in_one_line(make, message, tmp_path):
+    make(tmp_path / "given")
+    with pytest.raises(ValueError, match=f"--model_args pretrained={tmp_path / 'given'} {message}") as raised:
+        VideoNSA(str(tmp_path / "given"), device="cpu")
+    assert "\n" not in str(raised.value)
 
 
 def test_every_field_of_the_configuration_is_taken(clips):

@@ -1,10 +1,11 @@
-"""nsa_checks.py: what the functions of nsa_torch.py refuse, by name."""
+"""nsa_checks.py: what the attention functions refuse, by name."""
 
 import pytest
 import torch
 from brute import offsets
 
 from videonsa import nsa_torch
+from videonsa.nsa_checks import check_prefix
 from videonsa.nsa_released import pooled_attention
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -188,3 +189,28 @@ def test_given_means_must_be_as_many_as_the_last_query_sees(first, means, name):
     q, k = torch.zeros(30, 4, 16), torch.zeros(means, 2, 16)
     with pytest.raises(ValueError, match=rf"^{name} must"):
         pooled_attention(q, k, k, first=first, block_size=16)
+
+
+@pytest.mark.parametrize(
+    "message, changes",
+    {
+        "v must have the shape of k": {"v": torch.zeros(4, 2, 16)},
+        "seen must be int32 .30.": {"seen": torch.zeros(30, dtype=torch.int64)},
+        "cu_seqlens_k must rise from 0 to the 5 tokens of k": {"cu_seqlens_k": offsets((2, 2))},
+        "cu_seqlens_k must describe the 2 samples": {"cu_seqlens_k": offsets((5,))},
+        "cu_seqlens must rise from 0 to the 30 tokens of q": {"cu_seqlens": offsets((20, 9))},
+        "scale must be positive": {"scale": 0.0},
+    }.items(),
+)
+def test_errors_of_prefix_attention_name_its_own_arguments(message, changes):
+    arguments = {
+        "q": torch.zeros(30, 4, 16),
+        "k": torch.zeros(5, 2, 16),
+        "v": torch.zeros(5, 2, 16),
+        "seen": torch.zeros(30, dtype=torch.int32),
+        "cu_seqlens": offsets((20, 10)),
+        "cu_seqlens_k": offsets((2, 3)),
+    }
+    check_prefix(**arguments)
+    with pytest.raises(ValueError, match=f"^{message}"):
+        check_prefix(**(arguments | changes))

@@ -17,6 +17,7 @@ from kernel_cases import (
     assert_close,
     assert_gradients_close,
     assert_lse_close,
+    backend,
     cotangent,
     gradients,
     inputs,
@@ -59,26 +60,29 @@ def test_the_own_block_can_be_given_an_importance_instead_of_a_place():
     assert not torch.equal(blocks, nsa_triton.select_blocks(q, k, lse, cu, **options))
 
 
+@pytest.mark.backend
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # in the interpreter, where masked
 def test_large_logits_neither_overflow_nor_lose_the_largest():
     tensors, cu, _, options = inputs([70], 3, 1, 32, 16, 3, 9, torch.float32, size=10.0)
     q, k = tensors[:2]
     assert (q[:, 0] @ k[:, 0].T).abs().max() * 32**-0.5 > 200
     doubles = [x.detach().double().requires_grad_() for x in tensors]
-    out, reference = nsa_triton.nsa_attention(*tensors, cu, **options), nsa_torch.nsa_attention(*doubles, cu, **options)
+    out, reference = backend.nsa_attention(*tensors, cu, **options), nsa_torch.nsa_attention(*doubles, cu, **options)
     assert_close(out, reference, 1e-4)
     assert_gradients_close(out, tensors, reference, doubles, 1e-4)
 
 
+@pytest.mark.backend
 def test_ties_go_to_the_lower_block():
     (q, k, v, _), cu, _, _ = inputs([150], 2, 1, 16, 16, 5, 9, torch.float32)
     q = torch.zeros_like(q)  # all blocks are equally important
-    _, lse = nsa_triton.compressed_attention(q, k, v, cu, block_size=16)
-    blocks = nsa_triton.select_blocks(q, k, lse, cu, block_size=16, block_count=5)
+    _, lse = backend.compressed_attention(q, k, v, cu, block_size=16)
+    blocks = backend.select_blocks(q, k, lse, cu, block_size=16, block_count=5)
     assert blocks[0, 149].tolist() == [0, 1, 2, 8, 9]
     assert blocks[0, 40].tolist() == [0, 1, 2, -1, -1]
 
 
+@pytest.mark.backend
 def test_any_blocks_can_be_given():
     """Repeated, in any order, after the query, beyond the sample, none at all."""
     (q, k, v, _), cu, _, _ = inputs([37, 20], 4, 2, 16, 16, 3, 9, torch.float32)
@@ -86,7 +90,7 @@ def test_any_blocks_can_be_given():
     blocks = torch.randint(-2, 7, (2, len(q), 6), generator=generator).to(DEVICE, torch.int32)
     blocks[0, 5], blocks[:, 50], blocks[:, 9, 3] = 0, -1, 2**31 - 1
     doubles = [x.detach().double().requires_grad_() for x in (q, k, v)]
-    o, lse = nsa_triton.selected_attention(q, k, v, blocks, cu, block_size=16)
+    o, lse = backend.selected_attention(q, k, v, blocks, cu, block_size=16)
     reference, reference_lse = nsa_torch.selected_attention(*doubles, blocks, cu, block_size=16)
     assert (o[50] == 0).all() and (lse[50] == -torch.inf).all()
     assert_close(o, reference, 1e-5)
@@ -168,6 +172,7 @@ def test_how_sums_are_split_changes_gradients_by_rounding_alone(launches, monkey
         assert_close(grad, expected.double(), 1e-6)
 
 
+@pytest.mark.backend
 def test_later_tokens_change_nothing_earlier():
     """Neither outputs, bit by bit, nor do gradients of outputs reach what comes after them."""
     lengths, changes = [16, 50, 66], [0, 31, 48]  # a token of each sample
@@ -178,24 +183,25 @@ def test_later_tokens_change_nothing_earlier():
     )
     changed = torch.tensor(changes)[sample]
     earlier = (token < changed).to(DEVICE)
-    before = nsa_triton.nsa_attention(*tensors, cu, **options)
+    before = backend.nsa_attention(*tensors, cu, **options)
     grads = torch.autograd.grad(before, tensors, cotangent(before) * earlier[:, None, None])
     for grad in grads:
         assert (grad[~earlier] == 0).all() and (grad[earlier] != 0).any()
     moved = [x.detach() + (token == changed).to(DEVICE)[:, None, None] for x in tensors[:3]]
-    after = nsa_triton.nsa_attention(*moved, tensors[3], cu, **options)
+    after = backend.nsa_attention(*moved, tensors[3], cu, **options)
     assert torch.equal(before[earlier], after[earlier])
     assert not torch.equal(before[~earlier], after[~earlier])
 
 
+@pytest.mark.backend
 @pytest.mark.filterwarnings("ignore:invalid value", "ignore:All-NaN")
 def test_what_is_not_a_number_stays_in_its_row_and_sample():
     (q, k, v, gates), cu, _, _ = inputs([90, 100, 90], 2, 1, 16, 16, 3, 9, torch.float32)
     options = {"block_size": 16, "block_count": 4, "window_size": 9}
-    expected = nsa_triton.nsa_attention(q, k, v, gates, cu, **options)
+    expected = backend.nsa_attention(q, k, v, gates, cu, **options)
     with torch.no_grad():
         q.view(torch.int32)[-1], k[150] = 0x7FFFFFFF, torch.inf  # the NaN that GPUs give
-    out = nsa_triton.nsa_attention(q, k, v, gates, cu, **options)
+    out = backend.nsa_attention(q, k, v, gates, cu, **options)
     assert out[-1].isnan().all()
     assert torch.equal(out[:90], expected[:90]) and torch.equal(out[190:-1], expected[190:-1])
 
@@ -210,11 +216,12 @@ def test_two_runs_are_bit_identical_and_inputs_need_not_be_contiguous():
     assert_all_equal(torch.autograd.grad(second, tensors, d_out), expected)
 
 
+@pytest.mark.backend
 def test_one_tensor_can_be_query_key_and_value():
     tensors, cu, _, options = inputs([40], 2, 2, 16, 16, 3, 9, torch.float32)
     x, gates = tensors[0], tensors[3]
     doubles = [y.detach().double().requires_grad_() for y in (x, gates)]
-    out = nsa_triton.nsa_attention(x, x, x, gates, cu, **options)
+    out = backend.nsa_attention(x, x, x, gates, cu, **options)
     reference = nsa_torch.nsa_attention(*doubles[:1] * 3, doubles[1], cu, **options)
     assert_gradients_close(out, (x, gates), reference, doubles)
 

@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT / "constraints"))
 import resolve  # noqa: E402
 
 TESTED = ("test", "ecosystem")
+README = (ROOT / "README.md").read_text()
 
 
 def constraints(name: str) -> dict[str, Version]:
@@ -45,16 +46,36 @@ def test_constraints_name_a_version_in_the_range_of_every_requirement(file, extr
                 assert version == Version(bound.version), requirement
 
 
-def test_the_range_of_transformers_ends_with_the_minor_that_is_tested():
-    (requirement,) = (requirement for requirement in allowed() if requirement.name == "transformers")
+@pytest.mark.parametrize("name", ["torch", "transformers"])
+def test_a_range_ends_with_the_minor_that_is_tested_and_the_readme_says_so(name):
+    (requirement,) = (requirement for requirement in allowed() if requirement.name == name)
     (end,) = (Version(bound.version) for bound in requirement.specifier if bound.operator == "<")
-    tested = constraints("tested.txt")["transformers"]
+    tested = constraints("tested.txt")[name]
     assert (end.major, end.minor) == (tested.major, tested.minor + 1)
-    # What the code itself calls tested.
     (begin,) = (bound.version for bound in requirement.specifier if bound.operator == ">=")
+    assert re.search(rf"^Supported: .*\b{name} {begin} to {tested.major}\.{tested.minor}\b", README, re.MULTILINE)
+    if name == "torch":
+        return
+    # What the code itself calls tested.
     for path in ROOT.glob("*.py"):
         for said in re.findall(r'^TESTED = \("([\d.]+)", "([\d.]+)"\)$', path.read_text(), re.MULTILINE):
             assert said == (begin, f"{tested.major}.{tested.minor}"), path
+
+
+def test_the_page_of_the_ecosystem_names_tested_versions():
+    tested, oldest = constraints("tested.txt"), constraints("oldest.txt")
+    opening = (ROOT / "docs/ecosystem.md").read_text().split("\n| tool |")[0]
+    named = re.findall(r"\b(transformers|torch|accelerate|torchao|bitsandbytes)\s(\d+\.\d+\.\d+)", opening)
+    assert {name for name, _ in named} >= {"transformers", "torch", "torchao", "bitsandbytes"}
+    for name, version in named:
+        assert Version(version) in (tested[name], oldest.get(name)), (name, version)
+
+
+def test_a_model_card_requires_what_setup_cfg_does():
+    """It reads the file itself: resolve.py must run before anything is installed, and imports nothing of ours."""
+    from lib.card import requirements
+
+    assert requirements("demo") == resolve.requirements("demo")
 
 
 def test_every_upper_bound_has_its_reason_above_it():

@@ -125,7 +125,8 @@ def test_the_page_of_the_code_lists_every_file_at_the_top():
 
 
 def test_what_the_page_of_the_code_names_is_in_the_code():
-    sources = "\n".join(path.read_text() for folder in (ROOT, ROOT / "tests") for path in folder.glob("*.py"))
+    folders = (ROOT, *(ROOT / name for name in ("tests", "examples", "examples/lib", "benchmarks")))
+    sources = "\n".join(path.read_text() for folder in folders for path in folder.glob("*.py"))
     words = re.findall(r"`([\w.]+)`", (ROOT / "docs/code.md").read_text())
     named = {part for word in words if not word.endswith(".py") for part in word.split(".")}
     assert "select_blocks" in named

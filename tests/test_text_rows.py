@@ -1,5 +1,6 @@
 """Text queries of `VisionLayout`: runs of adjacent ones, and the keys that each run is given."""
 
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -29,16 +30,41 @@ class Layer:
 
 
 def test_keys_of_a_run_end_at_its_last_query():
-    layout = lay_out(["tttvvvvttvvt"])
+    layout = lay_out(["tttvvvvttvvvvvvvvvvvvvvvvvvvvt"])
     chunks = [(x.queries.tolist(), x.keys) for x in layout.text_chunks(1)]
-    assert chunks == [([0, 1, 2], slice(0, 3)), ([7, 8], slice(0, 9)), ([11], slice(0, 12))]
+    assert chunks == [([0, 1, 2], slice(0, 3)), ([7, 8], slice(0, 9)), ([29], slice(0, 30))]
+
+
+def test_runs_are_joined_where_one_call_costs_no_more():
+    """Two queries over 9 keys, and one over 12: the 6 pairs more are fewer than what a call over 9 keys costs."""
+    (chunk,) = list(lay_out(["vvvvvvvttvvt"]).text_chunks(1))
+    assert (chunk.queries.tolist(), chunk.keys) == ([7, 8, 11], slice(0, 12))
+    assert chunk.mask.sum(1).tolist() == [8, 9, 12]
+
+
+def test_runs_of_several_samples_are_not_joined():
+    layout = lay_out(["vvvvtvt", "vvvvtvt"])
+    assert [x.queries.tolist() for x in layout.text_chunks(1)] == [[4, 6], [11, 13]]
+    vision = torch.tensor([[kind == "v" for kind in "vvvvtvvvvt"]])
+    packed = VisionLayout.make(vision, 10, starts=torch.arange(10)[None] % 5 == 0)
+    assert [(x.queries.tolist(), x.keys) for x in packed.text_chunks(1)] == [([4], slice(0, 5)), ([9], slice(5, 10))]
+
+
+@pytest.mark.parametrize(("images", "patches", "words"), [(400, 16, 3), (120, 64, 12), (1000, 1, 1)])
+def test_a_chat_of_many_images_makes_few_calls_of_few_pairs(images, patches, words):
+    kinds = "t" * 16 + ("v" * patches + "t" * words) * images
+    chunks = list(lay_out([kinds]).text_chunks(7))
+    assert torch.equal(torch.cat([x.queries for x in chunks]), torch.tensor([c == "t" for c in kinds]).nonzero()[:, 0])
+    assert len(chunks) <= 20
+    exact = sum(i + 1 for i, kind in enumerate(kinds) if kind == "t")
+    assert sum(len(x.queries) * (x.keys.stop - x.keys.start) for x in chunks) <= 1.3 * exact
 
 
 def test_a_run_from_the_first_token_needs_no_mask():
-    masks = [x.mask is None for x in lay_out(["tttvvtt"]).text_chunks(1)]
+    masks = [x.mask is None for x in lay_out(["tttvvvvvvtt"]).text_chunks(1)]
     assert masks == [True, False]
-    padding = torch.tensor([[False] + [True] * 6])
-    assert not any(x.mask is None for x in lay_out(["tttvvtt"], valid=padding).text_chunks(1))
+    padding = torch.tensor([[False] + [True] * 10])
+    assert not any(x.mask is None for x in lay_out(["tttvvvvvvtt"], valid=padding).text_chunks(1))
 
 
 def test_rows_of_a_batch_and_queries_over_a_cache_are_runs_of_their_own():

@@ -139,6 +139,7 @@ def build(small):
 RENAMED = {
     "the text model": (stock.Qwen2_5_VLTextModel, r"Qwen2_5_VLTextModel\.forward"),
     "the model": (stock.Qwen2_5_VLModel, r"Qwen2_5_VLModel\.forward"),
+    "a decoder layer": (stock.Qwen2_5_VLDecoderLayer, r"Qwen2_5_VLDecoderLayer\.forward"),
     "the attention": (stock.Qwen2_5_VLAttention, r"Qwen2_5_VLAttention\.forward"),
 }
 

@@ -66,6 +66,18 @@ output = model.generate(**inputs, max_new_tokens=128, streamer=streamer)
 By default a video gives up to 4 frames per second of at most 50,176 pixels, within 131,072 tokens; a longer one is
 sampled more sparsely. `processor_kwargs={{"fps": 1, "max_tokens": 32768}}` in `apply_chat_template` changes that.
 
+Several questions, for which the video is read once (`answer.moments` are the frames that an answer attended to most):
+
+```python
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+VideoChat = get_class_from_dynamic_module("video_chat.VideoChat", repo)
+talk = VideoChat(model, processor).open("{video}")
+answer = talk.ask("What happens in this video?")
+print(answer, *answer.moments)
+print(talk.ask("What is shown at the end?"))
+```
+
 Or as a pipeline:
 
 ```python

@@ -15,6 +15,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from videonsa import modeling_videonsa
 from videonsa.configuration_videonsa import VideoNSAConfig
+from videonsa.nsa_checks import BRANCHES
 from videonsa.processing_videonsa import VideoNSAProcessor, VideoNSAVideoProcessor
 from videonsa.vision_attention import GATE_STD
 
@@ -171,8 +172,8 @@ def write_weights(shards, folder: Path, text_config, seed: int) -> tuple[bool, t
     per_layer = {
         "g_proj_1.weight": (hidden, hidden),
         "g_proj_1.bias": (hidden,),
-        "g_proj_2.weight": (3 * heads, hidden),
-        "g_proj_2.bias": (3 * heads,),
+        "g_proj_2.weight": (len(BRANCHES) * heads, hidden),
+        "g_proj_2.bias": (len(BRANCHES) * heads,),
     }
     layer_bytes = sum(torch.Size(shape).numel() for shape in per_layer.values()) * dtype.itemsize
     step = max(1, MAX_SHARD // layer_bytes)

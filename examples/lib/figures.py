@@ -13,6 +13,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.transforms import ScaledTranslation, Transform
 from PIL import Image, ImageDraw
 
 COLOURS = {
@@ -35,6 +36,7 @@ STYLE = {
     "figure.constrained_layout.use": True,
     "savefig.dpi": 100,
 }
+DIMMED = 0.65  # light of a patch that has no score, in the highlighted video
 TILE = 224  # pixels of a frame in the highlighted video, at least
 
 
@@ -64,16 +66,18 @@ def transfer(result):
 def scaling(result):
     cells = result["cells"]
     frames, tokens = (sorted({cell[name] for cell in cells}) for name in ("frames", "frame_tokens"))
-    figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), width_ratios=(1.1, 1, 1.5))
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4), width_ratios=(1.1, 1, 1.5))
     lengths = sorted(result["by_length"], key=int)
     rows = [result["by_length"][length] for length in lengths]
     x = [row["tokens"] for row in rows]
     for i, kind in enumerate(sorted({kind for row in rows for kind in row["types"]})):
-        axes[0].plot(x, [100 * row["types"].get(kind, np.nan) for row in rows], "o-", color=PLAIN[i], label=kind)
+        # Later lines are thinner, so that those below them show.
+        look = {"color": PLAIN[i], "label": kind, "lw": 4 / (i + 1), "ms": 11 / (i + 1) ** 0.5}
+        axes[0].plot(x, [100 * row["types"].get(kind, np.nan) for row in rows], "o-", **look)
     axes[0].set(
         title="Accuracy by context length", xlabel="tokens of the prompt", ylabel="exact match (%)", ylim=(0, 105)
     )
-    axes[0].legend()
+    legend_below(axes[0], columns=4)
     axes[1].plot(x, [row["seconds"] for row in rows], "o-", color="black")
     axes[1].set(
         title="Time by context length", xlabel="tokens of the prompt", ylabel="seconds per question", yscale="log"
@@ -100,14 +104,13 @@ def scaling(result):
     axes[2].set(title="Accuracy (%) by how the context is spent", xlabel="frames", ylabel="tokens per 2 frames")
     handle = plt.Line2D([], [], marker="s", ms=10, mfc="none", mec="#e69f00", mew=2.5, ls="")
     dashed = plt.Line2D([], [], color="black", ls="--")
-    axes[2].legend([handle, dashed], ["best of its context", "same context"], loc="upper center",
-                   bbox_to_anchor=(0.5, -0.2), ncol=2, frameon=False)  # fmt: skip
+    legend_below(axes[2], columns=2, handles=[handle, dashed], labels=["best of its context", "same context"])
     return figure
 
 
 def budget(result):
     cells = [cell for cell in result["cells"] if cell["questions"]]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6))
     trained = next(cell for cell in cells if cell["trained"])
     x = np.array([cell["window_size"] for cell in cells])
     y = np.array([cell["block_count"] for cell in cells])
@@ -127,7 +130,7 @@ def budget(result):
         ticks = [2**i for i in range(int(np.log2(numbers.min())), int(np.log2(numbers.max())) + 2)]
         axis.set_ticks(ticks, [str(tick) for tick in ticks])
     left.set(title="Accuracy by allocation; lines: equal budget", xlabel="window_size (tokens)", ylabel="block_count")
-    left.legend(loc="upper right")
+    legend_below(left)
     figure.colorbar(points, ax=left, label="exact match (%)")
     right.axhline(100 * trained["accuracy"], color="0.8", lw=1)
     shares = [100 * cell["share"] for cell in cells]
@@ -137,20 +140,21 @@ def budget(result):
     right.set(
         title="Accuracy by share of attention", xlabel="computed pairs (% of dense attention)", ylabel="exact match (%)"
     )
-    right.legend(loc="lower right")
+    legend_below(right)
     figure.colorbar(points, ax=right, label="share of the budget in the window")
     return figure
 
 
 def gates(result):
     branches, layers = result["branches"], np.arange(len(result["mean"]))
-    figure = plt.figure(figsize=(13, 7.5))
+    figure = plt.figure(figsize=(13, 7.8))
     top, bottom = figure.subfigures(2, 1)
     depth, alike, time = top.subplots(1, 3)
     mean, spread = np.array(result["mean"]), np.array(result["quartiles_over_heads"])  # [layers, 2, branches]
+    step = 0.75 / len(branches)
     for b, name in enumerate(branches):
-        look, x = {"color": COLOURS[name], "label": name}, layers + (b - 1) * 0.25
-        depth.bar(x, spread[:, 1, b] - spread[:, 0, b], 0.22, spread[:, 0, b], color=COLOURS[name], alpha=0.35)
+        look, x = {"color": COLOURS[name], "label": name}, layers + (b - (len(branches) - 1) / 2) * step
+        depth.bar(x, spread[:, 1, b] - spread[:, 0, b], 0.88 * step, spread[:, 0, b], color=COLOURS[name], alpha=0.35)
         depth.plot(x, mean[:, b], "_", ms=max(3, 64 / len(layers)), mew=3, **look)
         if result["mean_similarity"]:
             alike.plot(layers, np.array(result["mean_similarity"])[:, b], "o-", **look)
@@ -167,15 +171,15 @@ def gates(result):
     for axis in (depth, alike):
         axis.set_xticks(ticks)
     for axis in (depth, alike, time):
-        axis.legend(fontsize=9)
+        legend_below(axis, columns=len(branches))
     each, ablation = bottom.subplots(1, 2, width_ratios=(1, 1.5))
     heads = np.array(result["by_head"])  # [layers, heads, branches]
     count = heads.shape[1]
     image = each.imshow(
         np.concatenate(list(heads.transpose(2, 0, 1)), 1), aspect="auto", cmap="viridis", vmin=0, vmax=1
     )
-    each.set_xticks([count * (b + 0.5) - 0.5 for b in range(3)], branches)
-    for b in (1, 2):
+    each.set_xticks([count * (b + 0.5) - 0.5 for b in range(len(branches))], branches)
+    for b in range(1, len(branches)):
         each.axvline(count * b - 0.5, color="white", lw=2)
     each.set_yticks(ticks)
     each.set(title="Mean gate of each head (columns)", ylabel="layer")
@@ -191,7 +195,7 @@ def gates(result):
 
 
 def latency(result):
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.8))
     rows = [row for row in result["rows"] if "ms" in row]
     tokens = sorted({row["tokens"] for row in rows})
     times = {part: {r["tokens"]: r["ms"] for r in rows if r["part"] == part} for part in result["growth"]}
@@ -206,7 +210,7 @@ def latency(result):
     left.set(
         title="Time of one layer; dotted: theory, from the last point", xlabel="vision tokens", ylabel="milliseconds"
     )
-    left.legend(fontsize=9)
+    legend_below(left, columns=4)
     parts = [part for part in ("compression", "choice", "selection", "window", "gates") if part in times]
     total = [sum(times[part].get(n, 0) for part in parts) for n in tokens]
     bottom = np.zeros(len(tokens))
@@ -216,7 +220,7 @@ def latency(result):
         bottom += share
     right.set_xticks(np.arange(len(tokens)), [f"{n // 1024}K" if n >= 1024 else str(n) for n in tokens])
     right.set(title="Share of each part", xlabel="vision tokens", ylabel="% of their sum")
-    right.legend(fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))
+    legend_below(right, columns=len(parts))
     return figure
 
 
@@ -252,7 +256,7 @@ def sinks(result):
     position.set(
         title="Over the stream (dotted: α > 0.1 alone)", xlabel="relative position", ylabel="sinks (% of keys)"
     )
-    depth.legend(fontsize=9, ncol=5, loc="upper center", bbox_to_anchor=(0.5, -0.17), frameon=False)
+    legend_below(depth, columns=len(branches))
     for axis in (depth, position):
         axis.set_yscale("symlog", linthresh=0.1)
         axis.set_ylim(bottom=0)
@@ -308,7 +312,7 @@ def contact_sheet(result: dict, frames: np.ndarray, path: Path, columns: int = 6
                 result["seconds"], np.array(scores) / top, color=PLAIN[i], label=name.replace("answer", "attended")
             )
         axis.set(xlabel="seconds", ylabel="share of the highest", title="Over the whole video", ylim=(0, 1.05))
-        axis.legend(fontsize=9, ncol=len(groups), loc="upper center", bbox_to_anchor=(0.5, -0.35), frameon=False)
+        legend_below(axis, columns=len(groups))
         wrapped = textwrap.fill(f"{result['question']}  →  {result['answer']}", 90)
         figure.suptitle(wrapped, fontsize=12, fontweight="bold")
         save(figure, path)
@@ -333,7 +337,8 @@ def clock(seconds: float) -> str:
 
 def highlight_video(frames: np.ndarray, scores: dict[str, torch.Tensor], seconds, fps: float, path: Path) -> None:
     """An mp4 of frames uint8 [T, height, width, 3] side by side for each of the scores [T, rows, columns]: the higher a
-    token's score against the highest of the video, the brighter is its patch."""
+    token's score against the highest of the video, the more colour and light has its patch. A patch of score 0 is grey,
+    and light enough to see what it shows."""
     t, height, width, _ = frames.shape
     scale = max(1, -(-TILE // max(height, width)))
     size = (width * scale // 2 * 2, height * scale // 2 * 2)
@@ -345,16 +350,21 @@ def highlight_video(frames: np.ndarray, scores: dict[str, torch.Tensor], seconds
         for i in range(t):
             sheet = Image.new("RGB", (stream.width, stream.height))
             for column, (name, score) in enumerate(scores.items()):
-                bright = score[i].float() / score.max().clamp(min=1e-12)
-                bright = bright.repeat_interleave(height // score.shape[1], 0).repeat_interleave(
-                    width // score.shape[2], 1
-                )
-                picture = (frames[i] * (0.25 + 0.75 * bright.numpy()[..., None])).astype(np.uint8)
+                picture = lit(frames[i], (score[i].float() / score.max().clamp(min=1e-12)).numpy())
                 sheet.paste(Image.fromarray(picture).resize(size, Image.NEAREST), (column * size[0], bar))
                 text = f"{clock(float(seconds[i]))}  {name}"
                 ImageDraw.Draw(sheet).text((column * size[0] + 4, 4), text, fill=(255, 255, 255))
             container.mux(stream.encode(av.VideoFrame.from_image(sheet)))
         container.mux(stream.encode())
+
+
+def lit(frame: np.ndarray, score: np.ndarray) -> np.ndarray:
+    """A frame uint8 [height, width, 3] whose patches have as much colour and light as their scores [rows, columns], of
+    0 to 1, say. The root tells low scores, which most are, from none."""
+    patch = frame.shape[0] // score.shape[0], frame.shape[1] // score.shape[1]
+    light = np.kron(np.sqrt(score), np.ones(patch))[..., None]
+    grey = DIMMED * frame.mean(-1, keepdims=True)
+    return (light * frame + (1 - light) * grey).round().astype(np.uint8)
 
 
 def save(figure, path: Path) -> None:
@@ -366,6 +376,17 @@ def save(figure, path: Path) -> None:
     small.save(path, optimize=True)
 
 
+def legend_below(axis, columns: int = 1, **what) -> None:
+    """A legend under the label of the x axis, where it hides nothing."""
+    place = {"loc": "upper center", "borderaxespad": 0, "bbox_transform": below(axis), "bbox_to_anchor": (0.5, 0)}
+    axis.legend(**what, **place, ncol=columns, frameon=False, fontsize=9, columnspacing=1.2)
+
+
+def below(axis) -> Transform:
+    """Places across an axis, 46 points below it."""
+    return axis.transAxes + ScaledTranslation(0, -46 / 72, axis.figure.dpi_scale_trans)
+
+
 def grouped_bars(axis, groups: dict[str, list[float]], labels) -> None:
     width = 0.8 / len(groups)
     for i, (name, values) in enumerate(groups.items()):
@@ -373,7 +394,7 @@ def grouped_bars(axis, groups: dict[str, list[float]], labels) -> None:
         bars = axis.bar(x, values, width * 0.94, color=PLAIN[i], label=name)
         axis.bar_label(bars, fmt="%.0f", fontsize=8)
     axis.set_xticks(np.arange(len(labels)), labels)
-    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncol=len(groups), frameon=False, fontsize=9)
+    legend_below(axis, columns=len(groups))
 
 
 def heat_map(axis, table: np.ndarray, rows, columns, form: str, cmap="Blues", **kwargs) -> None:
@@ -385,4 +406,7 @@ def heat_map(axis, table: np.ndarray, rows, columns, form: str, cmap="Blues", **
         if not np.isnan(table[i, j]):
             red, green, blue, _ = image.cmap(image.norm(table[i, j]))
             dark = 0.3 * red + 0.6 * green + 0.1 * blue < 0.5
-            axis.text(j, i, form.format(table[i, j]), ha="center", va="center", color="white" if dark else "black")
+            # A box in the colour of its cell interrupts a line that runs through it.
+            box = {"boxstyle": "square,pad=0.15", "facecolor": (red, green, blue), "edgecolor": "none"}
+            colour = "white" if dark else "black"
+            axis.text(j, i, form.format(table[i, j]), ha="center", va="center", color=colour, bbox=box)

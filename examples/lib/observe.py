@@ -15,12 +15,12 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from videonsa.nsa_checks import BRANCHES
 from videonsa.nsa_torch import block_means
 from videonsa.video_moments import branch_functions, observing
 
 from .fields import SIZES
 
-BRANCHES = ("compression", "selection", "window")
 MAX_SCORES = 2**25  # attention scores held at a time
 SINK_ATTENTION = 0.1  # of `find_sinks`
 BINS = 20  # of positions, from the first token of a stream to the last
@@ -34,7 +34,7 @@ class Seen:
     q: torch.Tensor  # [N, H, D]
     k: torch.Tensor  # [N, G, D]
     v: torch.Tensor  # [N, G, D]
-    gates: torch.Tensor  # [N, H, 3]
+    gates: torch.Tensor  # [N, H, branches]
     every_q: torch.Tensor  # [L, H, D], and every_k [L, G, D] of all tokens
     every_k: torch.Tensor
     vision: torch.Tensor  # int64 [N], which of the L tokens are vision
@@ -110,7 +110,7 @@ def configured(model, **fields):
 
 def only_branches(on, attention, q, k, v, gates, layout) -> torch.Tensor:
     """An observer that switches all branches but those of the indices `on` off."""
-    return gates * torch.tensor([float(i in on) for i in range(3)], device=gates.device, dtype=gates.dtype)
+    return gates * gates.new_tensor([i in on for i in range(len(BRANCHES))])
 
 
 @torch.no_grad()
@@ -190,9 +190,10 @@ def received_by_branch(seen: Seen, names) -> Iterator[tuple[str, torch.Tensor, t
     """(name, α [H, m], key norms [G, m], value norms [G, m]) of each branch and, if named, of the gated mixture."""
     n, heads, _ = seen.q.shape
     size = seen.sizes["block_size"]
-    has_block = torch.arange(n, device=seen.q.device) >= size - 1
-    g = seen.gates.float() * torch.stack([has_block, has_block | True, has_block | True], -1)[:, None]
-    share = g / g.sum(-1, keepdim=True)  # [N, H, 3]
+    sees_keys = torch.ones(n, 1, len(BRANCHES), device=seen.q.device)
+    sees_keys[: size - 1, :, BRANCHES.index("compression")] = 0  # no block is complete
+    g = seen.gates.float() * sees_keys
+    share = g / g.sum(-1, keepdim=True)  # [N, H, branches]
     mixture = torch.zeros(heads, n, device=seen.q.device)
     for name, k, v, lse, visible in seen.branches(BRANCHES if "gated" in names else names):
         weight = share[..., BRANCHES.index(name)]

@@ -24,7 +24,8 @@ class Meter(TrainerCallback):
 
     def reset(self) -> None:
         self.tokens = self.seconds = 0.0
-        self.gates = 0.0  # [layers, 4]: sums over vision tokens of the gates of each branch, and the number of these
+        # [layers, branches + 1]: sums over vision tokens of the gates of each branch, and the number of these.
+        self.gates = 0.0
 
     def count(self, inputs) -> None:
         """Note a batch; the layers of the model then call `observe`, first layer first."""
@@ -33,7 +34,7 @@ class Meter(TrainerCallback):
         self.batch = []
 
     def observe(self, attention, q, k, v, gates: torch.Tensor, layout) -> torch.Tensor:
-        """Note the gates [vision tokens, heads, 3] of a layer."""
+        """Note the gates [vision tokens, heads, branches] of a layer."""
         if attention.layer_idx == len(self.batch):  # gradient checkpointing computes layers a second time
             sums = gates.detach().float().mean(1).sum(0)
             self.batch.append(torch.cat([sums, sums.new_tensor([len(gates)])]))
@@ -55,13 +56,13 @@ class Meter(TrainerCallback):
     def read(self, accelerator) -> dict[str, float]:
         """Tokens per second of all processes and the mean gates, since the last call."""
         gates = torch.as_tensor(self.gates, device=accelerator.device) + torch.zeros(
-            self.layers, 4, device=accelerator.device
+            self.layers, len(BRANCHES) + 1, device=accelerator.device
         )
         tokens = torch.as_tensor(self.tokens, dtype=torch.float64, device=accelerator.device)
         gates, tokens = accelerator.reduce(gates, "sum"), accelerator.reduce(tokens, "sum")
         logs = {"tokens_per_second": round(tokens.item() / max(self.seconds, 1e-9), 1)}
-        if gates[:, 3].min() > 0:
-            means = gates[:, :3] / gates[:, 3:]  # [layers, branches]
+        if gates[:, -1].min() > 0:
+            means = gates[:, :-1] / gates[:, -1:]  # [layers, branches]
             for branch, values in zip(BRANCHES, means.T.tolist(), strict=True):
                 logs[f"gate_{branch}"] = sum(values) / len(values)
                 logs |= {f"gate_{branch}/layer_{i:02}": value for i, value in enumerate(values)}
