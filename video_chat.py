@@ -19,6 +19,7 @@ from itertools import accumulate
 
 import numpy as np
 import torch
+from torch.overrides import TorchFunctionMode
 from transformers import DynamicCache, TextIteratorStreamer
 
 from .cache_record import position_after
@@ -137,6 +138,7 @@ class Conversation:
         self.ids = torch.empty(0, dtype=torch.long)
         self.cache: DynamicCache | None = None
         self._said = 0  # videos that messages hold
+        self._turns: list[tuple[int, int]] = []  # for each question, the tokens and videos before it
         self._counter = ChoiceCounter(chat.model)
         self._stops: list[threading.Event] = []  # of the questions that are being answered or wait
 
@@ -171,6 +173,29 @@ class Conversation:
             torch.OutOfMemoryError: there is not enough memory.
         """
         return _Turn(self, question, max_new_tokens, save, stop).pieces()
+
+    def undo(self) -> None:
+        """Forget the last question and its answer. Videos stay read, except in the variant "released".
+
+        Raises:
+            ValueError: no question was saved, or one is being answered.
+        """
+        if self._stops:
+            raise ValueError("a question is being answered: stop it, or wait for it, before undo()")
+        if not self._turns:
+            raise ValueError("there is no question to undo")
+        tokens, self._said = self._turns.pop()
+        self.ids, self.answer = self.ids[:tokens], None
+        del self.messages[-2:]
+
+        kept, read = tokens, [video for video in self.videos[self._said :] if video.start is not None]
+        if read and self.chat.model.config.nsa_variant != "released":
+            kept = read[-1].start + read[-1].tokens
+        elif read:
+            # Text after a video is computed together with it.
+            self.videos[self._said :] = [replace(video, start=None) for video in self.videos[self._said :]]
+        crop(self.cache, kept)
+        self.cache = self.cache if kept else None
 
     def stop(self) -> None:
         """End the answer that is being given, and those that wait; what was said of it is kept."""
@@ -255,19 +280,21 @@ class _Turn:
             complete=complete,
         )
         if self.save:
+            conversation._turns.append((len(conversation.ids), conversation._said))
             conversation.ids, conversation.cache = sequence[: len(sequence) - complete], cache
             conversation.messages += [
                 {"role": "user", "content": content},
                 {"role": "assistant", "content": [{"type": "text", "text": text}]},
             ]
             conversation._said = len(videos)
+            stays = bool(features)
         else:
             # In the variant "released", text after a video is computed together with it.
             stays = features and self.model.config.nsa_variant != "released"
             cached = videos[-1].start + videos[-1].tokens if stays else cached
             crop(cache, cached)
             conversation.cache = cache if cached else None
-        if features and conversation.cache is not None:
+        if stays:
             self._keep_videos(videos, counter)
         conversation.answer = self.answer
 
@@ -366,6 +393,9 @@ class _Turn:
         with AnswerAttention(model) as attention, ExitStack() as stack:
             for layer in (*model.model.language_model.layers, *model.model.visual.blocks):
                 stack.callback(layer.register_forward_pre_hook(check_stop).remove)
+            if model.device.type == "cpu":
+                # A layer may take many seconds there.
+                stack.enter_context(BeforeEachOperation(check_stop))
             if counter is not None:
                 stack.enter_context(observing(model, counter))
             output = model.generate(
@@ -394,6 +424,18 @@ class _Turn:
         patches = [part.view(len(video.seconds), -1) for part, video in zip(parts, videos, strict=True)]
         conversation.choice_shares = torch.cat([patch.nanmean(1) for patch in patches]).tolist()
         conversation.choices = moments_of(videos, conversation.choice_shares, least=0.001)
+
+
+class BeforeEachOperation(TorchFunctionMode):
+    """Calls `check` before each operation of PyTorch that this thread begins."""
+
+    def __init__(self, check):
+        super().__init__()
+        self.check = check
+
+    def __torch_function__(self, operation, types, args=(), kwargs=None):
+        self.check()
+        return operation(*args, **(kwargs or {}))
 
 
 def crop(cache, length: int) -> None:

@@ -5,20 +5,23 @@
     python examples/app.py --write_space my-space    # a folder to upload as a Hugging Face Space
 
 A video is uploaded or named by its address. What would be read of it is shown before it is read; answers are streamed
-and can be stopped; later questions find the video in the model's cache. The files of visitors lie in one temporary
-folder, which goes when the app ends, and go with them; no other file is served. The model's side of it is
-`VideoChat`. `--model` runs the code files of that repository (`trust_remote_code=True`).
+and can be stopped; later questions find the video in the model's cache. A page that is loaded again finds its
+conversation. The files of visitors lie in one temporary folder, which goes when the app ends, and go with them; no
+other file is served. `--share` gives the page a public address. The model's side of it is `VideoChat`. `--model` runs
+the code files of that repository (`trust_remote_code=True`).
 """
 
 from lib.door import door  # first: it names the extra of a package that is missing
 
 # isort: split
 
+import contextlib
 import importlib.util
 import os
 import signal
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 from lib.fields import add_fields
@@ -28,6 +31,7 @@ from lib.network import refuse_private_addresses
 from lib.options import OptionParser, add_device
 from lib.space import write_space
 from lib.visits import App, Limits
+from lib.zero_gpu import LentChat, is_zero_gpu
 from videonsa.video_chat import VideoChat
 
 
@@ -38,6 +42,15 @@ def launch(app: App, name: str, **options):
     from lib.page import serve
 
     return serve(app, name, **options)
+
+
+def serve(app: App, args) -> None:
+    """Serve the page until the process is ended, and say where it is."""
+    options = {"server_name": args.host, "server_port": args.port, "share": args.share or None}
+    # Quiet, since Gradio advertises. It still says a public address.
+    _, local, _ = launch(app, args.model or "tiny VideoNSA", quiet=True, prevent_thread_lock=True, **options)
+    print(f"Open {local} in a browser; Ctrl-C ends it.", flush=True)
+    threading.Event().wait()
 
 
 @door
@@ -53,6 +66,7 @@ def main() -> None:
     add_device(parser)
     parser.add_argument("--host", help="address to serve on; 0.0.0.0 is all of this machine's (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, help="port to serve on (default: the first free one from 7860 on)")
+    parser.add_argument("--share", action="store_true", help="also serve at a public address, through Gradio's servers")
     parser.add_argument("--max_megabytes", type=int, default=default.megabytes, help="largest video in MB")
     parser.add_argument("--max_seconds", type=float, default=default.seconds, help="longest video in seconds")
     parser.add_argument(
@@ -77,6 +91,8 @@ def main() -> None:
         chat = VideoChat(*load(args.model or TINY, args.nsa_variant, args.device))
         tokens = args.max_tokens or token_budget(chat.model, default.tokens)
         print(f"prompts of up to {tokens:,} tokens on a {chat.model.device.type}; --max_tokens changes it")
+        if is_zero_gpu():
+            chat = LentChat(chat)
         limits = Limits(
             args.max_megabytes, args.max_seconds, tokens, args.max_new_tokens, args.visitors, args.queue,
             args.timeout,
@@ -84,7 +100,9 @@ def main() -> None:
         if not args.private_urls:
             refuse_private_addresses()
         app = App(chat, Path(folder) / "files", limits, examples=not args.model)
-        launch(app, args.model or "tiny VideoNSA", server_name=args.host, server_port=args.port)
+        # Ctrl-C is the way to end it.
+        with contextlib.suppress(KeyboardInterrupt):
+            serve(app, args)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,8 @@ from lib.fields import MEANINGS, add_fields
 from lib.folders import check_source
 from lib.loading import load
 from lib.options import OptionParser, add_device
-from lib.progress import Forecast, clock, prefill_progress
+from lib.progress import Forecast, prefill_progress
+from lib.times import duration
 
 # Seconds between two forecasts.
 REFRESH = 1.0
@@ -161,7 +162,7 @@ class Rest:
             self.said = now
             generating = sum(seconds for _, seconds in self.forecast.measured)
             share = max(1.0, (now - self.start) / generating)
-            least, most = (clock(share * seconds) for seconds in self.forecast.between(*left))
+            least, most = (duration(share * seconds) for seconds in self.forecast.between(*left))
             self.text = f"about {least} left" if least == most else f"{least} to {most} left"
         return self.text if left else ""
 

@@ -1,39 +1,42 @@
-"""What visitors of the app can and cannot do; in a browser, too, where Gradio, Playwright and Chromium are there."""
+"""What visitors of the app can and cannot do; `test_app_browser.py` opens its page in a browser."""
 
 import functools
 import http.server
 import importlib.metadata
-import importlib.util
+import io
 import json
 import os
+import pickle
 import shutil
+import signal
 import subprocess
 import sys
 import threading
 import time
 import urllib.request
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
+from apps import Client, endless, listing, make_chat, serving
+from PIL import Image
 
-import app as app_module
-from lib import tiny
+from lib import tiny, zero_gpu
 from lib.card import requirements
 from lib.html import plan_html, sheet_html, timing_text
-from lib.loading import CLIP, UNSEEN, assemble_tiny_model, load
+from lib.loading import CLIP, UNSEEN
 from lib.needles import make_sample
 from lib.network import refuse_private_addresses
 from lib.space import write_space
+from lib.transcript import ANEW, EMPTY
 from lib.visits import App, Limits
 from videonsa import video_source
-from videonsa.video_chat import VideoChat
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 @pytest.fixture(scope="module")
 def chat(tmp_path_factory):
-    return VideoChat(*load(str(assemble_tiny_model(tmp_path_factory.mktemp("tiny") / "model")), None, "cpu"))
+    return make_chat(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture
@@ -54,19 +57,15 @@ def upload(app, clip, folder="upload"):
     return path
 
 
-def listing(app):
-    return sorted(str(path.relative_to(app.files)) for path in app.files.rglob("*") if path.is_file())
-
-
 def test_the_plan_follows_the_settings_and_says_why_it_cannot(app):
     app.make_example("a", seed=1)
     plan = app.plan("a")
     assert plan["Frames"] == "32 of 112 × 112, 4 per second" and plan["Tokens"] == "256 of 130,048"
-    assert plan["Seconds"] == "0.0 to 8.0 of 8.0" and plan["Memory"] == "262 kB of cache, 4.82 MB of pixels"
+    assert plan["Time"] == "0:00 to 0:08 of 0:08" and plan["Memory"] == "262 kB of cache, 4.82 MB of pixels"
     assert plan["Attention"].startswith("67.1%")
     plan = app.plan("a", fps=2, max_pixels=84 * 84, max_tokens=4096, prefer="frames", start=2, end=6, text=None)
     assert plan["Frames"] == "8 of 84 × 84, 2 per second" and plan["Tokens"] == "36 of 3,072"
-    assert plan["Seconds"] == "2.0 to 6.0 of 8.0"
+    assert plan["Time"] == "0:02 to 0:06 of 0:08"
     for settings, message in (
         ({"start": 9}, "start=9 and end=None leave nothing"),
         ({"fps": 4, "max_tokens": 1100, "max_pixels": 112 * 112}, "leaves 76 for the video"),
@@ -94,13 +93,11 @@ def test_answers_are_streamed_and_later_ones_find_the_video_in_the_cache(app):
         assert messages == said == app.messages("a")
         conversation = app.visitors["a"].conversation
         assert ("found in the cache" in timing_text(conversation.answer.timing)) == (i > 0)
-    assert "s to the first word" in app.plan("a")["Seconds"]
+    assert "s to the first word" in app.plan("a")["Time"]
     sheet = sheet_html(conversation)
     moments = len(conversation.answer.moments) + len(conversation.choices)
-    assert sheet.count("<figure>") == sheet.count("data:image/jpeg;base64,") == moments > 8
+    assert sheet.count("data-seconds=") == sheet.count("data:image/jpeg;base64,") == moments > 8
     assert sheet.count("<i ") == 2 * 16
-    *_, messages = app.ask("a", "What appeared?", fps=1)  # other settings
-    assert len(messages) == 2 and app.visitors["a"].conversation is not conversation
     app.forget("a")
     assert app.messages("a") == [] and len(list(app.ask("a", "What appeared?", fps=1))[-1]) == 2
     app.make_example("a", seed=2)
@@ -187,15 +184,108 @@ def test_files_go_with_the_last_visitor_who_has_them(app, clip):
 
 def test_who_leaves_is_not_answered_any_further(app, clip, monkeypatch):
     app.take("a", upload(app, clip))
-    config = app.chat.model.generation_config
-    monkeypatch.setattr(config, "suppress_tokens", [*config.suppress_tokens, config.eos_token_id])
-    monkeypatch.setattr(config, "eos_token_id", 10**6)
+    endless(app.chat, monkeypatch)
     answer = app.ask("a", "What appeared?", 512)
     assert next(answer)[-1]["role"] == "user" and next(answer)[-1]["role"] == "assistant"
     conversation = app.visitors["a"].conversation
     app.leave("a")
     list(answer)
     assert 0 < conversation.answer.timing["tokens"] < 512
+
+
+def test_other_settings_begin_a_new_conversation_below_the_last(app):
+    app.make_example("a", seed=1)
+    list(app.ask("a", "What appeared?"))
+    first = app.visitors["a"].conversation
+    assert not app.forgets("a") and app.forgets("a", fps=1)
+    *_, messages = app.ask("a", "What appeared?", fps=1)
+    assert [message["content"] for message in messages[2:4]] == [ANEW, "What appeared?"] and len(messages) == 5
+    assert app.visitors["a"].conversation is not first and not app.forgets("a", fps=1)
+
+
+def test_an_empty_answer_says_so(app, monkeypatch):
+    app.make_example("a", seed=1)
+    config = app.chat.model.generation_config
+    monkeypatch.setattr(config, "forced_eos_token_id", config.eos_token_id)  # of the last token that is allowed
+    *_, messages = app.ask("a", "What appeared?", 1)
+    assert messages[-1] == {"role": "assistant", "content": EMPTY} and app.visitors["a"].turns[0].answer == ""
+
+
+def test_an_answer_is_tried_again_as_if_it_had_not_been_given(app):
+    app.make_example("a", seed=1)
+    with pytest.raises(ValueError, match="no answer to try again"):
+        app.retract("a")
+    questions = app.visitors["a"].questions
+    *_, whole = [list(app.ask("a", question))[-1] for question in questions]
+    conversation = app.visitors["a"].conversation
+    ids = conversation.ids.tolist()
+    for _ in range(2):
+        assert app.retract("a") == questions[-1] and len(app.messages("a")) == len(whole) - 2
+        assert list(app.ask("a", questions[-1]))[-1] == whole and conversation.ids.tolist() == ids
+        assert app.visitors["a"].conversation is conversation and conversation.answer.timing["cached"] > 256
+    for _ in questions:
+        app.retract("a")
+    assert app.messages("a") == [] and list(app.ask("a", questions[0]))[-1] == whole[:2]
+    assert conversation.answer.timing["cached"] >= 256  # the video stays read
+
+
+def test_who_waits_sees_how_many_are_before_and_can_stop(app, clip, monkeypatch):
+    for visitor in "ab":
+        app.take(visitor, upload(app, clip, visitor))
+    list(app.ask("a", "What appeared?"))  # tells how long it takes
+    endless(app.chat, monkeypatch)
+    answering = app.ask("a", "And then?", 512)
+    next(answering)
+    waiting = app.ask("b", "What appeared?", 8)
+    assert next(waiting)[-1]["role"] == "user"
+    assert app.visitors["b"].notice.startswith("Waiting for 1 other question: about ")
+    app.stop("b")
+    assert list(waiting)[-1] == [] and app.visitors["b"].notice == "Stopped while waiting."
+    app.stop("a")
+    list(answering)
+    app.begin("b")
+    assert len(list(app.ask("b", "What appeared?", 8))[-1]) == 2
+
+
+def test_a_page_that_is_loaded_again_finds_its_conversation(app, clip):
+    app.limits.linger = 0.3
+    app.take("a", upload(app, clip))
+    said = list(app.ask("a", "What appeared?"))[-1]
+    app.part("a")
+    assert app.rejoin("b", "a") is app.visitors["b"] and app.rejoin("c", "a") is None
+    time.sleep(0.5)
+    assert app.messages("b") == said and listing(app) == ["upload/clip.mp4"]
+    app.part("b")
+    time.sleep(0.5)
+    assert not app.visitors and listing(app) == []
+
+
+def test_a_bad_file_leaves_the_video_that_there_was(app, clip):
+    app.take("a", upload(app, clip))
+    list(app.ask("a", "What appeared?"))
+    bad = app.files / "bad" / "bad.mp4"
+    bad.parent.mkdir()
+    bad.write_bytes(b"no video" * 100)
+    with pytest.raises(ValueError, match=r"^bad\.mp4: cannot be read"):
+        app.take("a", bad)
+    assert len(app.messages("a")) == 2 and app.visitors["a"].path.exists() and not bad.exists()
+
+
+def test_browsers_get_a_copy_of_what_they_cannot_play(app, tmp_path):
+    path = upload(app, tiny.make_clip(tmp_path / "old.mp4", seconds=2, codec="mpeg4"))
+    app.take("a", path)
+    assert app.visitors["a"].shown is None
+    assert list(app.make_preview("a"))[-1] == 1
+    assert app.visitors["a"].shown.name == "old.mp4.preview.mp4" and len(listing(app)) == 2
+    app.leave("a")
+    assert listing(app) == []
+
+
+def test_example_clips_are_shown_by_what_is_found_in_them(app):
+    clips = app.example_clips((1, 2))
+    assert [seed for seed, _ in clips] == [1, 2] and listing(app) == []
+    for _, picture in clips:
+        assert Image.open(io.BytesIO(picture)).size == (168, 168)
 
 
 @pytest.fixture
@@ -225,9 +315,7 @@ def server(clip):
 
 def test_a_video_is_fetched_within_the_limits(app, server, clip):
     path = app.fetch("a", f" {server}/clip.mp4?token=1 ")
-    assert (
-        path.name == "clip.mp4" and path.read_bytes() == clip.read_bytes() and app.plan("a")["Seconds"].endswith("4.0")
-    )
+    assert path.name == "clip.mp4" and path.read_bytes() == clip.read_bytes() and app.plan("a")["Time"].endswith("0:04")
     with pytest.raises(ValueError, match="cannot be downloaded: .*404"):
         app.fetch("a", f"{server}/none.mp4")
     app.limits.timeout = 0.2
@@ -293,19 +381,40 @@ def test_a_written_space_runs_its_own_files(tmp_path, monkeypatch):
     assert files == [str(space / "app.py"), str(space / "videonsa/video_reader.py")] and len(messages) == 2
 
 
+def test_with_zero_gpu_only_what_can_be_pickled_comes_back(app, monkeypatch):
+    app.make_example("a", seed=1)
+    question = app.visitors["a"].questions[0]
+    *_, said = app.ask("a", question)
+    best = app.visitors["a"].turns[0].moments[0]
+
+    def lend(duration):  # as spaces.GPU does, which calls a function in another process
+        def decorate(task):
+            def call(*args):
+                for value in task(*pickle.loads(pickle.dumps(args))):
+                    yield pickle.loads(pickle.dumps(value))
+
+            return call
+
+        return decorate
+
+    assert not zero_gpu.is_zero_gpu()
+    monkeypatch.setattr(zero_gpu, "spaces", SimpleNamespace(GPU=lend))
+    monkeypatch.setenv("SPACES_ZERO_GPU", "true")
+    assert zero_gpu.is_zero_gpu()
+    lent = App(zero_gpu.LentChat(app.chat), app.files / "lent", examples=True)
+    lent.make_example("a", seed=1)
+    assert list(lent.ask("a", question))[-1] == said
+    assert lent.visitors["a"].turns[0].moments[0] == best and sheet_html(lent.visitors["a"].conversation)
+    *_, messages = lent.ask("a", question)
+    assert messages == [*said, {"role": "assistant", "content": ANEW}, *said]
+    lent.stop("a")
+    assert list(lent.ask("a", question))[-1] == messages and lent.visitors["a"].notice.startswith("Stopped")
+
+
 @pytest.fixture(scope="module")
 def served(chat, tmp_path_factory):
-    """A running app whose model takes its time, and the address of its page."""
-    gradio = pytest.importorskip("gradio", reason='the page needs Gradio: pip install -e ".[app]"')
-    app = App(chat, tmp_path_factory.mktemp("served") / "files", Limits(megabytes=1), examples=True)
-    handle = chat.model.register_forward_hook(lambda *_: time.sleep(0.05))
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("GRADIO_TEMP_DIR", "GRADIO_ANALYTICS_ENABLED"):
-            patch.setenv(name, "")  # launch() sets them
-        _, url, _ = app_module.launch(app, "<tiny>", prevent_thread_lock=True, quiet=True)
-        yield app, url
-        gradio.close_all(verbose=False)
-    handle.remove()
+    with serving(chat, tmp_path_factory.mktemp("served"), Limits(megabytes=1)) as served:
+        yield served
 
 
 def status(url) -> int:
@@ -344,125 +453,38 @@ def test_a_large_upload_is_refused_by_the_server(served):
     (app.files / path).unlink()
 
 
-def call(server, page: dict, name: str, session: str, **given) -> list:
-    """What an event of the page returns, as a browser would ask for it; controls have their first values or `given`."""
-    number, event = next((i, x) for i, x in enumerate(page["dependencies"]) if x["api_name"] == name)
-    values = {component["id"]: component["props"].get("value") for component in page["components"]}
-    ids = {component["props"].get("elem_id"): component["id"] for component in page["components"]}
-    values |= {ids[control]: value for control, value in given.items()}
-    data = {"data": [values[i] for i in event["inputs"]], "fn_index": number, "session_hash": session}
-    request = urllib.request.Request(
-        f"{server}gradio_api/queue/join", json.dumps(data).encode(), {"Content-Type": "application/json"}
-    )
-    urllib.request.urlopen(request).close()
-    with urllib.request.urlopen(f"{server}gradio_api/queue/data?session_hash={session}") as stream:
-        messages = (json.loads(line[5:]) for line in stream if line.startswith(b"data:"))
-        done = next(message for message in messages if message["msg"] == "process_completed")
-    assert done["success"], done
-    return done["output"]["data"]
-
-
 def test_the_events_of_the_page_reach_the_app(served):
     app, url = served
-    with urllib.request.urlopen(f"{url}config") as response:
-        page = json.load(response)
-    assert "A video of up to" in call(url, page, "plan", "me")[0]
+    me = Client(url, "me")
+    assert me("plan").plan == ""
 
-    video, panel, _, _, _, questions = call(url, page, "example", "me")
-    assert video["orig_name"] == "clip.mp4" and "256 of" in panel and questions["visible"]
-    chat, question, sheet, status = call(url, page, "answer", "me", question="What appeared?")
-    assert question == "" and "first token after" in status
-    conversation = app.visitors["me"].conversation
-    assert sheet.count("<figure>") == len(conversation.answer.moments) + len(conversation.choices) > 8
-    assert [turn["role"] for turn in chat] == ["user", "assistant"] and len(app.messages("me")) == 2
+    seen = me("example", {"seed": "1"})
+    assert "clip.mp4" in seen.player and "256 of" in seen.plan and seen.questions["visible"]
+    seen = me("answer", question="What appeared?")
+    assert "first token after" in seen.status and seen.sheet.count("data-seconds=") > 8
+    assert seen.save.count("<a download='clip-conversation.") == 2
+    assert len(app.messages("me")) == 2
 
-    assert "Type a question" in call(url, page, "answer", "me", question=" ")[3]
-    assert call(url, page, "fetch", "me", url="file:///etc/passwd")[1].startswith("<p class='vn-error'")
-    assert call(url, page, "clear", "me")[0] is None and "me" not in app.visitors
+    assert "Type a question" in me("answer", question=" ").status
+    assert "is no time" in me("plan", end="soon").plan
+    assert "0:00 to 0:02 of 0:08" in me("plan", end="0:02").plan and "new conversation" in me("plan", end="0:02").plan
+    assert me("fetch", url="file:///etc/passwd").plan.startswith("<p class='vn-error'")
+    again = Client(url, "again")("enter", former="me")
+    assert "clip.mp4" in again.player and "me" not in app.visitors
+    app.leave("again")
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
-@pytest.mark.skipif(not importlib.util.find_spec("playwright"), reason="needs Playwright: pip install playwright")
-def test_a_visit_in_a_browser(served, clip, tmp_path, monkeypatch):
-    from playwright.sync_api import expect, sync_playwright
-
-    app, url = served
-    config = app.chat.model.generation_config
-    bad = tmp_path / "holiday.mp4"
-    bad.write_text("no video")
-    big = tmp_path / "big.mp4"
-    big.write_bytes(bytes(1_100_000))
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1280, "height": 800})
-        outside = []
-        page.on("request", lambda r: outside.append(r.url) if not r.url.startswith((url, "data:", "blob:")) else None)
-        page.goto(url)
-        plan, chat = page.locator("#plan"), page.locator("#chat")
-        question = page.locator("#question").locator("input, textarea")
-        expect(page.locator("#title")).to_contain_text("Model: <tiny>")
-        expect(plan).to_contain_text("What will be read of it is shown here")
-
-        def choose(path):
-            page.set_input_files("#video input[type=file]", str(path))
-
-        choose(bad)
-        expect(plan.get_by_role("alert")).to_contain_text("holiday.mp4: cannot be read as a video")
-        question.fill("Anything?")
-        page.click("#ask")
-        expect(page.locator("#status").get_by_role("alert")).to_contain_text("Choose a video first")
-        expect(question).to_have_value("Anything?")
-
-        choose(clip)
-        expect(plan).to_contain_text("16 of 224 × 224, 4 per second")
-        page.click("#sampling button")
-        page.get_by_label("End, seconds (0: of the video)").fill("2")
-        expect(plan).to_contain_text("0.0 to 2.0 of 4.0")
-        expect(plan).to_contain_text("8 of 224 × 224")
-
-        page.evaluate(
-            "window.seen = []; new MutationObserver(() => {"
-            "    for (const bot of document.querySelectorAll('#chat .bot.message')) window.seen.push(bot.innerText)"
-            "}).observe(document.querySelector('#chat'), {subtree: true, childList: true, characterData: true})"
-        )
-        monkeypatch.setattr(config, "suppress_tokens", [*config.suppress_tokens, config.eos_token_id])
-        monkeypatch.setattr(config, "eos_token_id", 10**6)
-        question.fill("What appeared?")
-        question.press("Enter")
-        page.wait_for_function("new Set(window.seen).size > 4")  # it is streamed
-        page.click("#stop")
-        expect(page.locator("#ask")).to_be_visible()
-        expect(page.locator("#status")).to_contain_text("Video read in")
-        assert app.visitors and len(app.messages(next(iter(app.visitors)))[-1]["content"].split()) < 120
-        expect(page.locator("#sheet figure").first).to_be_visible()
-        monkeypatch.undo()
-
-        question.fill("What colour was the star?")
-        page.click("#ask")
-        expect(page.locator("#status")).to_contain_text("found in the cache")
-        expect(chat.locator(".message.user")).to_have_count(2)
-        page.locator("#url").locator("input, textarea").fill("file:///etc/passwd")
-        page.get_by_role("button", name="Load").click()
-        expect(plan.get_by_role("alert")).to_contain_text("must begin with http")
-        expect(chat.locator(".message.user")).to_have_count(2)  # the conversation is still there
-        page.set_viewport_size({"width": 390, "height": 844})
-        assert page.evaluate("document.documentElement.scrollWidth") <= 390
-
-        page.click("#example")
-        expect(plan).to_contain_text("True of this clip")
-        expect(chat.locator(".message.user")).to_have_count(0)
-        page.locator("#questions button").first.click()
-        expect(question).to_have_value(app.visitors[next(iter(app.visitors))].questions[0])
-        page.click("#video [aria-label=Clear]")
-        expect(plan).to_contain_text("What will be read of it is shown here")
-        choose(big)
-        expect(page.locator(".toast-body")).to_contain_text("exceed the maximum allowed size")
-        assert not outside
-        page.click("#example")
-        expect(plan).to_contain_text("True of this clip")
-        page.close()
-        deadline = time.monotonic() + 20
-        while (app.visitors or listing(app)) and time.monotonic() < deadline:
-            time.sleep(0.2)
-        assert not app.visitors and not listing(app)
-        browser.close()
+def test_the_console_says_where_the_page_is_and_nothing_else(tmp_path):
+    pytest.importorskip("gradio", reason='the page needs Gradio: pip install -e ".[app]"')
+    script = Path(__file__).parents[1] / "examples" / "app.py"
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TMPDIR": str(tmp_path), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    command = [sys.executable, "-u", script, "--host", "127.0.0.1"]
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        line = process.stdout.readline()
+        assert line.startswith("Open http://127.0.0.1:") and line.endswith("in a browser; Ctrl-C ends it.\n")
+        process.send_signal(signal.SIGINT)
+        rest, errors = process.communicate(timeout=60)
+        assert rest == "" and "Traceback" not in errors and process.returncode == 0, errors
+    assert not list(tmp_path.iterdir())

@@ -11,7 +11,8 @@ from transformers.utils import logging
 import demo
 import evaluate
 from lib import progress
-from lib.progress import Forecast, clock, prefill_progress
+from lib.progress import Forecast, prefill_progress
+from lib.times import duration
 
 
 def test_a_forecast_finds_the_linear_and_the_quadratic_part():
@@ -66,7 +67,7 @@ def test_the_layers_of_every_prompt_are_counted_and_the_line_goes_when_it_is_rea
 
 
 def test_times_are_read_in_seconds_minutes_and_hours():
-    assert [clock(seconds) for seconds in (0.4, 59.6, 83, 7384)] == ["0 s", "1:00", "1:23", "2:03:04"]
+    assert [duration(seconds) for seconds in (0.4, 59.6, 83, 7384)] == ["0 s", "1:00", "1:23", "2:03:04"]
 
 
 class Terminal(io.StringIO):

@@ -157,12 +157,42 @@ def test_a_question_that_is_not_saved_leaves_everything_as_it_was(chat, sample, 
         assert a.shape == b.shape and (a.float() - b.float()).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("variant", ["paper", "released"])
+def test_an_undone_question_leaves_no_trace_and_videos_stay_read(chats, samples, variant):
+    chat = chats[variant]
+    questions = [item["question"] for item in samples[0]["questions"]]
+    talk = chat.open(samples[0]["video"])
+    with pytest.raises(ValueError, match="no question to undo"):
+        talk.undo()
+    first = talk.ask(questions[0])
+    after_first = deepcopy(talk.messages)
+    talk.add(samples[1]["video"])
+    second = talk.ask(questions[1])
+    whole, ids = deepcopy(talk.messages), talk.ids.tolist()
+
+    talk.undo()
+    assert talk.messages == after_first and talk.answer is None
+    assert talk.ask(questions[1]) == second and (talk.messages, talk.ids.tolist()) == (whole, ids)
+    read_again = variant == "released"
+    assert (talk.answer.timing["given"] > 200) == read_again
+    talk.undo()
+    talk.undo()
+    assert talk.messages == [] and len(talk.ids) == 0
+    talk.videos.pop()
+    assert talk.ask(questions[0]) == first == asked_afresh(chat, talk.messages[:1])[0]
+
+
 def test_with_released_a_question_that_is_not_saved_reads_the_video_again(chats, sample):
     conversation = chats["released"].open(sample["video"])
     question = sample["questions"][0]["question"]
     first = conversation.ask(question, save=False)
     assert conversation.cache is None and first.moments
     assert conversation.ask(question) == first and conversation.answer.timing["cached"] == 0
+
+    conversation.add(sample["video"])
+    tokens = conversation.videos[0].tokens
+    second = conversation.ask(question, save=False)
+    assert conversation.ask(question) == second and conversation.answer.timing["given"] > tokens
 
 
 def test_a_cut_answer_says_so(chat, sample):
@@ -215,6 +245,19 @@ def test_a_question_stopped_before_its_first_token_leaves_no_trace(talker, sampl
     assert conversation.ask("Where was it?", max_new_tokens=2) == ""
     handle.remove()
     assert_same_state(state(conversation), before)
+
+
+def test_reading_stops_within_a_layer(talker, sample):
+    talk, stop, ran = talker.open(sample["video"]), threading.Event(), []
+    layer = talker.model.model.language_model.layers[0]
+    handles = [
+        layer.self_attn.q_proj.register_forward_hook(lambda *_: stop.set()),
+        layer.mlp.register_forward_hook(lambda *_: ran.append("mlp")),
+    ]
+    assert list(talk.stream("What appeared?", stop=stop)) == [] and talk.answer is None
+    for handle in handles:
+        handle.remove()
+    assert not ran and talk.messages == []
 
 
 def test_who_stops_listening_ends_the_answer(talker, sample):

@@ -16,6 +16,8 @@ import torch
 from matplotlib.transforms import ScaledTranslation, Transform
 from PIL import Image, ImageDraw
 
+from .times import clock
+
 COLOURS = {
     "compression": "#0072b2",
     "selection": "#d55e00",
@@ -328,11 +330,6 @@ def row_title(name: str, result: dict) -> str:
 
 def label_of(name: str, score: float) -> str:
     return f"α {score:.2g}" if name == "answer" else f"{score:.0%}"
-
-
-def clock(seconds: float) -> str:
-    minutes, rest = divmod(seconds, 60)
-    return f"{int(minutes)}:{rest:04.1f}"
 
 
 def highlight_video(frames: np.ndarray, scores: dict[str, torch.Tensor], seconds, fps: float, path: Path) -> None:

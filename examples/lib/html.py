@@ -4,26 +4,77 @@ import base64
 import io
 import math
 from html import escape
+from pathlib import Path
+from urllib.parse import quote
 
 from PIL import Image
 
 from videonsa.video_chat import Conversation
 from videonsa.video_moments import Moment
 
+from .times import clock
+
 STRIP = 120  # cells, at most, of the strip that shows how much each part of a video was looked at
 
 
-def clock(seconds: float) -> str:
-    return f"{int(seconds // 60)}:{seconds % 60:04.1f}"
+def title_html(model: str, tiny: bool) -> str:
+    hint = " It knows coloured shapes that flash up, and nothing else." if tiny else ""
+    return (
+        "<h1>Ask a long video</h1><p>Choose a video, ask about it, and see which moments the model looked at. "
+        f"Model: {escape(model)}.{hint}</p>"
+    )
 
 
-def percent(share: float) -> str:
-    return f"{share:.0%}" if share >= 0.01 else f"{share:.1%}"
+def zone_note_html(megabytes: int) -> str:
+    """Where `page.js` says that a file is too large."""
+    return f"<p id='too-large' class='vn-error' role='alert' data-megabytes='{megabytes}' hidden></p>"
 
 
-def plan_html(plan: dict[str, str], truth: str = "") -> str:
+def examples_html(clips: list[tuple[int, bytes]]) -> str:
+    """Buttons for clips, each with its seed and a picture of it, and one for a new clip."""
+    buttons = [
+        f"<button data-seed='{seed}' aria-label='Example clip {i}'><img src='{data_uri(picture)}' alt=''></button>"
+        for i, (seed, picture) in enumerate(clips, 1)
+    ]
+    title = note_html("Or try an example clip:")
+    return f"{title}<div class='vn-examples'>{''.join(buttons)}<button data-seed=''>New clip</button></div>"
+
+
+def player_html(path: Path | str) -> str:
+    source = escape(quote(f"gradio_api/file={path}", safe="/=:"))
+    cannot = "This browser cannot play the video. Questions about it work all the same."
+    return (
+        f"<video controls playsinline preload='metadata' src='{source}' aria-label='the video'></video>"
+        f"<p class='vn-wait' hidden>{cannot}</p>"
+    )
+
+
+def wait_html(text: str) -> str:
+    return f"<p class='vn-wait'>{escape(text)}</p>"
+
+
+def save_html(name: str, text: str, data: str) -> str:
+    """Links that save a conversation, which they contain."""
+    links = [
+        f"<a download='{escape(name)}.{ending}' href='{data_uri(content.encode(), kind)}'>{label}</a>"
+        for ending, label, content, kind in (
+            ("txt", "text", text, "text/plain;charset=utf-8"),
+            ("json", "JSON", data, "application/json"),
+        )
+    ]
+    return f"<p class='vn-save'>Save the conversation: {' · '.join(links)}</p>"
+
+
+def plan_html(plan: dict[str, str], truth: str = "", forgets: bool = False) -> str:
     tiles = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(text)}</dd></div>" for name, text in plan.items())
-    return f"<dl class='vn-plan'>{tiles}</dl>{note_html(f'True of this clip: {truth}.') if truth else ''}"
+    notes = [f"True of this clip: {truth}."] if truth else []
+    if forgets:
+        notes.append("Settings changed: the next question reads the video anew and begins a new conversation.")
+    return f"<dl class='vn-plan'>{tiles}</dl>{''.join(map(note_html, notes))}"
+
+
+def data_uri(content: bytes, kind: str = "image/jpeg") -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def error_html(message: str) -> str:
@@ -31,7 +82,7 @@ def error_html(message: str) -> str:
 
 
 def note_html(text: str) -> str:
-    return f"<p class='vn-note'>{escape(text)}</p>"
+    return f"<p class='vn-note'>{escape(text)}</p>" if text else ""
 
 
 def timing_text(timing: dict[str, float]) -> str:
@@ -43,39 +94,33 @@ def timing_text(timing: dict[str, float]) -> str:
 
 
 def sheet_html(conversation: Conversation | None) -> str:
-    """The contact sheet: the moments that the last answer attended to and, below, those that vision tokens chose."""
-    if conversation is None or conversation.answer is None:
+    """The moments that the last answer attended to and, folded away, those that vision tokens chose."""
+    if conversation is None or conversation.answer is None or not conversation.answer.shares:
         return ""
     answer = conversation.answer
-    views = view_html(
-        "What the answer looked at",
-        "The frames that the words of the last answer attended to, with their share of its attention to the video.",
-        answer.moments,
-        answer.shares,
-    )
+    text = "The frames that the words of the last answer attended to, with their share of its attention to the video."
+    views = f"<h3>What the model looked at</h3>{view_html(text, answer.moments, answer.shares)}"
     if conversation.choices:
-        views += view_html(
-            "What the vision tokens chose",
+        text = (
             "Where vision tokens have more before them than they may read, they choose. These are the frames that they "
-            "chose most, and how many of them did; no question changes that.",
-            conversation.choices,
-            conversation.choice_shares,
+            "chose most, and how many of them did; no question changes that."
         )
+        view = view_html(text, conversation.choices, conversation.choice_shares)
+        views += f"<details><summary>What the vision tokens chose</summary>{view}</details>"
     return f"<section class='vn-sheet'>{views}</section>"
 
 
-def view_html(title: str, text: str, moments: list[Moment], shares: list[float]) -> str:
-    """Frames in the order of the video, under a strip that shows the shares of all of it."""
-    figures = []
+def view_html(text: str, moments: list[Moment], shares: list[float]) -> str:
+    """Frames in the order of the video, which show their moment in the player, under a strip of the shares of all."""
+    frames = []
     for moment in sorted(moments, key=lambda moment: moment.seconds):
         image, data = Image.fromarray(moment.frame), io.BytesIO()
         image.thumbnail((320, 320))
         image.save(data, "JPEG", quality=85)
-        source = f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"
         when = clock(moment.seconds)
-        figures.append(
-            f"<figure><img src='{source}' alt='frame at {when}'>"
-            f"<figcaption>{when} · {percent(moment.share)}</figcaption></figure>"
+        frames.append(
+            f"<button data-seconds='{moment.seconds:.3f}' title='Show this moment'>"
+            f"<img src='{data_uri(data.getvalue())}' alt='frame at {when}'>{when} · {percent(moment.share)}</button>"
         )
     step = -(-len(shares) // STRIP)
     cells = [
@@ -83,28 +128,8 @@ def view_html(title: str, text: str, moments: list[Moment], shares: list[float])
     ]
     bars = "".join(f"<i style='opacity:{max(cell / max(max(cells), 1e-9), 0.04):.2f}'></i>" for cell in cells)
     strip = f"<div class='vn-strip' role='img' aria-label='the share of each part'>{bars}</div>"
-    return f"<h3>{title}</h3><p>{text}</p>{strip}<div class='vn-frames'>{''.join(figures)}</div>"
+    return f"<p>{text}</p>{strip}<div class='vn-frames'>{''.join(frames)}</div>"
 
 
-CSS = """
-.gradio-container { max-width: 1240px !important; margin: auto; }
-.html-container { padding: 0 !important; }
-#video button[aria-label^="Trim"], #video button[aria-label^="Reset"] { display: none; }
-#title h1 { margin: 0; } #title p { margin: .25rem 0 0; }
-.vn-plan { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; margin: 0; font-size: .9rem; }
-.vn-plan div { display: contents; } .vn-plan dd { margin: 0; font-variant-numeric: tabular-nums; }
-.vn-plan dt { opacity: .75; }
-.vn-note { font-size: .85rem; opacity: .75; margin: .4rem 0 0; }
-.vn-error { border-left: 4px solid #dc2626; background: #dc262618; border-radius: 4px; padding: .5rem .75rem; margin: 0;
-    overflow-wrap: anywhere; }
-.vn-sheet h3 { margin: 0; }
-.vn-sheet p { font-size: .85rem; opacity: .75; margin: .2rem 0 .5rem; }
-.vn-frames + h3 { margin-top: 1rem; }
-.vn-frames { display: grid; gap: .5rem;
-    grid-template-columns: repeat(auto-fill, minmax(min(130px, 30%), 1fr)); }
-.vn-sheet figure { margin: 0; } .vn-sheet img { width: 100%; border-radius: 6px; display: block; }
-.vn-sheet figcaption { font-size: .8rem; text-align: center; font-variant-numeric: tabular-nums; }
-.vn-strip { display: flex; height: 10px; border-radius: 5px; overflow: hidden; margin-bottom: .5rem;
-    border: 1px solid var(--border-color-primary); }
-.vn-strip i { flex: 1; background: var(--color-accent); }
-"""
+def percent(share: float) -> str:
+    return f"{share:.0%}" if share >= 0.01 else f"{share:.1%}"

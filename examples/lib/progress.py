@@ -10,6 +10,8 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
+from .times import duration
+
 LABEL = "reading   "
 # Seconds that a prompt is read before it is worth a line, and between two lines.
 PATIENCE, INTERVAL = 1.0, 0.2
@@ -144,10 +146,10 @@ class Watch:
             return
         self.shown, self.visible = now, True
         left = self._left(part)
-        left = "" if left is None else f", about {clock(left)} left"
+        left = "" if left is None else f", about {duration(left)} left"
         if part != "layer" and left:
             left += f", then {len(self.parts['layer'])} layers"
-        self.show(f"{part} {i + 1} of {len(self.parts[part])}{tokens}, {clock(now - self.began)} so far{left}")
+        self.show(f"{part} {i + 1} of {len(self.parts[part])}{tokens}, {duration(now - self.began)} so far{left}")
 
     def _left(self, part: str) -> float | None:
         """Seconds that the rest of a part takes, if each kind of its blocks was timed."""
@@ -171,12 +173,3 @@ def show_line(text: str) -> None:
         width = shutil.get_terminal_size().columns - 1
         line = (LABEL + text)[:width] if text else ""
         print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
-
-
-def clock(seconds: float) -> str:
-    """Whole seconds, minutes and hours: "9 s", "1:23", "2:03:04"."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours}:{minutes:02}:{rest:02}"
-    return f"{minutes}:{rest:02}" if minutes else f"{rest} s"

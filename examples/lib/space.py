@@ -28,7 +28,8 @@ short_description: Ask a long video, with Native Sparse Attention
 
 [VideoNSA](https://arxiv.org/abs/2510.02295) is Qwen2.5-VL whose vision tokens attend through Native Sparse Attention.
 This Space asks the tiny model that ships with the project, which knows coloured shapes only and runs on a CPU. For
-another model, set the variable `MODEL` to its id (and choose a GPU); the code files of that repository are run.
+another model, set the variable `MODEL` to its id (and choose a GPU); the code files of that repository are run. On
+ZeroGPU, each question reads the video anew.
 """
 
 

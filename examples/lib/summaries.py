@@ -3,7 +3,7 @@
 Every function takes the content of FINDING.json and returns lines; `summarize` chooses by its name.
 """
 
-from .figures import clock
+from .times import clock
 
 
 def summarize(result: dict) -> list[str]:
