@@ -24,9 +24,8 @@ from transformers.utils import logging
 
 from .cache_record import CacheRecord, cached_vision, following_positions, position_after
 from .configuration_videonsa import VideoNSAConfig, VideoNSATextConfig
-from .nsa_released import Stream
 from .rope_positions import Media, sample_positions
-from .sequence_parallel import check_mesh, forward_tower, forward_with_head, shard_tokens
+from .sequence_parallel import check_mesh, forward_with_head, shard_frames, shard_tokens
 from .transformers_compat import (
     CACHE,
     WholeCheckpoint,
@@ -39,7 +38,7 @@ from .transformers_compat import (
     register_key_layouts,
 )
 from .vision_attention import GATE_STD, GateLinear, VideoNSAAttention, only_last_queries, untrained_gates
-from .vision_layout import VisionLayout, send
+from .vision_layout import layout_of_call, send, vision_by_position
 
 logger = logging.get_logger(__name__)
 
@@ -83,7 +82,7 @@ class VideoNSATextModel(WholeCheckpoint, Qwen2_5_VLTextModel):
         if self.config.nsa_variant != "dense":
             check_attention(self.config._attn_implementation, self.config.nsa_variant)
         if vision_mask is not None and self.config.nsa_variant == "released":
-            vision_mask = self._vision_by_position(kwargs.get("position_ids"))
+            vision_mask = vision_by_position(kwargs.get("position_ids"))
         if torch.compiler.is_compiling() and vision_mask is None and self.sequence_mesh is None:
             return super().forward(**kwargs)
 
@@ -96,15 +95,14 @@ class VideoNSATextModel(WholeCheckpoint, Qwen2_5_VLTextModel):
             is_vision = new.new_zeros(batch, length, dtype=torch.bool) if vision_mask is None else vision_mask
             vision = torch.cat([cached_vision(cache, past, is_vision), is_vision], 1)
             last = 0 if observe or self._all_are_read(kwargs) else last
-            kwargs["vision_layout"] = self._layout(vision, past, attention_mask, position_ids, observe, last)
+            stated = (attention_mask, position_ids)
+            kwargs["vision_layout"] = layout_of_call(self.config, vision, past, *stated, observe, last)
             # "Prepared" masks, so that no [length, length] mask is made.
             kwargs["attention_mask"] = dict.fromkeys(("full_attention", "sliding_attention"))
         if vision_mask is not None:
             self._warn_of_untrained_gates()
         if self.sequence_mesh is not None:
-            if kwargs.get("inputs_embeds") is None:
-                kwargs["inputs_embeds"] = self.embed_tokens(kwargs.pop("input_ids"))
-            shard_tokens(self.sequence_mesh, self.config, kwargs["vision_layout"], past, kwargs)
+            shard_tokens(self, past, kwargs)
 
         outputs = super().forward(**kwargs)
 
@@ -134,17 +132,6 @@ class VideoNSATextModel(WholeCheckpoint, Qwen2_5_VLTextModel):
                 'base model, or with nsa_variant="merged" for sparse attention without training, or fine-tune it first'
             )
 
-    @staticmethod
-    def _vision_by_position(position_ids) -> torch.Tensor | None:
-        """bool [batch, length]: tokens whose time, row and column differ, as the public code tells vision from text.
-        The first patch of an image or video, and others on that diagonal, count as text; without positions, or with
-        those of text alone, all tokens do."""
-        if position_ids is None or position_ids.ndim < 3:
-            return None
-        time, row, column = position_ids[-3:]
-        mask = (time != row) | (time != column)
-        return mask if mask.any() else None
-
     def _all_are_read(self, kwargs: dict) -> bool:
         """Whether somebody may read what the last layer computes for any token of a call with vision."""
         wanted = (
@@ -154,32 +141,6 @@ class VideoNSATextModel(WholeCheckpoint, Qwen2_5_VLTextModel):
         hooked = any(module._forward_hooks for module in self.layers[-1].modules())
         # Text rows of "released" have a term of their own wherever the call has vision queries.
         return self.training or recorded or hooked or self.config.nsa_variant == "released"
-
-    def _layout(self, vision_mask, past, attention_mask, position_ids, observe, last) -> VisionLayout:
-        batch, total = vision_mask.shape
-        masks = {"vision": vision_mask}
-        if attention_mask is not None:
-            if not isinstance(attention_mask, torch.Tensor) or attention_mask.shape != (batch, total):
-                got = list(getattr(attention_mask, "shape", [])) or type(attention_mask).__name__
-                raise ValueError(f"attention_mask must be [batch, cached + new tokens] = {[batch, total]}, got {got}")
-            masks["valid"] = attention_mask.to(vision_mask.device, torch.bool)
-        elif past == 0 and position_ids is not None and position_ids.ndim == 3 and len(position_ids) == 4:
-            # Samples packed into a row: its text positions (the first of four) start anew with each.
-            text_positions = position_ids[0].expand(batch, -1)
-            begins = text_positions.diff(dim=1, prepend=text_positions[:, :1] - 1) != 1
-            masks["starts"] = begins.to(vision_mask.device)
-        # All that a layout needs of the device, in one copy.
-        masks = dict(zip(masks, torch.stack(list(masks.values())).cpu(), strict=True))
-        if "valid" in masks and masks["valid"].all():
-            del masks["valid"]
-        make_stream = None
-        if self.config.nsa_variant == "released":
-            make_stream = functools.partial(
-                Stream.make, block_size=self.config.block_size, block_count=self.config.block_count
-            )
-        options = {"observe": observe, "make_stream": make_stream, "last": last}
-        layout = VisionLayout.make(length=total - past, **masks, **options)
-        return layout.to(vision_mask.device)
 
 
 class VideoNSAModel(WholeCheckpoint, Qwen2_5_VLModel):
@@ -437,13 +398,10 @@ class VideoNSAForConditionalGeneration(WholeCheckpoint, Qwen2_5_VLForConditional
         if observe is not None:
             kwargs["observe"] = observe
         mesh = self.model.language_model.sequence_mesh
-        if mesh is not None:
-            outputs = forward_with_head(super().forward, mesh, kwargs)
-        else:
-            read = kwargs.get("logits_to_keep")
-            if isinstance(read, int) and read > 0 and kwargs.get("labels") is None:
-                kwargs["last"] = read
-            outputs = super().forward(**kwargs)
+        read = kwargs.get("logits_to_keep")
+        if mesh is None and isinstance(read, int) and read > 0 and kwargs.get("labels") is None:
+            kwargs["last"] = read
+        outputs = super().forward(**kwargs) if mesh is None else forward_with_head(super().forward, mesh, kwargs)
         return _with_gates(outputs, gates) if output_gates else outputs
 
     def shard_sequence(self, mesh: DeviceMesh | None) -> None:
@@ -457,10 +415,7 @@ class VideoNSAForConditionalGeneration(WholeCheckpoint, Qwen2_5_VLForConditional
         """
         if mesh is not None:
             check_mesh(mesh, self.config.text_config)
-        tower = self.model.visual.forward
-        if getattr(tower, "func", None) is forward_tower:  # of an earlier mesh
-            tower = tower.args[0]
-        self.model.visual.forward = tower if mesh is None else functools.partial(forward_tower, tower, mesh)
+        shard_frames(self.model.visual, mesh)
         self.model.language_model.sequence_mesh = mesh
 
     @named_arguments(Qwen2_5_VLForConditionalGeneration.generate)
@@ -510,7 +465,7 @@ class VideoNSAForConditionalGeneration(WholeCheckpoint, Qwen2_5_VLForConditional
         return torch.cat([text.expand(1, *rotary.shape[1:]), rotary])
 
 
-def _keep_gates(kept: list, observe: Callable | None, attention, q, k, v, gates, layout: VisionLayout):
+def _keep_gates(kept: list, observe: Callable | None, attention, q, k, v, gates, layout):
     """An observer that keeps the gates of a layer as [batch, length, heads, 3], those that another one returns."""
     gates = gates if observe is None else observe(attention, q, k, v, gates, layout)
     if gates is None:

@@ -10,6 +10,7 @@ knows the layout of the whole call. The mean over ranks of the gradients is the 
 data parallelism computes anyway. `docs/parallel.md` draws the way of the data.
 """
 
+import functools
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
@@ -17,6 +18,7 @@ from itertools import accumulate, chain, pairwise
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.functional import pad
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -120,19 +122,21 @@ def shard_length(length: int, ranks: int) -> int:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def shard_tokens(mesh: DeviceMesh, config, layout: VisionLayout, past: int, kwargs: dict) -> None:
+def shard_tokens(model, past: int, kwargs: dict) -> None:
     """Cut the arguments of the text model's forward, in place, to the tokens of this rank.
 
     Args:
-        layout: of the whole call.
+        model: a `VideoNSATextModel` with a `sequence_mesh`.
         past: cached tokens.
-        kwargs: have inputs_embeds [batch, length, hidden]. `vision_layout` becomes a `SequenceShards`.
+        kwargs: have `vision_layout`, of the whole call, which becomes a `SequenceShards`.
     """
     cache = kwargs.get(CACHE)
     if getattr(cache, "is_compileable", False):
         raise ValueError("a static cache has no sequence parallelism: leave cache_implementation out")
-    shards = SequenceShards.make(mesh, config, layout)
-    embeds, positions = kwargs["inputs_embeds"], kwargs.get("position_ids")
+    shards = SequenceShards.make(model.sequence_mesh, model.config, kwargs["vision_layout"])
+    embeds, positions = kwargs.get("inputs_embeds"), kwargs.get("position_ids")
+    if embeds is None:
+        embeds = model.embed_tokens(kwargs.pop("input_ids"))
     if positions is None:
         positions = torch.arange(past, past + shards.length, device=embeds.device).expand(3, 1, -1)
     own = shards.tokens(shards.rank)
@@ -174,6 +178,15 @@ def forward_with_head(forward: Callable, mesh: DeviceMesh, kwargs: dict):
         every = logits.new_zeros(len(logits), len(kept), logits.shape[2])
         outputs["logits"] = Sum.apply(every.index_copy(1, inside.to(logits.device), logits), mesh)
     return outputs.to_tuple() if return_dict is False else outputs
+
+
+def shard_frames(tower: nn.Module, mesh: DeviceMesh | None) -> None:
+    """Have a vision tower spread the frames of each call over the ranks of `mesh`; None ends it."""
+    forward = tower.forward
+    # Of an earlier mesh.
+    if getattr(forward, "func", None) is forward_tower:
+        (forward, _) = forward.args
+    tower.forward = forward if mesh is None else functools.partial(forward_tower, forward, mesh)
 
 
 def forward_tower(tower: Callable, mesh: DeviceMesh, pixels: torch.Tensor, grid_thw: torch.Tensor, **kwargs):

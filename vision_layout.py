@@ -5,6 +5,7 @@ in the order of the stream. *Queries* are new tokens, counted among the batch * 
 cached and the new tokens, `total` in each row.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from itertools import pairwise
@@ -12,6 +13,7 @@ from itertools import pairwise
 import torch
 from torch.nn.functional import pad
 
+from .configuration_videonsa import VideoNSATextConfig
 from .nsa_released import Stream
 
 MAX_MASK = 2**26  # elements of the boolean mask of one chunk of text queries
@@ -188,6 +190,64 @@ class VisionLayout:
                 if self.valid is not None:
                     mask = mask & self.valid[run.row, keys]
                 yield TextChunk(part, run.row, keys, mask)
+
+
+def layout_of_call(
+    config: VideoNSATextConfig,
+    vision: torch.Tensor,
+    past: int,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    observe: Callable | None,
+    last: int,
+) -> VisionLayout:
+    """The layout of a call of the text model, on the device of `vision`.
+
+    Args:
+        vision: bool [batch, total], which cached and new tokens are vision.
+        past: cached tokens per row.
+        attention_mask, position_ids: of the call, as transformers gives them.
+        observe, last: see `VisionLayout.make`.
+
+    Raises:
+        ValueError: attention_mask is not [batch, total].
+    """
+    batch, total = vision.shape
+    masks = {"vision": vision}
+    if attention_mask is not None:
+        if not isinstance(attention_mask, torch.Tensor) or attention_mask.shape != (batch, total):
+            got = list(getattr(attention_mask, "shape", [])) or type(attention_mask).__name__
+            raise ValueError(f"attention_mask must be [batch, cached + new tokens] = {[batch, total]}, got {got}")
+        masks["valid"] = attention_mask.to(vision.device, torch.bool)
+    elif past == 0 and position_ids is not None and position_ids.ndim == 3 and len(position_ids) == 4:
+        # Samples packed into a row: its text positions (the first of four) start anew with each.
+        text_positions = position_ids[0].expand(batch, -1)
+        begins = text_positions.diff(dim=1, prepend=text_positions[:, :1] - 1) != 1
+        masks["starts"] = begins.to(vision.device)
+
+    # All that a layout needs of the device, in one copy.
+    masks = dict(zip(masks, torch.stack(list(masks.values())).cpu(), strict=True))
+    if "valid" in masks and masks["valid"].all():
+        del masks["valid"]
+
+    make_stream = None
+    if config.nsa_variant == "released":
+        make_stream = functools.partial(Stream.make, block_size=config.block_size, block_count=config.block_count)
+    options = {"observe": observe, "make_stream": make_stream, "last": last}
+    return VisionLayout.make(length=total - past, **masks, **options).to(vision.device)
+
+
+def vision_by_position(position_ids: torch.Tensor | None) -> torch.Tensor | None:
+    """bool [batch, length]: tokens whose time, row and column differ, as the public code tells vision from text.
+
+    The first patch of an image or video, and others on that diagonal, count as text; without positions, or with those
+    of text alone, all tokens do, and the result is None.
+    """
+    if position_ids is None or position_ids.ndim < 3:
+        return None
+    time, row, column = position_ids[-3:]
+    mask = (time != row) | (time != column)
+    return mask if mask.any() else None
 
 
 def samples_of(starts: torch.Tensor) -> tuple[torch.Tensor, list[tuple[int, int, int]]]:
