@@ -31,6 +31,7 @@ from .waiting import Line
 QUESTIONS = ("What happens in this video?", "Describe it in one sentence.", "What is shown at the end?")
 MAX_QUESTION = 2000  # characters
 EXAMPLES = (1, 2, 3)  # seeds of clips
+MEASURED = 32  # videos, at most, on which a forecast rests
 
 
 @dataclass
@@ -270,6 +271,7 @@ class App:
             self.speaking = (timing["tokens"] - 1) / max(timing["speed"], 1e-9)
             if not timing["cached"]:
                 self.forecast.add(timing["given"], timing["reading"] + timing["first"])
+                del self.forecast.measured[:-MEASURED]
         yield as_messages(found.turns)
 
     def retract(self, visitor: str) -> str:
