@@ -178,6 +178,8 @@ class VideoNSAModel(WholeCheckpoint, Qwen2_5_VLModel):
         if input_ids is not None and cache is not None:
             self._drop_cached_features(input_ids, cache, kwargs)
         vision_mask = self._vision_mask(kwargs)
+        if self.config.nsa_variant != "dense":  # before the vision tower, which a foreign function may break
+            check_attention(self.config.text_config._attn_implementation, self.config.nsa_variant)
         if kwargs.get("mm_token_type_ids") is None and input_ids is not None and self._has_features(kwargs):
             kwargs["mm_token_type_ids"] = self.token_types(input_ids)  # without it, positions would be those of text
         outputs = super().forward(vision_mask=vision_mask, observe=observe, last=last, **kwargs)
@@ -249,8 +251,6 @@ class VideoNSAModel(WholeCheckpoint, Qwen2_5_VLModel):
         """
         config = self.config
         config.text_config.validate_variant()
-        if config.nsa_variant != "dense":
-            check_attention(config.text_config._attn_implementation, config.nsa_variant)  # before the vision tower
         input_ids, embeds, types = (kwargs.get(x) for x in ("input_ids", "inputs_embeds", "mm_token_type_ids"))
         length = (embeds if input_ids is None else input_ids).shape[1]
         if length == 1 and torch.compiler.is_compiling():
