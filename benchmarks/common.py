@@ -97,10 +97,10 @@ def add_model_options(parser, lengths: list[int]) -> None:
         parser.add_argument(f"--{name}", type=int, default=default, help="(%(default)s)")
 
 
-def parse_model_options(parser):
-    """The values of these options."""
+def parse_model_options(parser, timed: bool = True):
+    """The values of these options; `timed` says whether the model will run."""
     args = parser.parse_args()
-    if args.device == "cpu" and args.lengths == parser.get_default("lengths"):
+    if timed and args.device == "cpu" and args.lengths == parser.get_default("lengths"):
         parser.exit(2, f"{parser.prog}: without a GPU, the 7B at these lengths does not end; try {TOY}\n")
     if any(tokens % 64 for tokens in args.lengths):
         parser.error("--lengths must be multiples of 64, the tokens of two frames")

@@ -3,14 +3,13 @@
     python benchmarks/sequence_parallel.py                                     # the tables of docs/parallel.md, no GPU
     torchrun --nproc_per_node 8 benchmarks/sequence_parallel.py                # 36K, 128K and 256K vision tokens
     torchrun --nproc_per_node 2 benchmarks/sequence_parallel.py --device cpu --dtype fp32 --lengths 256 --layers 2 \\
-        --hidden 64 --heads 4 --kv-heads 2
+        --hidden 64 --heads 4 --kv_heads 2
 
 Under torchrun, every rank first computes a short prompt alone, and then together with the others: the largest
 differences of hidden states and of gradients are printed. Then a step of the decoder layers, forward and backward, is
 timed at each length, on all ranks together. Rows are as of `train_step.py`.
 """
 
-import argparse
 import os
 import sys
 
@@ -18,10 +17,12 @@ import torch
 import torch.distributed as dist
 from arithmetic import LENGTHS, tables
 from common import (
+    OptionParser,
     add_model_options,
     add_options,
     announce,
     append_rows,
+    door,
     environment,
     make_models,
     make_prompt,
@@ -78,13 +79,14 @@ def compare(model, mesh: DeviceMesh, tokens: int, question: int) -> dict[str, fl
     }
 
 
+@door
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OptionParser(__doc__)
     parser.add_argument("--layers", type=int, default=4, help="(%(default)s)")
     parser.add_argument("--compared", type=int, default=4096, help="vision tokens that are compared (%(default)s)")
     add_model_options(parser, LENGTHS)
     add_options(parser)
-    args = parse_model_options(parser)
+    args = parse_model_options(parser, timed="RANK" in os.environ)
     if "RANK" not in os.environ:
         print(tables(args.lengths))
         return
