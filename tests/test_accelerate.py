@@ -91,7 +91,8 @@ def test_a_configuration_trains_saves_and_resumes(name, wrapper, options, expect
         runs.append(options(method, tmp_path / method, "--max_steps", 2, "--save_steps", 2, *resumed))
     if name == "fsdp2":
         both = ["--sequence_parallel", 2, "--per_device_train_batch_size", 2]
-        runs.append(options("lora", tmp_path / "together", "--max_steps", 2, "--save_steps", 2, *both))
+        for method in ("full", "lora"):
+            runs.append(options(method, tmp_path / f"{method}-together", "--max_steps", 2, "--save_steps", 2, *both))
 
     (tmp_path / "program.py").write_text(PROGRAM)
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--main_process_port", "0"]
@@ -110,7 +111,7 @@ def test_a_configuration_trains_saves_and_resumes(name, wrapper, options, expect
 
     folders = [(tmp_path / method, method, parts) for method, parts in METHODS.items()]
     if name == "fsdp2":
-        folders.append((tmp_path / "together", "lora", METHODS["lora"]))
+        folders += [(tmp_path / f"{method}-together", method, METHODS[method]) for method in ("full", "lora")]
     for folder, method, parts in folders:
         history = json.loads((folder / "checkpoint-2/trainer_state.json").read_text())["log_history"]
         losses = [log["loss"] for log in history if "loss" in log]

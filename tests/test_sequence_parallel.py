@@ -184,7 +184,7 @@ def reject_wrong_meshes():
 
 
 def time_steps(folder: str):
-    sizes = {"compared": 192, "lengths": 128, "layers": 2, "hidden": 64, "heads": 4, "kv-heads": 2}
+    sizes = {"compared": 192, "lengths": 128, "layers": 2, "hidden": 64, "heads": 4, "kv_heads": 2}
     options = {"device": "cpu", "dtype": "fp32", "output": folder, **sizes}
     sys.argv = ["sequence_parallel.py", *(str(x) for name, value in options.items() for x in (f"--{name}", value))]
     runpy.run_path(str(ROOT / "benchmarks/sequence_parallel.py"), run_name="__main__")
