@@ -165,7 +165,8 @@ def plan_video(
         n, asked = (patches, "") if counted else (1, "even ")
         raise ValueError(
             f"max_tokens={max_tokens:,} less text_tokens={text_tokens:,} leaves {budget:,} for the video, but {asked}"
-            f"{min(n * temporal_patch_size, frames):,} frames of {w} × {h} are {n * tokens:,} tokens"
+            f"{min(n * temporal_patch_size, frames):,} frames of {w} × {h} are {n * tokens:,} tokens: "
+            f"max_tokens must be at least {text_tokens + n * tokens:,}, or text_tokens smaller"
         )
 
     n, tokens, (h, w) = best_option(options, prefer, patches, max(tokens for tokens, _ in sizes))

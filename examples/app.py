@@ -19,6 +19,7 @@ import contextlib
 import importlib.util
 import os
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -53,6 +54,19 @@ def serve(app: App, args) -> None:
     threading.Event().wait()
 
 
+def check_port(host: str | None, port: int | None) -> None:
+    """Raise a ValueError if the port is taken: before the model is loaded, which may take minutes."""
+    if port is None:
+        return
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host or "127.0.0.1", port))
+        except OSError as error:
+            reason = error.strerror.lower()
+            raise ValueError(f"--port {port}: {reason}; leave it out for the first free one from 7860 on") from error
+
+
 @door
 def main() -> None:
     parser = OptionParser(description=__doc__)
@@ -83,10 +97,14 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # a polite kill must clean up as Ctrl-C does
     if importlib.util.find_spec("gradio") is None:
         raise ModuleNotFoundError("no Gradio", name="gradio")
+    if args.write_space and args.model != os.environ.get("MODEL"):
+        raise ValueError("--write_space takes no --model: set the variable MODEL of the Space")
     if args.write_space:
         folder = write_space(args.write_space)
-        print(f"wrote {folder}; upload it with: hf upload --repo-type space NAME {folder}")
+        print(f"wrote {folder}; upload it with: hf upload --repo-type space me/space-name {folder}")
         return
+    check_port(args.host, args.port)
+    print(f"Loading {args.model or 'the tiny model'}.", flush=True)
     with tempfile.TemporaryDirectory(prefix="videonsa-app-") as folder:
         chat = VideoChat(*load(args.model or TINY, args.nsa_variant, args.device))
         tokens = args.max_tokens or token_budget(chat.model, default.tokens)

@@ -32,6 +32,7 @@ from lib.options import OptionParser, add_device
 from lib.progress import prefill_progress
 from videonsa.transformers_compat import cache_of
 from videonsa.video_moments import AnswerAttention, Moment, patch_shares, pick_moments
+from videonsa.video_planner import PREFERENCES
 
 QUESTION = "What happens in this video?"
 SEED = 1  # of the clip whose questions the tiny model answers on every machine
@@ -65,8 +66,10 @@ def report_reading(model, video: str, metadata, inputs) -> None:
     report("plan", str(metadata.plan))
     vision = int((inputs["mm_token_type_ids"] > 0).sum())
     report("tokens", f"{vision:,} vision, {inputs['input_ids'].numel() - vision:,} text")
-    budget, pooled = (model.config.attention_budget(vision, pooled_keys=pooled) for pooled in (False, True))
-    report("budget", f"{budget:.1%} of the query–key pairs of dense attention, {pooled:.1%} with the pooled keys")
+    share, pooled = (model.config.attention_budget(vision, pooled_keys=pooled) for pooled in (False, True))
+    saved = "" if pooled < 1 else ": nothing is saved on so short a video"
+    shares = f"{share:.1%} of the query–key pairs of dense attention, {pooled:.1%} with the pooled keys"
+    report("attention", shares + saved)
 
 
 def answer(model, processor, inputs, metadata, max_new_tokens: int, truth: str | None = None) -> bool | None:
@@ -128,15 +131,16 @@ def main() -> None:
     parser.add_argument(
         "--max_tokens", type=int, help="most tokens of video and text together (default: 131072; CPU: 8192)"
     )
-    parser.add_argument(
-        "--prefer", help="what to keep if these do not suffice: pixels, frames or balanced (default: pixels)"
-    )
+    parser.add_argument("--prefer", choices=PREFERENCES, help="what to keep if these do not suffice (default: pixels)")
     parser.add_argument(
         "--max_new_tokens", type=int, help="most tokens of an answer (default: 128; 16 if the right one is known)"
     )
     add_fields(parser, "nsa_variant")
     add_device(parser)
     args = parser.parse_args()
+    # Before the model is loaded, which may take minutes.
+    if args.video and ":" not in args.video and not Path(args.video).exists():
+        raise FileNotFoundError(f"--video {args.video}: there is no such file")
     settings = {name: getattr(args, name) for name in ("fps", "max_tokens", "prefer")}
     settings = {name: value for name, value in settings.items() if value is not None}
     fixed = all(value is None for name, value in vars(args).items() if name != "device")
@@ -163,7 +167,9 @@ def ask(args, folder: Path, seed: int, settings: dict) -> list[bool]:
     report("model", f"{name} ({size}, {model.dtype}, {model.device}; {values})")
     if args.max_tokens is None:
         settings = {**settings, "max_tokens": token_budget(model, processor.video_processor.max_tokens)}
-        report("limit", f"{settings['max_tokens']:,} tokens on a {model.device.type}; --max_tokens changes it")
+        limit, text = settings["max_tokens"], processor.video_processor.text_tokens
+        budget = f"{limit:,} tokens on a {model.device.type}, {text:,} of them for text"
+        report("limit", f"{budget}; --max_tokens changes it")
 
     video, title, questions = args.video, args.video, [{"question": args.question or QUESTION}]
     if video is None:

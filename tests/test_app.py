@@ -9,12 +9,12 @@ import os
 import pickle
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 import urllib.request
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -22,6 +22,7 @@ import yaml
 from apps import Client, endless, listing, make_chat, serving
 from PIL import Image
 
+import app as script
 from lib import tiny, zero_gpu
 from lib.card import requirements
 from lib.html import plan_html, sheet_html, timing_text
@@ -138,7 +139,7 @@ def test_the_visitor_who_waits_longest_makes_room(app, clip):
     app.visitors["b"].busy = True
     app.take("d", upload(app, clip, "d"))
     assert set(app.visitors) == {"b", "d"}
-    with pytest.raises(ValueError, match="make room for those of later ones"):
+    with pytest.raises(ValueError, match="Yours made room for one of a later visitor"):
         next(app.ask("a", "What appeared?"))
 
 
@@ -476,12 +477,12 @@ def test_the_events_of_the_page_reach_the_app(served):
 
 def test_the_console_says_where_the_page_is_and_nothing_else(tmp_path):
     pytest.importorskip("gradio", reason='the page needs Gradio: pip install -e ".[app]"')
-    script = Path(__file__).parents[1] / "examples" / "app.py"
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TMPDIR": str(tmp_path), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    command = [sys.executable, "-u", script, "--host", "127.0.0.1"]
+    command = [sys.executable, "-u", script.__file__, "--host", "127.0.0.1"]
     with subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
+        assert process.stdout.readline() == "Loading the tiny model.\n"
         assert process.stdout.readline().startswith("prompts of up to ")
         line = process.stdout.readline()
         assert line.startswith("Open http://127.0.0.1:") and line.endswith("in a browser; Ctrl-C ends it.\n")
@@ -489,3 +490,18 @@ def test_the_console_says_where_the_page_is_and_nothing_else(tmp_path):
         rest, errors = process.communicate(timeout=60)
         assert rest == "" and "Traceback" not in errors and process.returncode == 0, errors
     assert not list(tmp_path.iterdir())
+
+
+def test_a_port_in_use_is_said_before_the_model_is_loaded(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        monkeypatch.setattr(sys, "argv", ["app.py", "--model", "nowhere/nothing", "--port", str(port)])
+        with pytest.raises(SystemExit, match=f"--port {port}: address already in use"):
+            script.main()
+
+
+def test_a_space_takes_its_model_from_its_variable(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["app.py", "--write_space", str(tmp_path / "space"), "--model", "me/model"])
+    with pytest.raises(SystemExit, match="--write_space takes no --model"):
+        script.main()
+    assert not (tmp_path / "space").exists()

@@ -15,7 +15,7 @@ import demo
 from lib import tiny
 
 ROOT = Path(__file__).resolve().parents[1]
-LABELS = ("model", "limit", "video", "plan", "tokens", "budget", "question", "answer", "time", "looked")
+LABELS = ("model", "limit", "video", "plan", "tokens", "attention", "question", "answer", "time", "looked")
 
 
 @pytest.fixture
@@ -74,11 +74,11 @@ def test_nothing_but_its_own_lines_is_on_the_screen_and_all_answers_are_right():
     assert "trained" in found["model"][0] and "block_count=4" in found["model"][0]
     assert found["video"] == ["made on the spot, seed 1: 8.0 s of 112 × 112"]
     assert "32 frames of 112 × 112, 4 per second from 0.0 to 8.0 s" in found["plan"][0]
-    assert found["limit"] == ["8,192 tokens on a cpu; --max_tokens changes it"]
+    assert found["limit"] == ["8,192 tokens on a cpu, 1,024 of them for text; --max_tokens changes it"]
     assert "256 vision" in found["tokens"][0]
     pairs = 256 * 257 / 2
     selected, window = (n * (n + 1) / 2 + (256 - n) * n for n in (4 * 16, 32))
-    assert f"{(selected + window) / pairs:.1%} of the query" in found["budget"][0]
+    assert f"{(selected + window) / pairs:.1%} of the query" in found["attention"][0]
     assert len(found["question"]) == len(found["answer"]) == len(found["time"]) == 4
     for line in found["answer"]:
         answer, label, truth, mark = line.split()
@@ -155,7 +155,7 @@ def test_a_repository_is_asked_about_a_given_video_in_either_variant(tiny_reposi
         assert "12 frames of 168 × 84, 4 per second" in lines["plan"][0]  # 96 rounds to 3 * 28 = 84, 160 to 6 * 28
         assert f"{6 * 3 * 6:,} vision" in lines["tokens"][0]
         assert lines["question"] == ["Where is it?"] and set(lines) == set(LABELS)
-    assert "100.0% of the query" in lines["budget"][0]
+    assert "100.0% of the query" in lines["attention"][0]
 
 
 def test_a_video_is_read_within_a_budget(tiny_repository, run_demo):
@@ -175,3 +175,9 @@ def test_a_video_is_read_within_a_budget(tiny_repository, run_demo):
 def test_what_is_wrong_is_explained(stock_checkpoint, run_demo, options, message):
     with pytest.raises(SystemExit, match=rf"(?s)^demo.py: .*{message}"):
         run_demo(*(option.format(stock=stock_checkpoint) for option in options))
+
+
+def test_a_missing_video_is_said_before_the_model_is_loaded(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["demo.py", "--model", "nowhere/nothing", "--video", "nothing.mp4"])
+    with pytest.raises(SystemExit, match="demo.py: --video nothing.mp4: there is no such file"):
+        demo.main()

@@ -7,6 +7,7 @@ import shutil
 import tempfile
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -89,6 +90,7 @@ class App:
         self.chat, self.files, self.limits, self.examples = chat, Path(files).resolve(), limits or Limits(), examples
         self.files.mkdir(parents=True, exist_ok=True)
         self.visitors: dict[str, Visitor] = {}
+        self.crowded_out = deque(maxlen=1000)
         self.lock = threading.Lock()
         self.line = Line(self.limits.queue)
         self.forecast = Forecast()  # of the seconds to the first token
@@ -117,6 +119,7 @@ class App:
             crowd = [name for _, name in idle[: max(len(self.visitors) - self.limits.visitors, 0)]]
         for name in crowd:
             self.leave(name)
+            self.crowded_out.append(name)
 
     def fetch(self, visitor: str, url: str) -> Path:
         """Download the visitor's video."""
@@ -332,7 +335,8 @@ class App:
 
     def _visitor(self, visitor: str) -> Visitor:
         if visitor not in self.visitors:
-            raise ValueError("Choose a video first. (Videos of earlier visitors make room for those of later ones.)")
+            lost = " Yours made room for one of a later visitor." if visitor in self.crowded_out else ""
+            raise ValueError(f"Choose a video first.{lost}")
         return self.visitors[visitor]
 
     def _settings(self, settings: dict) -> dict:
