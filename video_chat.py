@@ -34,6 +34,7 @@ from .video_moments import (
     pick_moments,
     this_thread,
 )
+from .video_planner import shorten
 
 
 class Answer(str):
@@ -41,7 +42,7 @@ class Answer(str):
 
     Attributes:
         moments: the frames that the answer's tokens attended to most, the first one most. Frames that got less than
-            an even share are not among them.
+            an even share, or less than a quarter of the first one's, are not among them.
         shares: of that attention, for each temporal patch of the videos, in their order; their sum is 1.
         timing: `reading`, seconds to read videos; `first`, seconds from there to the first token; `given`, tokens that
             the model had to read; `cached`, tokens found in the cache; `tokens` of the answer, and `speed`, how many
@@ -75,7 +76,12 @@ class Video:
     start: int | None = None
     tokens: int = 0
     seconds: list[float] = field(default_factory=list)
-    frames: list[np.ndarray] = field(default_factory=list)
+    frames: list[np.ndarray] = field(default_factory=list, repr=False)
+
+    @property
+    def end(self) -> int:
+        """Place after its last token."""
+        return self.start + self.tokens
 
 
 class Stopped(Exception):
@@ -100,8 +106,13 @@ class VideoChat:
         Args:
             video: whatever a message may hold: a path, an address, bytes, frames.
             **settings: of `VideoNSAVideoProcessor` for this video, such as fps, max_tokens, start and end.
+
+        Raises:
+            TypeError: there is no such setting.
         """
-        return Conversation(self, [Video(video, settings)])
+        conversation = Conversation(self, [])
+        conversation.add(video, **settings)
+        return conversation
 
     def memory(self, plan) -> tuple[int, int]:
         """Bytes that a planned video takes on the model's device: (keys and values of its tokens, its pixels)."""
@@ -138,12 +149,21 @@ class Conversation:
         self.ids = torch.empty(0, dtype=torch.long)
         self.cache: DynamicCache | None = None
         self._said = 0  # videos that messages hold
-        self._turns: list[tuple[int, int]] = []  # for each question, the tokens and videos before it
+        # For each question, the tokens and videos before it, and the choices counted after it.
+        self._turns: list[tuple[int, int, ChoiceCounter]] = []
         self._counter = ChoiceCounter(chat.model)
         self._stops: list[threading.Event] = []  # of the questions that are being answered or wait
 
     def add(self, video, **settings) -> None:
-        """Add a video to the conversation, as `VideoChat.open` takes it; the next question reads it."""
+        """Add a video to the conversation, as `VideoChat.open` takes it; the next question reads it.
+
+        Raises:
+            TypeError: there is no such setting.
+        """
+        allowed = self.chat.processor.video_processor.valid_kwargs.__annotations__.keys()
+        if unknown := settings.keys() - allowed:
+            names = shorten(", ".join(sorted(unknown)))
+            raise TypeError(f"a video got unknown settings: {names}; there are: {', '.join(sorted(allowed))}")
         self.videos.append(Video(video, settings))
 
     def ask(self, question: str, *, max_new_tokens: int = 128, save: bool = True) -> Answer:
@@ -175,7 +195,9 @@ class Conversation:
         return _Turn(self, question, max_new_tokens, save, stop).pieces()
 
     def undo(self) -> None:
-        """Forget the last question and its answer. Videos stay read, except in the variant "released".
+        """Forget the last question and its answer. Its videos stay read, except in the variant "released".
+
+        Videos that were read after it are read again: its words were before them.
 
         Raises:
             ValueError: no question was saved, or one is being answered.
@@ -184,23 +206,35 @@ class Conversation:
             raise ValueError("a question is being answered: stop it, or wait for it, before undo()")
         if not self._turns:
             raise ValueError("there is no question to undo")
-        tokens, self._said = self._turns.pop()
+        end = self._said
+        tokens, self._said, counter = self._turns.pop()
         self.ids, self.answer = self.ids[:tokens], None
         del self.messages[-2:]
 
-        kept, read = tokens, [video for video in self.videos[self._said :] if video.start is not None]
-        if read and self.chat.model.config.nsa_variant != "released":
-            kept = read[-1].start + read[-1].tokens
-        elif read:
+        if self.chat.model.config.nsa_variant == "released":
             # Text after a video is computed together with it.
-            self.videos[self._said :] = [replace(video, start=None) for video in self.videos[self._said :]]
+            end = self._said
+        self.videos[end:] = [Video(video.source, video.settings) for video in self.videos[end:]]
+        kept = self.videos[end - 1].end if end > self._said else tokens
         crop(self.cache, kept)
         self.cache = self.cache if kept else None
+        self._keep_choices(counter)
 
     def stop(self) -> None:
         """End the answer that is being given, and those that wait; what was said of it is kept."""
         for event in list(self._stops):
             event.set()
+
+    def _keep_choices(self, counter: ChoiceCounter) -> None:
+        """Take over what was counted while the videos that are read now were read."""
+        self._counter, self.choices, self.choice_shares = counter, [], []
+        videos = [video for video in self.videos if video.start is not None]
+        if videos:
+            shares = counter.shares(sum(video.tokens for video in videos), self.chat.model.config.block_size)
+            parts = shares.split([video.tokens for video in videos])
+            patches = [part.view(len(video.seconds), -1) for part, video in zip(parts, videos, strict=True)]
+            self.choice_shares = torch.cat([patch.nanmean(1) for patch in patches]).tolist()
+            self.choices = moments_of(videos, self.choice_shares, least=0.001)
 
 
 class _Turn:
@@ -258,45 +292,50 @@ class _Turn:
         cached = int(cache.get_seq_length())
         counter = deepcopy(conversation._counter)
         try:
-            inputs = self._inputs(ids, cache, videos, features)
-            sequence, attention = self._generate(inputs, cache, counter if features else None)
+            sequence = self._reply(ids, cache, videos, features, counter, start, asked)
         except BaseException:
             crop(cache, cached)
             raise
 
-        ends = self.model.generation_config.eos_token_id
-        complete = int(sequence[-1]) in (ends if isinstance(ends, list) else [ends])
-        text = self.processor.decode(sequence[ids.shape[1] :], skip_special_tokens=True)
-        for video, feature in zip(videos[len(videos) - len(features) :], features, strict=True):
-            grid, pixels = feature["video_grid_thw"][0].tolist(), feature["pixel_values_videos"]
-            video.frames = [patch_frame(self.processor.video_processor, pixels, grid, i) for i in range(grid[0])]
-        received = attention.received(cache)
-        shares = patch_shares([received[v.start : v.start + v.tokens].view(len(v.seconds), -1) for v in videos])
-        self.answer = Answer(
-            text,
-            moments=moments_of(videos, shares, least=1 / len(shares)),
-            shares=shares,
-            timing=self._timing(asked - start, asked, ids.shape[1] - cached, cached),
-            complete=complete,
-        )
         if self.save:
-            conversation._turns.append((len(conversation.ids), conversation._said))
-            conversation.ids, conversation.cache = sequence[: len(sequence) - complete], cache
+            conversation._turns.append((len(conversation.ids), conversation._said, counter))
+            conversation.ids, conversation.cache = sequence[: len(sequence) - self.answer.complete], cache
             conversation.messages += [
                 {"role": "user", "content": content},
-                {"role": "assistant", "content": [{"type": "text", "text": text}]},
+                {"role": "assistant", "content": [{"type": "text", "text": str(self.answer)}]},
             ]
             conversation._said = len(videos)
             stays = bool(features)
         else:
             # In the variant "released", text after a video is computed together with it.
             stays = features and self.model.config.nsa_variant != "released"
-            cached = videos[-1].start + videos[-1].tokens if stays else cached
+            cached = videos[-1].end if stays else cached
             crop(cache, cached)
             conversation.cache = cache if cached else None
         if stays:
-            self._keep_videos(videos, counter)
+            conversation.videos[: len(videos)] = videos
+            conversation._keep_choices(counter)
         conversation.answer = self.answer
+
+    def _reply(self, ids, cache, videos: list[Video], features: list, counter, start: float, asked: float):
+        """All tokens int64 [n], those of the answer at the end; sets `answer`."""
+        cached = int(cache.get_seq_length())
+        inputs = self._inputs(ids, cache, videos, features)
+        sequence, attention = self._generate(inputs, cache, counter if features else None)
+        for video, feature in zip(videos[len(videos) - len(features) :], features, strict=True):
+            grid, pixels = feature["video_grid_thw"][0].tolist(), feature["pixel_values_videos"]
+            video.frames = [patch_frame(self.processor.video_processor, pixels, grid, i) for i in range(grid[0])]
+        received = attention.received(cache)
+        shares = patch_shares([received[video.start : video.end].view(len(video.seconds), -1) for video in videos])
+        ends = self.model.generation_config.eos_token_id
+        self.answer = Answer(
+            self.processor.decode(sequence[ids.shape[1] :], skip_special_tokens=True),
+            moments=moments_of(videos, shares, least=1 / len(shares)),
+            shares=shares,
+            timing=self._timing(asked - start, asked, ids.shape[1] - cached, cached),
+            complete=int(sequence[-1]) in (ends if isinstance(ends, list) else [ends]),
+        )
+        return sequence
 
     def _read_videos(self) -> tuple[list[Video], list]:
         """(the videos of the conversation, of which those that were not read before are new objects, and for each of
@@ -319,7 +358,7 @@ class _Turn:
                     processor_kwargs={**video.settings, "return_metadata": True},
                 )
             except Exception:
-                conversation.videos = [video for video in videos if video.start is not None]
+                conversation.videos = [other for other in conversation.videos if other is not video]
                 raise
             features.append(feature)
             step = self.processor.video_processor.temporal_patch_size
@@ -354,7 +393,7 @@ class _Turn:
             return inputs
         types = torch.zeros_like(ids)
         for video in videos:
-            types[:, video.start : video.start + video.tokens] = 2
+            types[:, video.start : video.end] = 2
         patch = self.processor.video_processor.temporal_patch_size
         metadata = [feature["video_metadata"][0] for feature in features]
         grids = torch.cat([feature["video_grid_thw"] for feature in features]).to(ids.device)
@@ -414,16 +453,6 @@ class _Turn:
         speed = (len(self.arrivals) - 1) / max(last - first, 1e-9)
         counts = {"given": given, "cached": cached, "tokens": len(self.arrivals), "speed": speed}
         return {"reading": reading, "first": first - asked, **counts}
-
-    def _keep_videos(self, videos: list[Video], counter: ChoiceCounter) -> None:
-        conversation = self.conversation
-        conversation.videos[: len(videos)] = videos
-        conversation._counter = counter
-        tokens = counter.shares(sum(video.tokens for video in videos), self.model.config.block_size)
-        parts = tokens.split([video.tokens for video in videos])
-        patches = [part.view(len(video.seconds), -1) for part, video in zip(parts, videos, strict=True)]
-        conversation.choice_shares = torch.cat([patch.nanmean(1) for patch in patches]).tolist()
-        conversation.choices = moments_of(videos, conversation.choice_shares, least=0.001)
 
 
 class BeforeEachOperation(TorchFunctionMode):

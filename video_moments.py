@@ -10,12 +10,13 @@ import sys
 import threading
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
 MOMENTS = 8  # that are picked at most
+LEAST_OF_FIRST = 1 / 4  # of the largest share, for a moment to be picked
 ANSWER_LAYERS = 4  # whose attention counts for an answer: more would cost as much again, on a CPU
 ANSWER_TOKENS = 64  # of an answer that count at most, evenly spread
 CHOICE_LAYERS = 3  # whose choices of blocks are counted
@@ -36,14 +37,15 @@ class Moment:
 
     seconds: float
     share: float
-    frame: np.ndarray | None = None
+    frame: np.ndarray | None = field(default=None, repr=False)
     video: int = 0
 
     def __str__(self) -> str:
         minutes, seconds = divmod(round(self.seconds, 1), 60)
         when = f"{minutes:.0f}:{seconds:04.1f}".removesuffix(".0")
         share = 100 * self.share
-        return f"{when} ({share:.{0 if share >= 1 else 1}f} %)"
+        video = f"video {self.video + 1}, " if self.video else ""
+        return f"{video}{when} ({share:.{0 if share >= 1 else 1}f} %)"
 
 
 def spread_layers(model, count: int) -> list[int]:
@@ -276,8 +278,12 @@ def patch_shares(received: list[torch.Tensor]) -> list[float]:
 
 
 def pick_moments(shares: list[float], most: int = MOMENTS, least: float = 0.0) -> list[int]:
-    """Indices of the largest shares above 0, from `least` on, that are not beside each other, the largest first."""
+    """Indices of the largest shares, the largest first.
+
+    They are above 0, from `least` on, at least a quarter of the largest, and not beside each other.
+    """
     distance, picked = 1 + len(shares) // (8 * most), []
+    least = max(least, LEAST_OF_FIRST * max((share for share in shares if share > 0), default=0.0))
     rated = [i for i, share in enumerate(shares) if share > 0 and share >= least]  # no nan
     for i in sorted(rated, key=lambda i: -shares[i]):
         if len(picked) < most and all(abs(i - j) >= distance for j in picked):

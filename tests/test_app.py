@@ -96,6 +96,8 @@ def test_answers_are_streamed_and_later_ones_find_the_video_in_the_cache(app):
         assert ("found in the cache" in timing_text(conversation.answer.timing)) == (i > 0)
     assert "s to the first word" in app.plan("a")["Time"]
     sheet = sheet_html(conversation)
+    for shown in (conversation.answer.moments, conversation.choices):
+        assert min(moment.share for moment in shown) >= shown[0].share / 4
     moments = len(conversation.answer.moments) + len(conversation.choices)
     assert sheet.count("data-seconds=") == sheet.count("data:image/jpeg;base64,") == moments > 8
     assert sheet.count("<i ") == 2 * 16

@@ -182,6 +182,67 @@ def test_an_undone_question_leaves_no_trace_and_videos_stay_read(chats, samples,
     assert talk.ask(questions[0]) == first == asked_afresh(chat, talk.messages[:1])[0]
 
 
+def assert_asks_as_anew(conversation, anew, question: str) -> None:
+    """A conversation goes on as one that has not been through anything, and its cache is that of its tokens."""
+    answer, expected = (talk.ask(question) for talk in (conversation, anew))
+    assert answer == expected and conversation.messages == anew.messages
+    assert answer.shares == pytest.approx(expected.shares, abs=1e-5)
+    assert [str(moment) for moment in answer.moments] == [str(moment) for moment in expected.moments]
+    assert answer.timing["given"] + answer.timing["cached"] == expected.timing["given"] + expected.timing["cached"]
+    assert answer.timing["given"] > 0 and len(conversation.ids) - conversation.cache.get_seq_length() in (0, 1)
+    actual, expected = state(conversation), state(anew)
+    assert torch.equal(actual["ids"], expected["ids"]) and actual["videos"] == expected["videos"]
+    assert actual["choices"] == pytest.approx(expected["choices"], abs=1e-6, nan_ok=True)
+    for a, b in zip(actual["cache"], expected["cache"], strict=True):
+        assert a.shape == b.shape and (a.float() - b.float()).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("variant", ["paper", "released"])
+def test_videos_on_both_sides_of_an_undone_question_are_those_of_a_new_conversation(chats, samples, variant):
+    chat, first, second = chats[variant], samples[0]["video"], samples[1]["video"]
+    questions = [item["question"] for item in samples[1]["questions"]]
+    talk = chat.open(first, fps=2)
+    talk.ask(questions[0])
+    talk.add(second, start=1)
+    talk.ask(questions[1])
+    talk.undo()
+    talk.undo()
+    assert len(talk.choice_shares) == (0 if variant == "released" else 8) and not talk.messages
+    anew = chat.open(first, fps=2)
+    anew.add(second, start=1)
+    assert_asks_as_anew(talk, anew, questions[2])
+    assert (talk.answer.timing["cached"] > 0) == (variant == "paper")
+
+
+def test_a_video_that_was_read_after_an_undone_question_is_read_again(chat, samples):
+    first, second = samples[0]["video"], samples[1]["video"]
+    questions = [item["question"] for item in samples[1]["questions"]]
+    talk = chat.open(first)
+    talk.ask(questions[0])
+    talk.ask(questions[1])
+    talk.add(second, fps=2)
+    talk.ask(questions[2], save=False)
+    talk.undo()
+    talk.add(first, fps=1)
+    talk.ask(questions[2], save=False)
+
+    anew = chat.open(first)
+    anew.ask(questions[0])
+    anew.add(second, fps=2)
+    anew.add(first, fps=1)
+    assert_asks_as_anew(talk, anew, questions[3])
+    assert talk.answer.timing["given"] < 30
+
+
+def test_settings_that_do_not_exist_are_refused_at_once(chat, sample):
+    with pytest.raises(TypeError, match="unknown settings: pfs; there are: .*fps, .*max_tokens"):
+        chat.open(sample["video"], pfs=1)
+    talk = chat.open(sample["video"], fps=1)
+    with pytest.raises(TypeError, match="unknown settings: begin, pfs;"):
+        talk.add(sample["video"], pfs=1, begin=2)
+    assert len(talk.videos) == 1
+
+
 def test_with_released_a_question_that_is_not_saved_reads_the_video_again(chats, sample):
     conversation = chats["released"].open(sample["video"])
     question = sample["questions"][0]["question"]
@@ -295,6 +356,35 @@ def test_a_failed_question_is_an_error_and_the_next_one_is_answered(talker, samp
     assert_same_state(state(conversation), before)
     assert conversation.ask("Where was it?", max_new_tokens=2)
     assert not talker.model.model.language_model._forward_pre_hooks  # nothing is left in the model
+
+
+def test_only_the_video_that_cannot_be_read_is_dropped(chat, samples, tmp_path):
+    bad = tmp_path / "bad.mp4"
+    bad.write_text("no video")
+    talk, question = chat.open(samples[0]["video"]), samples[0]["questions"][0]["question"]
+    talk.add(str(bad))
+    talk.add(samples[1]["video"], fps=2)
+    with pytest.raises(ValueError, match="cannot be read as a video"):
+        talk.ask(question)
+    anew = chat.open(samples[0]["video"])
+    anew.add(samples[1]["video"], fps=2)
+    assert_asks_as_anew(talk, anew, question)
+
+
+def test_a_failure_after_the_last_token_leaves_the_cache_as_it_was(chat, samples, monkeypatch):
+    talk, question = chat.open(samples[0]["video"]), samples[0]["questions"][0]["question"]
+    talk.ask(question)
+    before = state(talk)
+
+    def fail(*args):
+        raise torch.OutOfMemoryError("too much")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("videonsa.video_chat.patch_shares", fail)
+        with pytest.raises(torch.OutOfMemoryError):
+            talk.ask(question)
+    assert_same_state(state(talk), before)
+    assert talk.answer is None
 
 
 def test_questions_of_two_threads_are_answered_one_after_the_other(talker, sample):

@@ -133,6 +133,9 @@ def test_a_short_video_leaves_nothing_to_choose(chat, samples):
 def test_a_moment_reads_as_time_and_share():
     moments = [Moment(3, 0.61), Moment(67.5, 0.12), Moment(3599.96, 0.004)]
     assert ", ".join(map(str, moments)) == "0:03 (61 %), 1:07.5 (12 %), 60:00 (0.4 %)"
+    picture = np.zeros((2, 2, 3), np.uint8)
+    assert str(Moment(12, 0.25, picture, video=1)) == "video 2, 0:12 (25 %)"
+    assert repr(Moment(12, 0.25, picture, video=1)) == "Moment(seconds=12, share=0.25, video=1)"
 
 
 def test_layers_are_spread_evenly_and_the_last_one_is_among_them():
@@ -150,7 +153,8 @@ def test_moments_keep_a_distance_and_frames_without_a_share_are_none():
     shares = [float("nan"), *np.linspace(1, 0, 999)]
     assert pick_moments(shares, 4) == [1, 33, 65, 97]
     assert pick_moments([0.2, 0.5, 0.3, 0.0], least=0.25) == [1, 2]
-    assert pick_moments([0.0, float("nan")]) == []
+    assert pick_moments([0.0, float("nan")]) == pick_moments([]) == []
+    assert pick_moments([0.03, 0.04, float("nan"), 0.2, 0.05]) == [3, 4]  # at least a quarter of the largest
 
 
 def test_a_frame_is_put_together_from_its_patches(chat):
