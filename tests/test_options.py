@@ -16,6 +16,8 @@ from videonsa.configuration_videonsa import NSA_FIELDS, NSA_VARIANTS, VideoNSATe
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted(path.stem for path in (ROOT / "examples").glob("*.py"))
+# A script of ours that a page starts.
+COMMAND = r"(?:python|torchrun|launch)\b[^\n`]*?\b(?:examples|benchmarks)/(\w+)\.py"
 REQUIRED = ("--model", "m", "--train_data", "d", "--output_dir", "o")
 
 
@@ -53,7 +55,7 @@ def test_commands_in_pages_have_options_that_there_are(help_of):
     pages = [path for path in ROOT.rglob("*.md") if not {".venv", "build"} & {*path.relative_to(ROOT).parts}]
     commands = {}
     for page in pages:
-        for script, rest in re.findall(r"(?:examples|benchmarks)/(\w+)\.py((?:\\\n|[^\n`#])*)", page.read_text()):
+        for script, rest in re.findall(COMMAND + r"((?:\\\n|[^\n`#])*)", page.read_text()):
             words = rest.split()
             finding = tuple(words[:1]) if script == "analyze" and words[:1] and words[0] in analyze.FINDINGS else ()
             commands.setdefault((script, *finding), []).extend(re.findall(r"(?<!\S)--\w[\w-]*", rest))

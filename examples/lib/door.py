@@ -14,6 +14,7 @@ from pathlib import Path
 # Package as it is imported: the extra of setup.cfg that installs it.
 EXTRAS = {
     "accelerate": "demo",
+    "datasets": "train",
     "gradio": "app",
     "matplotlib": "analyze",
     "peft": "train",
