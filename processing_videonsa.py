@@ -14,7 +14,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from transformers import AutoImageProcessor, AutoTokenizer, BatchFeature, Qwen2_5_VLProcessor, Qwen2VLVideoProcessor
+from transformers import (
+    AutoImageProcessor,
+    AutoTokenizer,
+    BatchFeature,
+    PreTrainedConfig,
+    Qwen2_5_VLProcessor,
+    Qwen2VLVideoProcessor,
+)
 from transformers.image_utils import SizeDict
 from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessorInitKwargs
 from transformers.utils import logging
@@ -75,8 +82,18 @@ class VideoNSAProcessor(Qwen2_5_VLProcessor):
             "tokenizer": AutoTokenizer,
             "video_processor": VideoNSAVideoProcessor,
         }
-        parts = [classes[name] for name in cls.get_attributes()]
-        return [part.from_pretrained(pretrained_model_name_or_path, **kwargs) for part in parts]
+        options = {"tokenizer": cls._tokenizer_options(pretrained_model_name_or_path, **kwargs)}
+        return [
+            classes[name].from_pretrained(pretrained_model_name_or_path, **{**options.get(name, {}), **kwargs})
+            for name in cls.get_attributes()
+        ]
+
+    @classmethod
+    def _tokenizer_options(cls, source, trust_remote_code=None, **kwargs) -> dict:
+        # By itself AutoTokenizer reads the configuration as one of remote code. Where that must not run, or is not in
+        # the folder (an adapter's), it warns of the model's type.
+        config, _ = PreTrainedConfig.get_config_dict(source, **kwargs)
+        return {"config": PreTrainedConfig.from_dict(config)} if config.get("model_type") == "videonsa" else {}
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         components = (self.image_processor, self.video_processor, self)

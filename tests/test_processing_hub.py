@@ -1,6 +1,7 @@
 """A processor is saved and loaded as on the Hub."""
 
 import json
+import logging
 from pathlib import Path
 
 from transformers import AutoProcessor, AutoVideoProcessor
@@ -46,6 +47,16 @@ class TestHub:
         assert saved["video_processor"]["auto_map"] == {
             "AutoVideoProcessor": "processing_videonsa.VideoNSAVideoProcessor"
         }
+
+    def test_a_folder_without_the_code_of_its_model_is_read_without_a_warning(self, tiny_repository, tmp_path, caplog):
+        VideoNSAProcessor.from_pretrained(tiny_repository).save_pretrained(tmp_path)
+        (tmp_path / "config.json").write_bytes((tiny_repository / "config.json").read_bytes())  # as in an adapter
+        logger = logging.getLogger("transformers")
+        logger.addHandler(caplog.handler)
+        AutoProcessor.from_pretrained(tmp_path, trust_remote_code=True)
+        VideoNSAProcessor.from_pretrained(tmp_path)
+        logger.removeHandler(caplog.handler)
+        assert "You are using a model of type" not in caplog.text
 
     def test_the_installed_package_runs_no_code_of_a_folder_and_does_not_ask_to(self, tiny_repository, monkeypatch):
         def asked(*_):
