@@ -27,7 +27,7 @@ import transformers
 from tqdm import tqdm
 
 from lib.answering import Question, accuracy, answer_all, list_questions
-from lib.data import Drop, load_samples
+from lib.data import Drop, list_reasons, load_samples
 from lib.fields import MEANINGS, add_fields
 from lib.folders import check_source
 from lib.loading import load
@@ -115,7 +115,8 @@ def open_questions(args, processor) -> tuple[list[list[Question]], list[Drop]]:
     if args.limit and args.limit < len(questions):
         questions = [questions[i * len(questions) // args.limit] for i in range(args.limit)]
     if not any(questions):
-        raise ValueError(f"data {args.data} has no question that can be asked; {len(drops)} samples were dropped")
+        why = f"; {len(drops):,} samples were dropped: {list_reasons(drops)}" if drops else ""
+        raise ValueError(f"data {args.data} has no question that can be asked{why}")
     return questions, drops
 
 

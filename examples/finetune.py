@@ -54,6 +54,7 @@ from transformers.hf_argparser import HfArg
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from lib.card import write_adapter_card, write_card
+from lib.conversion import copy_code
 from lib.data import Collator, ConversationDataset, Drop, Sample, load_samples
 from lib.dry_run import STEPS, choose_items, dry_run, set_dry_run
 from lib.fields import MEANINGS, FieldArguments, given_fields
@@ -87,7 +88,7 @@ TOPICS = {
     "attention: fields of the configuration": (*MEANINGS, "attn_implementation"),
     "learning rates": ("learning_rate", "gate_learning_rate", "merger_learning_rate", "vision_learning_rate"),
     "options of the Trainer with another default": (
-        *("per_device_train_batch_size", "per_device_eval_batch_size", "logging_steps"),
+        *("per_device_train_batch_size", "per_device_eval_batch_size", "logging_steps", "logging_first_step"),
         *("dataloader_num_workers", "eval_answers", "report_to", "hub_strategy"),
     ),
 }
@@ -177,6 +178,7 @@ class FinetuneArguments(TrainingArguments):
     per_device_train_batch_size: int = HfArg(default=1, help="samples or packs per process and step")
     per_device_eval_batch_size: int = HfArg(default=1, help="samples or packs per process and step in evaluation")
     logging_steps: float = HfArg(default=10, help="steps between logs; a value below 1 is a share of all steps")
+    logging_first_step: bool = HfArg(default=True, help="log the first step, too")
     dataloader_num_workers: int = HfArg(default=2, help="processes that decode videos")
     eval_answers: int = HfArg(
         default=8,
@@ -402,6 +404,8 @@ def publish(trainer: VideoTrainer, arguments: ModelArguments, saved: torch.dtype
 
             final = PeftModel.from_pretrained(final, trained).merge_and_unload().to(saved)
         final.save_pretrained(folder)
+        # It leaves out what the model does not import.
+        copy_code(folder, source=arguments.model)
         share(folder)
         if not lora:
             shutil.rmtree(trained)

@@ -181,11 +181,13 @@ BAD = {
     "broken video: .*noise.mp4": ask(video="noise.mp4"),
     "broken video: .*c.txt": ask(video="c.txt"),
     "broken image: .*broken.png": ask("<image>?", image="broken.png"),
-    "1 <video> tags for 2 videos": ask(video=["a.mp4", "sub/b.mp4"]),
-    "2 <video> tags for 1 videos": ask("<video><video>?", video="a.mp4"),
-    "0 <video> tags for 1 videos": ask("What?", video="a.mp4"),
-    "1 <image> tags for 0 images": ask("<image>?"),
-    "0 <image> tags for 1 images": ask(video="a.mp4", image="c.png"),
+    "the text has 1 <video> tag, the record 2 videos: put <video> where each belongs": ask(
+        video=["a.mp4", "sub/b.mp4"]
+    ),
+    "the text has 2 <video> tags, the record 1 video": ask("<video><video>?", video="a.mp4"),
+    "the text has 0 <video> tags, the record 1 video: put <video> where it belongs": ask("What?", video="a.mp4"),
+    "the text has 1 <image> tag, the record 0 images": ask("<image>?"),
+    "the text has 0 <image> tags, the record 1 image: put <image> where it belongs": ask(video="a.mp4", image="c.png"),
     "no assistant turn": {"messages": [{"role": "user", "content": "What?"}]},
     "an assistant turn is empty": ask("What?", " "),
     "must be an object, got str": "text",

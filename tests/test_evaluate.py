@@ -203,6 +203,39 @@ def test_the_table_has_types_as_rows_and_lengths_as_columns():
     assert "75.0 (4)" in lines[1] and len(set(map(len, lines))) == 1
 
 
+@pytest.mark.parametrize(
+    ("types", "expected"),
+    [
+        (["all", "all"], {"all": 2}),
+        (["when", "when"], {"all": 2, "when": 2}),
+        (["when", "all", "all"], {"all": 3, "when": 1}),
+    ],
+    ids=["untyped", "typed", "mixed"],
+)
+def test_a_question_without_a_type_counts_once(types, expected):
+    table = accuracy([{"type": kind, "tokens": 100, "correct": True} for kind in types])
+    for length in ("all", "128"):
+        assert {kind: row[length]["questions"] for kind, row in table.items()} == expected
+
+
+def test_data_without_a_question_is_refused_with_the_reasons(run, tmp_path):
+    turns = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "x"}]
+    (tmp_path / "data.json").write_text(json.dumps([{"messages": turns, "video": f"{i}.mp4"} for i in range(2)]))
+    reason = (
+        "2 samples were dropped: 2 × the text has 0 <video> tags, the record 1 video .such as data.json.0.: the text"
+    )
+    with pytest.raises(ValueError, match=f"no question that can be asked; {reason}"):
+        run(data=str(tmp_path / "data.json"))
+
+
+def test_a_training_that_was_stopped_is_no_model(run, tmp_path):
+    for step in (4, 12):
+        (tmp_path / f"tuned/checkpoint-{step}").mkdir(parents=True)
+    said = "model .*tuned holds no finished model: resume the training, or name .*tuned/checkpoint-12$"
+    with pytest.raises(FileNotFoundError, match=said):
+        run(model=str(tmp_path / "tuned"))
+
+
 def test_the_script_prints_the_table_and_says_what_is_wrong(tiny_repository, needles, tmp_path, monkeypatch):
     command = [
         sys.executable,

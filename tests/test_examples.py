@@ -170,6 +170,16 @@ def test_convert_splits_the_gates_of_large_models_into_shards(stock, tmp_path, m
     assert not info["missing_keys"] and not info["unexpected_keys"]
 
 
+def test_code_is_copied_from_a_repository_and_what_it_lacks_from_the_package(tmp_path):
+    source, output = tmp_path / "source", tmp_path / "output"
+    source.mkdir()
+    output.mkdir()
+    (source / "video_chat.py").write_text("# of the repository\n")
+    conversion.copy_code(output, source=str(source))
+    assert (output / "video_chat.py").read_text() == "# of the repository\n"
+    assert (output / "video_moments.py").read_text() == (ROOT / "video_moments.py").read_text()
+
+
 def test_convert_keeps_gates_and_settings_that_the_source_has(stock, tmp_path, monkeypatch):
     source = tmp_path / "source"
     model = VideoNSAForConditionalGeneration.from_pretrained(stock)

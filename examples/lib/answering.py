@@ -162,7 +162,8 @@ def accuracy(answers: list[dict]) -> dict:
     groups = defaultdict(list)
     for entry in answers:
         bucket = str(1 << (entry["tokens"] - 1).bit_length())
-        for group in (("all", "all"), (entry["type"], "all"), ("all", bucket), (entry["type"], bucket)):
+        # A set, since the type of a question without one is "all", too.
+        for group in {(kind, length) for kind in ("all", entry["type"]) for length in ("all", bucket)}:
             groups[group].append(entry["correct"])
     table = defaultdict(dict)
     for (kind, bucket), values in groups.items():

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import Qwen2_5_VLProcessor
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from videonsa import modeling_videonsa
 from videonsa.configuration_videonsa import VideoNSAConfig
@@ -28,6 +28,8 @@ PICKLES = re.compile(r"\.(bin|pt|pth|ckpt)(\.index\.json)?$")
 QUERY_WEIGHT = ".self_attn.q_proj.weight"
 GATES = re.compile(r"\.g_proj_[12]\.(weight|bias)$")
 MAX_SHARD = 2**30  # bytes of new gates per shard
+# `cached_file` then returns None for a file that is not there.
+QUIETLY = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
 
 UNTRAINED = """\
 **The gates are untrained**: fine-tune before you use the sparse attention. Until then, `nsa_variant="dense"` gives the
@@ -97,10 +99,12 @@ def code_files() -> list[Path]:
     return sorted(path for path in folder.glob("*.py") if path.name != "__init__.py")
 
 
-def copy_code(folder: Path) -> None:
-    """Write the code files that load a repository to its folder."""
+def copy_code(folder: Path, source: str | None = None) -> None:
+    """Write the code files that load a repository to its folder: those of the repository `source`, or, if it lacks one
+    or there is no source, those of the package."""
     for path in code_files():
-        shutil.copyfile(path, folder / path.name)
+        own = source and cached_file(source, path.name, **QUIETLY)
+        shutil.copyfile(own or path, folder / path.name)
 
 
 def fetch_source(source: str | Path, revision: str | None) -> Path:

@@ -171,15 +171,20 @@ def check_job(job, processor, max_length: int | None, frames, require_answer: bo
 def too_many_drops(split: str, drops: list[Drop], checked: int, total: int, max_dropped: float) -> str:
     """What to say when more records are dropped than `max_dropped` allows; the rest is not checked any more."""
     drops = [drop for drop in drops if not drop.unwanted]
+    return (
+        f"--{split}_data: {len(drops):,} of the first {checked:,} records cannot be used, more than --max_dropped "
+        f"{max_dropped:g} allows of {total:,}: {list_reasons(drops)}. "
+        "To go on without them, raise --max_dropped, up to 1"
+    )
+
+
+def list_reasons(drops: list[Drop]) -> str:
+    """The most frequent reasons, each with its count and an example."""
     examples = {}
     for drop in drops:
         examples.setdefault(kind_of(drop), drop)
     counts = Counter(map(kind_of, drops)).most_common(5)
-    reasons = "; ".join(f"{count:,} × {kind} (such as {describe(examples[kind])})" for kind, count in counts)
-    return (
-        f"--{split}_data: {len(drops):,} of the first {checked:,} records cannot be used, more than --max_dropped "
-        f"{max_dropped:g} allows of {total:,}: {reasons}. To go on without them, raise --max_dropped, up to 1"
-    )
+    return "; ".join(f"{count:,} × {kind} (such as {describe(examples[kind])})" for kind, count in counts)
 
 
 def kind_of(drop: Drop) -> str:
@@ -242,7 +247,7 @@ def to_messages(record, root: Path, beside: dict[str, list[Media]] | None = None
             part.update(type="video") if part["type"] == "image" and len(part) == 1 else None
     for kind in MEDIA:
         if tags[kind] != len(listed[kind]):
-            raise BadSample(f"{tags[kind]} <{kind}> tags for {len(listed[kind])} {kind}s")
+            raise BadSample(tags_differ(kind, tags[kind], len(listed[kind])))
 
     queues = {kind: iter(listed[kind]) for kind in MEDIA}
     source = record.get("data_source")
@@ -299,6 +304,12 @@ def listed_media(record: dict, kind: str) -> list:
     """The images or videos of a record, which may name one or a list, in the singular or the plural."""
     value = record.get(kind) or record.get(f"{kind}s") or []
     return list(value) if isinstance(value, list) else [value]
+
+
+def tags_differ(kind: str, tags: int, media: int) -> str:
+    """What is wrong with a record, in the singular where there is one."""
+    found = f"the text has {tags} <{kind}> tag{'s' * (tags != 1)}, the record {media} {kind}{'s' * (media != 1)}"
+    return f"{found}: put <{kind}> where {'it belongs' if media == 1 else 'each belongs'}" if tags < media else found
 
 
 def split_tags(text: str) -> list[dict]:

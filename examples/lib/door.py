@@ -8,6 +8,7 @@ import functools
 import re
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,6 +33,8 @@ OUTSIDE = ("httpcore", "httpx", "huggingface_hub", "jinja2", "requests", "safete
 INSIDE = ("torch", "numpy")
 # What the Trainer says of a tracker that is not there.
 NEEDS = re.compile(r"requires [\w. `]+ to be installed|(is not|isn't|not) installed")
+# The names that transformers 5.17 knows; newer versions warn of them, wherever PEFT and the Trainer call them.
+OLD_NAMES = r"`\w*gradient_checkpointing\w*` is deprecated"
 NETWORK = "no connection ({}): check the network, or name a local folder"
 
 
@@ -42,7 +45,8 @@ def door(main: Callable[[], None]) -> Callable[[], None]:
     @functools.wraps(main)
     def enter():
         try:
-            with bars_on_terminals():
+            with bars_on_terminals(), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", OLD_NAMES, FutureWarning)
                 return main()
         except KeyboardInterrupt:
             print(f"\n{script}: interrupted", file=sys.stderr)

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+# One of them is in the folder of a model.
+CONFIGS = ("config.json", "adapter_config.json")
 # The trained tiny model, a complete repository. `--model tiny` names it from everywhere.
 TINY = str(Path(__file__).resolve().parents[1] / "tiny")
 
@@ -17,13 +19,22 @@ def check_source(argument: str, source: str | Path) -> str:
     """The folder, or what may be the id of a Hub repository, that an argument names; `tiny` stands for `TINY`.
 
     Raises:
-        FileNotFoundError: it is neither, which is told before a download is tried.
+        FileNotFoundError: it is neither, which is told before a download is tried; or the folder of a training that
+            was stopped.
     """
+    if (newest := newest_checkpoint(Path(source))) and not any((Path(source) / name).is_file() for name in CONFIGS):
+        raise FileNotFoundError(f"{argument} {source} holds no finished model: resume the training, or name {newest}")
     if Path(source).is_dir() or HUB_ID.fullmatch(str(source)):
         return str(source)
     if str(source) == "tiny":
         return TINY
     raise FileNotFoundError(f"{argument} {source} is no folder, nor a Hub id, which is OWNER/NAME")
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint of most steps in the output folder of a training."""
+    steps = {path: path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*")}
+    return max((path for path in steps if steps[path].isdecimal()), key=lambda path: int(steps[path]), default=None)
 
 
 def check_new(output: str | Path) -> Path:

@@ -16,14 +16,13 @@ from transformers.utils import PROCESSOR_NAME, cached_file, find_adapter_config_
 from videonsa.configuration_videonsa import is_public
 from videonsa.modeling_videonsa import VideoNSAForConditionalGeneration
 
-from .conversion import load_processor
+from .conversion import QUIETLY, load_processor
 from .folders import TINY, check_source
 from .needles import Settings
 from .tiny import UNKNOWN
 
 EXAMPLES = Path(__file__).resolve().parents[1]
 DAMAGED = (JSONDecodeError, UnicodeDecodeError, SafetensorError, SyntaxError, TemplateError)
-QUIETLY = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
 # docs/videos.md says how long they take.
 CPU_TOKENS = 8192
 # A clip as the tiny model knows them.
