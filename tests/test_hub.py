@@ -22,6 +22,7 @@ import urllib.request
 import zipfile
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from huggingface_hub import ModelCard
@@ -139,6 +140,8 @@ def test_every_python_snippet_of_a_card_runs_as_pasted(
 
 def test_every_python_snippet_of_the_pages_runs(trained, sample, tmp_path, run_fresh):
     shutil.copytree(trained, tmp_path / "VideoNSA-7B")
+    model = VideoNSAForConditionalGeneration.from_pretrained(trained)
+    peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "tuned/adapter")
     shutil.copy(sample["video"], tmp_path / "talk.mp4")
     # That page is about a module which the reader has: test_add_a_kernel.py.
     pages = [page for page in PAGES if page.name != "add_a_kernel.md"]
