@@ -378,7 +378,7 @@ def test_push_to_hub_makes_the_repository_first_and_uploads_the_folder_last(trai
     assert 'repo = "me/new"' in (folder / "README.md").read_text() and "pushed to me/new" in printed
 
     monkeypatch.setattr(HfApi, "upload_folder", lambda *_, **__: (_ for _ in ()).throw(OSError("503")))
-    again = r"the upload failed: 503\nresume it with: hf upload me/new .*kept . --revision dev '--exclude=checkpoint-"
+    again = r"the upload failed: 503; resume it with: hf upload me/new .*kept . --revision dev '--exclude=checkpoint-"
     with pytest.raises(ValueError, match=again):
         train(*push, output="kept")
     assert (folder.parent / "kept/model.safetensors").exists()
