@@ -13,7 +13,7 @@ import torch
 from lib.loading import CLIP, UNSEEN, assemble_tiny_model, load, read
 from lib.needles import make_sample
 from prompts import assert_close
-from videonsa import VideoChat
+from videonsa import VideoChat, video_chat
 from videonsa.transformers_compat import CACHE_NAMES, cache_of
 from videonsa.video_chat import Answer, crop
 
@@ -380,7 +380,7 @@ def test_a_failure_after_the_last_token_leaves_the_cache_as_it_was(chat, samples
         raise torch.OutOfMemoryError("too much")
 
     with monkeypatch.context() as patched:
-        patched.setattr("videonsa.video_chat.patch_shares", fail)
+        patched.setattr(video_chat, "patch_shares", fail)
         with pytest.raises(torch.OutOfMemoryError):
             talk.ask(question)
     assert_same_state(state(talk), before)
