@@ -141,9 +141,8 @@ def plan_video(
     budget = int(max_tokens - text_tokens)
 
     counted = every_frame or fps is not None or num_frames is not None
-    if every_frame:
-        frames = total_frames
-    else:
+    frames = total_frames
+    if not every_frame:
         bounds = min_frames, max_frames, total_frames
         frames = count_frames(end - start, float(fps or default_fps), num_frames, *bounds, temporal_patch_size)
     patches = math.ceil(frames / temporal_patch_size)
@@ -155,11 +154,8 @@ def plan_video(
     else:
         sizes = [(width * height // factor**2, (height, width))]
 
-    options = []
-    for tokens, size in sizes:
-        n = min(patches, budget // tokens)
-        if n == patches or (n > 0 and not counted):
-            options.append((n, tokens, size))
+    fitting = [(min(patches, budget // tokens), tokens, size) for tokens, size in sizes]
+    options = [option for option in fitting if option[0] == patches or (option[0] > 0 and not counted)]
     if not options:
         tokens, (h, w) = sizes[0]
         n, asked = (patches, "") if counted else (1, "even ")
