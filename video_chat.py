@@ -116,11 +116,16 @@ class VideoChat:
 
     def memory(self, plan) -> tuple[int, int]:
         """Bytes that a planned video takes on the model's device: (keys and values of its tokens, its pixels)."""
-        text, processor = self.model.config.text_config, self.processor.video_processor
-        dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        token = 2 * text.num_hidden_layers * text.num_key_value_heads * dim * self.model.dtype.itemsize
+        processor = self.processor.video_processor
         patch = 3 * processor.temporal_patch_size * processor.patch_size**2 * 4  # fp32
-        return plan.tokens * token, plan.tokens * processor.merge_size**2 * patch
+        return plan.tokens * cache_bytes(self.model), plan.tokens * processor.merge_size**2 * patch
+
+
+def cache_bytes(model) -> int:
+    """Of the keys and values of a token, in all layers."""
+    text = model.config.text_config
+    dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return 2 * text.num_hidden_layers * text.num_key_value_heads * dim * model.dtype.itemsize
 
 
 class Conversation:
@@ -338,8 +343,8 @@ class _Turn:
         return sequence
 
     def _read_videos(self) -> tuple[list[Video], list]:
-        """(the videos of the conversation, of which those that were not read before are new objects, and for each of
-        these what the processor returns)."""
+        """The videos of the conversation, and what the processor returns for each one that was not read before. Those
+        are new objects."""
         conversation = self.conversation
         videos = list(conversation.videos)
         if not videos:

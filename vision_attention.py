@@ -187,12 +187,17 @@ def untrained_gates(layers: list[VideoNSAAttention]) -> bool:
         if type(bias.data) is not torch.Tensor or bias.is_meta or bias.numel() == 0 or bias.any():
             return False
 
-        # Five standard errors, and room for rounding. Quantized weights are not compared.
-        tolerance = GATE_STD * (5 / (2 * weight.numel()) ** 0.5 + 0.01)
+        # Quantized weights are not compared.
         plain = type(weight.data) is torch.Tensor and weight.is_floating_point() and not weight.is_meta
-        if plain and abs(float(weight.detach().float().std()) - GATE_STD) > tolerance:
+        if plain and not spreads_as_made(weight):
             return False
     return bool(gates)
+
+
+def spreads_as_made(weight: torch.Tensor) -> bool:
+    """Whether the deviation of a gate's weight is that of a new one: within five standard errors, and rounding."""
+    tolerance = GATE_STD * (5 / (2 * weight.numel()) ** 0.5 + 0.01)
+    return abs(float(weight.detach().float().std()) - GATE_STD) <= tolerance
 
 
 # Vision attention of each variant: writes the rows of vision queries of output [batch * length, heads, dim], and with

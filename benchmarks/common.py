@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "examples"))
 
 # First: it names the extra of a package that is missing.
+from lib import options  # noqa: E402
 from lib.door import door  # noqa: E402, F401
 
 # isort: split
@@ -33,8 +34,6 @@ RESULTS = Path(__file__).resolve().parent / "results"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 FRAME_PAIR = (1, 16, 16)  # grid of patches of two frames of 224 x 224, which become 64 tokens
 TEXT_BEFORE = 16  # tokens before a video: the system prompt
-# Options by their names in earlier releases.
-OLD_NAMES = {"--variant": "--nsa_variant"}
 
 # `videonsa` is the checkout that this file lies in, installed or not: import common before anything of it.
 _spec = importlib.util.spec_from_file_location("videonsa", ROOT / "__init__.py")
@@ -42,23 +41,11 @@ sys.modules["videonsa"] = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(sys.modules["videonsa"])
 
 
-class OptionParser(argparse.ArgumentParser):
-    """The parser of the benchmarks: options have underscores; hyphens and `OLD_NAMES` go with the next release."""
+class OptionParser(options.OptionParser):
+    """The parser of the benchmarks, with the spellings of `lib/options.py`; the help of an option says its default."""
 
     def __init__(self, description: str):
         super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-
-    def parse_known_args(self, args=None, namespace=None):
-        return super().parse_known_args([respell(x) for x in (sys.argv[1:] if args is None else args)], namespace)
-
-
-def respell(argument: str) -> str:
-    """An argument of a command line; if it is an option, then in today's spelling."""
-    if not argument.startswith("--"):
-        return argument
-    name, equals, value = argument.partition("=")
-    name = "--" + name[2:].replace("-", "_")
-    return OLD_NAMES.get(name, name) + equals + value
 
 
 def parse_length(text: str) -> int:

@@ -98,7 +98,8 @@ def test_full_training_through_the_script_saves_a_repository_that_generates(
     first = history[0]
     assert first["tokens_per_second"] > 0 and 0.4 < first["gate_selection"] < 0.6
     assert {f"gate_{branch}/layer_01" for branch in BRANCHES} <= set(first)
-    assert "gradient_checkpointing" not in done.stderr  # an old name, of which the newest transformers warns
+    # The newest transformers warns of this old name.
+    assert "gradient_checkpointing" not in done.stderr
     for folder in (output, output / "checkpoint-4"):
         assert {"config.json", "modeling_videonsa.py", "nsa_torch.py", "processing_videonsa.py", "tokenizer.json"} <= {
             path.name for path in folder.iterdir()

@@ -17,7 +17,7 @@ from videonsa import modeling_videonsa
 from videonsa.configuration_videonsa import VideoNSAConfig
 from videonsa.nsa_checks import BRANCHES
 from videonsa.processing_videonsa import VideoNSAProcessor, VideoNSAVideoProcessor
-from videonsa.vision_attention import GATE_STD
+from videonsa.vision_attention import GATE_STD, spreads_as_made
 
 from .card import write_card
 from .folders import check_new, check_source, new_folder
@@ -225,8 +225,7 @@ def has_trained_gates(shards) -> bool:
         with safe_open(file, framework="pt") as shard:
             for key in filter(GATES.search, keys):
                 x = shard.get_tensor(key)
-                tolerance = GATE_STD * (5 / (2 * x.numel()) ** 0.5 + 0.01)
-                new = not x.any() if key.endswith("bias") else abs(x.float().std() - GATE_STD) <= tolerance
+                new = not x.any() if key.endswith("bias") else spreads_as_made(x)
                 if not new:
                     return True
     return False

@@ -106,7 +106,7 @@ def load_samples(
         roots: folders that media paths are relative to, one for each spec or one for all; default: that of each file.
         max_length: most tokens of a sample.
         frames: fewest and most sampled frames of each video.
-        max_dropped: the largest share of the records that may be dropped, but for those that `frames` excludes.
+        max_dropped: the largest share of the records that may be dropped. What `frames` excludes does not count.
         threads: that open media at the same time.
         require_answer: drop conversations without an assistant turn.
 

@@ -15,6 +15,7 @@ from transformers.utils import PROCESSOR_NAME, cached_file, find_adapter_config_
 
 from videonsa.configuration_videonsa import is_public
 from videonsa.modeling_videonsa import VideoNSAForConditionalGeneration
+from videonsa.video_chat import cache_bytes
 
 from .conversion import QUIETLY, load_processor
 from .folders import TINY, check_source
@@ -133,13 +134,6 @@ def token_budget(model, most: int) -> int:
         while most > CPU_TOKENS and 2 * most * cache_bytes(model) > free:
             most //= 2
     return most
-
-
-def cache_bytes(model) -> int:
-    """Of the keys and values of a token."""
-    text = model.config.text_config
-    dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return 2 * text.num_hidden_layers * text.num_key_value_heads * dim * model.dtype.itemsize
 
 
 def empty_answer(processor) -> str:

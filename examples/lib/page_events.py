@@ -136,7 +136,7 @@ class Events:
         return self.view(found, self.plan(request, *values))
 
     def view(self, found: Visitor, panel: str) -> dict:
-        """All that is seen of a visitor's video and conversation, but for the settings."""
+        """What the page shows of a visitor's video and conversation, without the settings."""
         source, talk = self.source, self.talk
         return {
             **self.columns(choose=False),

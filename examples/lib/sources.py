@@ -4,6 +4,7 @@
 `Media`, which reads one of them when it is decoded.
 """
 
+import abc
 import io
 import itertools
 import json
@@ -40,14 +41,15 @@ class BadSample(ValueError):
 
 
 @dataclass(frozen=True)
-class Media:
+class Media(abc.ABC):
     """A video or an image inside of a file."""
 
     file: str
     name: str
 
+    @abc.abstractmethod
     def open(self) -> BinaryIO:
-        raise NotImplementedError
+        """The content, from its beginning."""
 
     def read(self) -> bytes:
         with self.open() as file:

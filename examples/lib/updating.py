@@ -72,7 +72,7 @@ def is_relative(node: ast.AST) -> bool:
 
 
 def updated_texts(folder: Path) -> dict[str, str]:
-    """New texts of config.json and of the card, of which all but what depends on the code stays."""
+    """New texts of config.json and of the card. Only what depends on the code changes."""
     config = json.loads((folder / "config.json").read_text())
     code = {path.stem for path in code_files()}
     kept = {name: x for name, x in config["auto_map"].items() if "--" in x or module_of(x) in code}
