@@ -2,14 +2,16 @@
 gives tests a miniature stock checkpoint and fresh processes."""
 
 import functools
+import gc
 import importlib.util
 import logging
 import os
-import subprocess
+import shutil
 import sys
 from copy import deepcopy
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 
@@ -30,6 +32,12 @@ def pytest_configure(config):
         import interpreter
 
         interpreter.install()
+
+
+def pytest_collection_finish():
+    # What libraries keep for good need not be looked through at each collection of garbage.
+    gc.collect()
+    gc.freeze()
 
 
 # What transformers says of its own calls, and of the old names in a published configuration.
@@ -193,22 +201,22 @@ def published_config():
     }
 
 
+@pytest.fixture(scope="session")
+def cache_folder(tmp_path_factory):
+    """Where `run_fresh` has its caches: the same for all its processes, so that they can be forked from one."""
+    return tmp_path_factory.mktemp("home")
+
+
 @pytest.fixture
-def run_fresh(tmp_path):
+def run_fresh(tmp_path, cache_folder):
     """Runs a program as a user would who has only a model folder: a new process somewhere else, an empty cache of
     remote code, and this repository nowhere on the path. Returns what it printed."""
 
     def run(program: str, *args) -> str:
-        home = tmp_path / "home"
-        cache = {"HF_HOME": str(home), "HF_MODULES_CACHE": str(home / "modules"), "HF_HUB_OFFLINE": "1"}
+        shutil.rmtree(cache_folder, ignore_errors=True)
+        cache = {"HF_HOME": str(cache_folder), "HF_MODULES_CACHE": str(cache_folder / "modules")}
         inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-        result = subprocess.run(
-            [sys.executable, "-c", program, *map(str, args)],
-            cwd=tmp_path,
-            env={**inherited, **cache, "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-        )
+        result = forks.run("-c", program, *args, cwd=tmp_path, env={**inherited, **cache, "HF_HUB_OFFLINE": "1"})
         assert result.returncode == 0, result.stderr
         return result.stdout
 

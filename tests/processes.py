@@ -2,10 +2,11 @@
 
 import importlib
 import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+import forks
 
 
 def run(function, ranks: int, *args) -> None:
@@ -14,8 +15,7 @@ def run(function, ranks: int, *args) -> None:
 
     They are forked from a process of their own, which imports the libraries once.
     """
-    command = [sys.executable, __file__, function.__module__, function.__name__, ranks, len(args), *args, *sys.path]
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=500)
+    done = forks.run(__file__, function.__module__, function.__name__, ranks, len(args), *args, *sys.path, timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -17,6 +17,7 @@ import time
 import urllib.request
 from types import SimpleNamespace
 
+import forks
 import pytest
 import yaml
 from apps import Client, endless, listing, make_chat, serving
@@ -372,13 +373,7 @@ def test_a_written_space_runs_its_own_files(tmp_path, monkeypatch):
         "print(json.dumps([app.__file__, reader.__file__, list(page.ask('a', 'What appeared?'))[-1]]))"
     )
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=space,
-        env={**environment, "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-    )
+    done = forks.run("-c", program, cwd=space, env={**environment, "HF_HUB_OFFLINE": "1"})
     assert done.returncode == 0, done.stderr
     *files, messages = json.loads(done.stdout)
     assert files == [str(space / "app.py"), str(space / "videonsa/video_reader.py")] and len(messages) == 2

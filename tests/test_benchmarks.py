@@ -4,11 +4,10 @@ import itertools
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import av
+import forks
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -21,14 +20,8 @@ ABOUT = {"date", "hardware", "torch", "triton", "transformers", "commit", "dtype
 def run(script, *args, cwd=None, **variables):
     """Run a script of benchmarks/ in a fresh process with these environment variables; returns it finished."""
     inherited = {name: x for name, x in os.environ.items() if name not in ("PYTHONPATH", "TRITON_INTERPRET")}
-    return subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / script), *map(str, args)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        cwd=cwd,
-        env={**inherited, "OMP_NUM_THREADS": "1", **{name: str(x) for name, x in variables.items()}},
-    )
+    variables = {"OMP_NUM_THREADS": "1", **{name: str(x) for name, x in variables.items()}}
+    return forks.run(ROOT / "benchmarks" / script, *args, cwd=cwd, env=inherited | variables)
 
 
 def measure(script, folder, lengths, **options):

@@ -2,11 +2,11 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import forks
 import pytest
 import torch
 from transformers import AutoProcessor
@@ -237,14 +237,8 @@ def test_a_training_that_was_stopped_is_no_model(run, tmp_path):
 
 
 def test_the_script_prints_the_table_and_says_what_is_wrong(tiny_repository, needles, tmp_path, monkeypatch):
-    command = [
-        sys.executable,
-        ROOT / "examples/evaluate.py",
-        tiny_repository,
-        needles / "test.json",
-        tmp_path / "out.json",
-    ]
-    done = subprocess.run([*map(str, command), "--limit", "1", "--max_new_tokens", "2"], capture_output=True, text=True)
+    command = [ROOT / "examples/evaluate.py", tiny_repository, needles / "test.json", tmp_path / "out.json"]
+    done = forks.run(*command, "--limit", 1, "--max_new_tokens", 2)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split()[:2] == ["type", "all"] and "wrote" in done.stdout
     with pytest.raises(SystemExit, match="evaluate.py: data file .*gone.json does not exist"):

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -39,15 +40,9 @@ def repository(stock, tmp_path_factory):
 
 def run(script, *args, cwd=None, **env):
     """Run a script of examples/, or a snippet, in a fresh process without a terminal."""
-    command = [str(ROOT / "examples" / script)] if script.endswith(".py") else ["-c", script]
-    return subprocess.run(
-        [sys.executable, *command, *map(str, args)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(ROOT / "examples"), "HF_HUB_OFFLINE": "1", **env},
-    )
+    command = [ROOT / "examples" / script] if script.endswith(".py") else ["-c", script]
+    env = {**os.environ, "PYTHONPATH": str(ROOT / "examples"), "HF_HUB_OFFLINE": "1", **env}
+    return forks.run(*command, *args, cwd=cwd, env=env)
 
 
 def rewrite_config(folder, change):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 import yaml
@@ -85,9 +86,7 @@ def test_full_training_through_the_script_saves_a_repository_that_generates(
     if real:
         command[3:4] = [needles / "train.jsonl", f"{REAL_ANNOTATIONS}%100"]
         command += ["--media_root", needles, REAL_ANNOTATIONS.parent, needles]
-    done = subprocess.run(
-        [sys.executable, EXAMPLES / "finetune.py", *map(str, command)], capture_output=True, text=True
-    )
+    done = forks.run(EXAMPLES / "finetune.py", *command)
     assert done.returncode == 0, done.stderr
     assert f"train: {12 + real} samples, 0 dropped" in done.stdout
     assert "trained: vision 0.06 M, merger 0.03 M, language 0.24 M, gates 0.03 M" in done.stdout

@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import av
+import forks
 import numpy as np
 import pytest
 
@@ -137,9 +138,9 @@ def test_splits_share_no_seed_and_both_formats_say_the_same(needles):
 
 
 def test_the_script_makes_any_duration_on_several_processes(tmp_path):
-    command = [sys.executable, ROOT / "examples/make_needle_videos.py", tmp_path / "out", "--workers", 2, "--test", 2]
+    command = [ROOT / "examples/make_needle_videos.py", tmp_path / "out", "--workers", 2, "--test", 2]
     command += ["--train", 3, "--seconds", 0.5, 60, "--fps", 2, "--size", 64, "--questions", "describe", "--seed", 5]
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True)
+    done = forks.run(*command)
     assert done.returncode == 0, done.stderr
     assert "wrote 5 clips" in done.stdout and "x real time" in done.stdout
     records = json.loads((tmp_path / "out/train.json").read_text())

@@ -1,9 +1,8 @@
 """nsa_released.py and the variant "released" of the model, against the slow reference of `released.py`."""
 
 import json
-import subprocess
-import sys
 
+import forks
 import pytest
 import torch
 from conftest import ROOT
@@ -484,16 +483,8 @@ def test_the_converted_repository_generates_the_same_in_a_fresh_process(public, 
 
 
 def test_the_demo_picks_the_variant_of_a_public_checkpoint_and_says_so(public):
-    command = [
-        sys.executable,
-        ROOT / "examples" / "demo.py",
-        "--model",
-        public,
-        "--device",
-        "cpu",
-        "--max_new_tokens",
-        2,
-    ]
-    done = subprocess.run([*map(str, command), "--seed", "1"], capture_output=True, text=True)
+    done = forks.run(
+        ROOT / "examples/demo.py", "--model", public, "--device", "cpu", "--max_new_tokens", 2, "--seed", 1
+    )
     assert done.returncode == 0, done.stderr
     assert "nsa_variant=released" in done.stdout and "block_count=3" in done.stdout and "answer" in done.stdout

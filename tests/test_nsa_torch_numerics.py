@@ -1,10 +1,9 @@
 """nsa_torch.py over caches and in chunks, in each dtype, and in bounded memory."""
 
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 from brute import (
@@ -239,7 +238,7 @@ print(call(n))
 @pytest.mark.parametrize("n, mode, matrices", [(4096, "inference", 0.5), (3072, "training", 1.5)])
 def test_memory_stays_below_that_of_all_scores(n, mode, matrices):
     # All at once, scores, masked scores and probabilities are three or more matrices, and training keeps two.
-    command = [sys.executable, "-c", MEMORY_SCRIPT, str(Path(__file__).parent), str(n), mode]
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    result = forks.run("-c", MEMORY_SCRIPT, Path(__file__).parent, n, mode)
+    assert result.returncode == 0, result.stderr
     inputs = n * (7 + 2) * 64 * 4  # bytes of q, k and v
     assert int(result.stdout) < matrices * (n * n * 7 * 4) + 4 * inputs

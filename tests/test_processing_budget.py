@@ -3,10 +3,9 @@
 import functools
 import inspect
 import re
-import subprocess
-import sys
 from pathlib import Path
 
+import forks
 import numpy as np
 import pytest
 import torch
@@ -160,7 +159,7 @@ class TestBudget:
             floats = process(video)["pixel_values_videos"]
             print(peak() - before - floats.nbytes * 5 // 4 // 2**20)
         """
-        done = subprocess.run([sys.executable, "-c", inspect.cleandoc(script)], capture_output=True, text=True)
+        done = forks.run("-c", inspect.cleandoc(script))
         assert done.returncode == 0, done.stderr
         assert int(done.stdout) < 150  # MB, besides 72 of frames and 287 of floats
 
@@ -179,7 +178,7 @@ class TestBudget:
             floats = process({str(path)!r}, fps=8)["pixel_values_videos"]
             print(peak() - before - floats.nbytes // 2**20)
         """
-        done = subprocess.run([sys.executable, "-c", inspect.cleandoc(script)], capture_output=True, text=True)
+        done = forks.run("-c", inspect.cleandoc(script))
         assert done.returncode == 0, done.stderr
         assert int(done.stdout) < 130  # MB, besides 459 of floats; there are 115 of pixels
 

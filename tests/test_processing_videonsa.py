@@ -5,12 +5,11 @@ Flat clips of `videos.py` tell which frames were taken.
 
 import inspect
 import struct
-import subprocess
-import sys
 from fractions import Fraction
 from pathlib import Path
 
 import av
+import forks
 import numpy as np
 import pytest
 import torch
@@ -242,7 +241,7 @@ class TestPixels:
             assert process({str(path)!r})["video_grid_thw"][0, 0] == 60
             print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
         """
-        done = subprocess.run([sys.executable, "-c", inspect.cleandoc(script)], capture_output=True, text=True)
+        done = forks.run("-c", inspect.cleandoc(script))
         assert done.returncode == 0, done.stderr
         assert int(done.stdout) < 100  # MB; the patches, 7 MB of floats, are held a few times
 

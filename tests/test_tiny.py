@@ -2,11 +2,10 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import forks
 import numpy as np
 import pytest
 from trainings import weights
@@ -26,8 +25,8 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny") / "start"
-    command = [sys.executable, ROOT / "examples/make_tiny.py", folder]
-    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    done = forks.run(ROOT / "examples/make_tiny.py", folder)
+    assert done.returncode == 0, done.stderr
     return folder
 
 

@@ -12,8 +12,6 @@ import multiprocessing
 import os
 import socket
 import struct
-import subprocess
-import sys
 import threading
 import time
 from fractions import Fraction
@@ -21,6 +19,7 @@ from pathlib import Path
 
 import av
 import corpus
+import forks
 import numpy as np
 import pytest
 import torch
@@ -363,7 +362,7 @@ class TestResources:
                 frames = file.read(range(0, 60, 2), 168, 280)
             print(peak() - before - frames.nbytes // 2**20)
         """
-        done = subprocess.run([sys.executable, "-c", inspect.cleandoc(script)], capture_output=True, text=True)
+        done = forks.run("-c", inspect.cleandoc(script))
         assert done.returncode == 0, done.stderr
         assert int(done.stdout) < 200  # MB; 60 frames are 373 MB
 
