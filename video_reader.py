@@ -57,9 +57,10 @@ FULL_RANGE = 2
 ANY_MATRIX = 4
 
 # A forked process has the objects of decoders, but not their threads. Collecting such an object would wait for its
-# threads forever, so closed decoders are collected before each fork.
+# threads forever, so closed decoders are collected before each fork, once one had threads.
+threads_were_used = threading.Event()
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=gc.collect)
+    os.register_at_fork(before=lambda: threads_were_used.is_set() and gc.collect())
 
 
 class VideoFile:
@@ -461,6 +462,8 @@ class VideoFile:
         With `skip`, frames that no wanted frame depends on are left out within a stretch, too: frames that no other
         refers to, and those shown before the key frame that starts the stretch, which could not be decoded.
         """
+        if threads > 1:
+            threads_were_used.set()
         with self._open(threads) as (container, stream):
             context = stream.codec_context
             count = 0  # frames that the decoder gave
