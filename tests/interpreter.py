@@ -6,6 +6,8 @@ another. `install` replaces these parts: bf16 goes through fp32 in dots and cast
 every access is checked against the tensors of the launch and the accesses of its other programs.
 """
 
+import dataclasses
+
 import numpy as np
 
 
@@ -74,6 +76,38 @@ def install() -> None:
         return result
 
     interpreter._patch_lang_tensor = _patch_lang_tensor
+
+    # The language is patched once for a launch, not at every call of a device function.
+    patch_lang, scopes = interpreter._patch_lang, {}
+
+    def _patch_lang(fn):
+        seen = frozenset(id(x) for x in fn.__globals__.values() if x is tl or x is tl.core)
+        if seen not in scopes:
+            scopes[seen] = patch_lang(fn)
+        return scopes[seen]
+
+    interpreter._patch_lang = _patch_lang
+    init_args = interpreter.GridExecutor._init_args_hst
+
+    def _init_args_hst(self, args, kwargs):
+        scopes.clear()
+        return init_args(self, args, kwargs)
+
+    interpreter.GridExecutor._init_args_hst = _init_args_hst
+
+    # One element at a time, this reduction of `tl.sort` would take most of the tests' time.
+    generic_reduce = interpreter.ReduceOps.generic_reduce
+
+    def reduce(self, tensors):
+        if self.combine_fn is not tl.standard._xor_combine or self.axis is None:
+            return generic_reduce(self, tensors)
+        (x,) = tensors
+        return [self.to_tensor(np.bitwise_xor.reduce(x.handle.data, self.axis, keepdims=self.keep_dims), x.dtype)]
+
+    interpreter.ReduceOps.generic_reduce = reduce
+    # It computes in vain whether integers overflow, as only debugging would tell.
+    options = interpreter.interpreter_builder.options
+    interpreter.interpreter_builder.options = dataclasses.replace(options, sanitize_overflow=False)
     check_accesses(interpreter)
 
 
