@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import runpy
 import sys
 import tempfile
 from pathlib import Path
@@ -9,14 +10,22 @@ from pathlib import Path
 import forks
 
 
-def run(function, ranks: int, *args) -> None:
-    """Call a function of a module in `ranks` processes, with the arguments as text; raises what they print if one of
-    them fails.
+def run(function, ranks: int, *args) -> str:
+    """Call a function of a module in `ranks` processes, with the arguments as text. Returns what they print, or raises
+    it if one of them fails.
 
     They are forked from a process of their own, which imports the libraries once.
     """
     done = forks.run(__file__, function.__module__, function.__name__, ranks, len(args), *args, *sys.path, timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def script(path: str, *args: str) -> None:
+    """Run a script: `run(script, 2, path, ...)` does what torchrun does, which imports all for each process."""
+    sys.argv = [path, *args]
+    sys.path.insert(0, str(Path(path).parent))
+    runpy.run_path(path, run_name="__main__")
 
 
 def _run(rank: int, ranks: int, meeting: str, function, args: list[str]) -> None:

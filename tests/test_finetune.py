@@ -2,13 +2,13 @@
 
 import inspect
 import json
-import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import forks
+import processes
 import pytest
 import torch
 import yaml
@@ -190,13 +190,16 @@ def test_two_processes_and_accumulation_train_like_one(train, tiny_repository, n
         parts = ["--per_device_train_batch_size", size // 2, "--gradient_accumulation_steps", 2]
         accumulated, _, _ = train(*options, *packing, *parts, data=data, output=f"parts{size}")
         output = tmp_path / f"two{size}"
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
-        command += [EXAMPLES / "finetune.py", "--model", tiny_repository, "--train_data", data, "--output_dir", output]
+        command = [EXAMPLES / "finetune.py", "--model", tiny_repository, "--train_data", data, "--output_dir", output]
         command += [*options, *packing, "--per_device_train_batch_size", size // 2]
         # The last argument of a kind counts: checkpoints hold the losses.
         command += ["--save_strategy", "steps", "--save_steps", 3]
-        done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=200)
-        assert done.returncode == 0, done.stderr
+        if packing:
+            processes.run(processes.script, 2, *command)
+        else:
+            launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
+            done = subprocess.run([*map(str, launch + command)], capture_output=True, text=True, timeout=200)
+            assert done.returncode == 0, done.stderr
         (state,) = output.glob("checkpoint-*/trainer_state.json")
         history = json.loads(state.read_text())["log_history"]
         two = [log["loss"] for log in history if "loss" in log]
@@ -221,8 +224,6 @@ from lib.data import Collator, ConversationDataset, load_samples
 from lib.training import unsharded_class
 
 folder, file, saved = sys.argv[1:]
-torch.set_num_threads(1)
-torch.distributed.init_process_group("gloo")
 rank = torch.distributed.get_rank()
 processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
 samples, _ = load_samples([file], processor)
@@ -256,13 +257,8 @@ if rank == 0:
 def test_sharded_processes_with_different_media_do_not_wait_for_each_other(tiny_repository, needles, tmp_path):
     program, data = tmp_path / "sharded.py", mixed_data(needles, tmp_path / "mixed.json")
     program.write_text(SHARDED)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
-    command += [program, tiny_repository, data, tmp_path / "saved"]
-    path = os.pathsep.join([str(EXAMPLES), *filter(None, [os.environ.get("PYTHONPATH")])])
-    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=120, env=env)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("equal") == 4
+    printed = processes.run(processes.script, 2, program, tiny_repository, data, tmp_path / "saved")
+    assert printed.count("equal") == 4
     assert {path.name for path in (tmp_path / "saved").glob("*.py")} == {
         path.name for path in tiny_repository.glob("*.py") if not path.name.startswith(("processing", "qwen", "video"))
     }

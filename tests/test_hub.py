@@ -23,6 +23,7 @@ import zipfile
 from pathlib import Path
 
 import peft
+import processes
 import pytest
 import torch
 from huggingface_hub import ModelCard
@@ -326,7 +327,6 @@ import torch
 from transformers import AutoModel, AutoProcessor
 
 folder, messages = sys.argv[1], json.loads(sys.argv[2])
-torch.set_num_threads(1)
 processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
 inputs = processor.apply_chat_template(
     messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
@@ -337,7 +337,6 @@ gates, whole_gates = (m.model.language_model.layers[0].self_attn.g_proj_2.weight
 assert 2 * len(gates.to_local()) == len(whole_gates)
 with torch.no_grad():
     torch.testing.assert_close(halves(**inputs).logits, whole(**inputs).logits, rtol=0, atol=1e-4)
-torch.distributed.destroy_process_group()
 """
 
 
@@ -349,14 +348,7 @@ def test_two_processes_share_a_model_by_its_tensor_parallel_plan(sample, tmp_pat
     folder = conversion.convert(stock, tmp_path / "two", block_size=16, block_count=3, window_size=20)
     program = tmp_path / "program.py"
     program.write_text(TENSOR_PARALLEL)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*launch, str(program), str(folder), json.dumps(conversation(sample))],
-        env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    processes.run(processes.script, 2, program, folder, json.dumps(conversation(sample)))
 
 
 def pickles(folder: Path) -> list[str]:
