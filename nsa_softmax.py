@@ -13,7 +13,7 @@ There are two ways to compute a softmax over some of the keys:
   lse.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -21,7 +21,7 @@ import torch
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 # Queries of a piece, at most.
-PIECE = 2048
+PIECE = 1024
 
 # Attention scores that are held at a time: 16 MB in fp32. On a CPU fewer, so that they stay in the cache of a core.
 MAX_SCORES = 2**22
@@ -86,12 +86,27 @@ def by_pieces(
     if not sizes:
         return nothing
 
-    outs = []
-    with torch.autocast(q.device.type, enabled=False):
-        for seen, *queries in zip(keys, *(x.split(sizes) for x in (q, *per_query)), strict=True):
-            o, *rest = attend(queries[0], k[seen], v[seen], *queries[1:])
-            outs.append((o.to(dtype) if o.is_floating_point() else o, *rest))
-    return tuple(torch.cat(x) for x in zip(*outs, strict=True))
+    def results():
+        with torch.autocast(q.device.type, enabled=False):
+            for seen, *queries in zip(keys, *(x.split(sizes) for x in (q, *per_query)), strict=True):
+                o, *rest = attend(queries[0], k[seen], v[seen], *queries[1:])
+                yield (o.to(dtype) if o.is_floating_point() else o, *rest)
+
+    return _join(results(), len(q))
+
+
+def _join(pieces: Iterable[tuple], n: int) -> tuple[torch.Tensor, ...]:
+    """The results of pieces, which have n queries; without gradients as they come, so that none is held twice."""
+    if torch.is_grad_enabled():
+        return tuple(torch.cat(x) for x in zip(*pieces, strict=True))
+
+    joined, stop = (), 0
+    for piece in pieces:
+        joined = joined or tuple(x.new_empty(n, *x.shape[1:]) for x in piece)
+        start, stop = stop, stop + len(piece[0])
+        for whole, x in zip(joined, piece, strict=True):
+            whole[start:stop] = x
+    return joined
 
 
 def nothing_of(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
