@@ -19,7 +19,6 @@ import contextlib
 import importlib.util
 import os
 import signal
-import socket
 import sys
 import tempfile
 import threading
@@ -28,7 +27,7 @@ from pathlib import Path
 from lib.fields import add_fields
 from lib.folders import TINY
 from lib.loading import CPU_TOKENS, load, token_budget
-from lib.network import refuse_private_addresses
+from lib.network import check_port, refuse_private_addresses
 from lib.options import OptionParser, add_device
 from lib.space import write_space
 from lib.visits import App, Limits
@@ -52,19 +51,6 @@ def serve(app: App, args) -> None:
     _, local, _ = launch(app, args.model or "tiny VideoNSA", quiet=True, prevent_thread_lock=True, **options)
     print(f"Open {local} in a browser; Ctrl-C ends it.", flush=True)
     threading.Event().wait()
-
-
-def check_port(host: str | None, port: int | None) -> None:
-    """Raise a ValueError if the port is taken: before the model is loaded, which may take minutes."""
-    if port is None:
-        return
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host or "127.0.0.1", port))
-        except OSError as error:
-            reason = error.strerror.lower()
-            raise ValueError(f"--port {port}: {reason}; leave it out for the first free one from 7860 on") from error
 
 
 @door
@@ -103,7 +89,8 @@ def main() -> None:
         folder = write_space(args.write_space)
         print(f"wrote {folder}; upload it with: hf upload --repo-type space me/space-name {folder}")
         return
-    check_port(args.host, args.port)
+    if args.port is not None:
+        check_port(args.host, args.port, "leave it out for the first free one from 7860 on")
     print(f"Loading {args.model or 'the tiny model'}.", flush=True)
     with tempfile.TemporaryDirectory(prefix="videonsa-app-") as folder:
         chat = VideoChat(*load(args.model or TINY, args.nsa_variant, args.device))

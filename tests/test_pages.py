@@ -119,6 +119,15 @@ def test_the_page_of_fine_tuning_names_options_that_there_are_and_a_record_that_
     assert [part["type"] for part in messages[0]["content"]] == ["video", "text"]
 
 
+def test_every_row_of_the_page_of_the_ecosystem_has_a_test_or_says_why_not():
+    lines = (ROOT / "docs/ecosystem.md").read_text().split("\n| tool |")[1].split("\n\n")[0].splitlines()[2:]
+    for line in lines:
+        cell = line.strip("|").split(" | ")[-1]
+        files = re.findall(r"`(test_\w+\.py)`", cell)
+        assert files or "not tested, because " in cell, line
+        assert all((ROOT / "tests" / file).is_file() for file in files), line
+
+
 def test_the_page_of_the_code_lists_every_file_at_the_top():
     listed = re.findall(r"^\| \[`(\w+\.py)`\]", (ROOT / "docs/code.md").read_text(), re.MULTILINE)
     assert sorted(listed) == sorted(path.name for path in ROOT.glob("*.py") if path.name != "__init__.py")

@@ -244,53 +244,8 @@ def test_a_stock_attention_that_passes_our_function_over_is_an_error(small, monk
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Serving engines: an attention function of their own, merged embeddings and nothing else
+# What a call tells of its tokens, and what computes it; test_engines.py has the calls of serving engines
 # ----------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def engine():
-    """The name of an attention function that an engine registers; `calls` lists the layers it computed."""
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    def attention(module, q, k, v, attention_mask, **kwargs):
-        return sdpa_attention_forward(module, q, k, v, None, scaling=kwargs["scaling"], is_causal=True)
-
-    ALL_ATTENTION_FUNCTIONS.register("an_engine", attention)
-    return "an_engine"
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("variant", ["paper", "merged"])
-@pytest.mark.parametrize("given", ["embeddings", "embeddings and types", "ids", "text"])
-def test_a_sparse_variant_refuses_the_attention_of_an_engine(small, engine, variant, given):
-    inputs = make_inputs(TEXT if given == "text" else VIDEO)
-    positions, _ = small.model.get_rope_index(**inputs)
-    call = {"inputs_embeds": embed(small, inputs), "position_ids": positions, "use_cache": False}
-    if given == "embeddings and types":
-        call["mm_token_type_ids"] = inputs["mm_token_type_ids"]
-    if given in ("ids", "text"):
-        call = {**inputs, "use_cache": False}
-    small.config.nsa_variant = variant
-    for config in (small.config, small.config.text_config):
-        config._attn_implementation = engine
-    # Embeddings alone are refused first, for they do not tell where the vision tokens are.
-    message = "inputs_embeds alone" if given == "embeddings" else f"attn_implementation='{engine}'"
-    with pytest.raises(ValueError, match=f'{message}.*nsa_variant="dense"'):
-        small.model(**call)
-
-
-@torch.no_grad()
-def test_dense_runs_through_the_attention_of_an_engine(both, engine):
-    inputs = make_inputs(VIDEO)
-    positions, _ = both[0].model.get_rope_index(**inputs)
-    call = {"inputs_embeds": embed(both[0], inputs), "position_ids": positions, "use_cache": False}
-    both[0].config.nsa_variant = "dense"
-    for each in both:
-        for config in (each.config, each.config.text_config):
-            config._attn_implementation = engine
-    assert torch.equal(*(each.model(**call, return_dict=False)[0] for each in both))
 
 
 @torch.no_grad()

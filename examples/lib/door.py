@@ -16,12 +16,15 @@ from pathlib import Path
 EXTRAS = {
     "accelerate": "demo",
     "datasets": "train",
+    "fastapi": "serve",
     "gradio": "app",
     "matplotlib": "analyze",
+    "openai": "serve",
     "peft": "train",
     "qwen_vl_utils": "demo",
     "tensorboard": "train",
     "tqdm": "demo",
+    "uvicorn": "serve",
     "yaml": "train",
     # What the package itself needs: one who has none of it has not installed it.
     **dict.fromkeys(("av", "huggingface_hub", "numpy", "PIL", "safetensors", "torch", "torchvision"), "demo"),

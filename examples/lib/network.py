@@ -1,7 +1,8 @@
-"""Keeps an app from reading addresses in private networks."""
+"""Keeps servers from reading addresses in private networks, and from starting on ports that are taken."""
 
 import http.client
 import ipaddress
+import socket
 import urllib.request
 
 
@@ -38,3 +39,13 @@ def check_public(connection) -> None:
 def refuse_private_addresses() -> None:
     """Let `urllib.request.urlopen` connect to public addresses only, also where it is redirected."""
     urllib.request.install_opener(urllib.request.build_opener(PublicHandler))
+
+
+def check_port(host: str | None, port: int, otherwise: str) -> None:
+    """Raise a ValueError if the port is taken: before the model is loaded, which may take minutes."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host or "127.0.0.1", port))
+        except OSError as error:
+            raise ValueError(f"--port {port}: {error.strerror.lower()}; {otherwise}") from error
