@@ -252,7 +252,16 @@ def cache_of(outputs) -> Cache | None:
 
 
 def cached_length(cache: Cache | None) -> int:
-    """How many tokens a cache holds; waits for the device if the cache is static."""
+    """How many tokens a cache holds; waits for the device if the cache is static.
+
+    Raises:
+        ValueError: it is no `Cache`, such as the paged one of continuous batching: it cannot tell its vision tokens.
+    """
+    if cache is not None and not isinstance(cache, Cache):
+        raise ValueError(
+            f"a {type(cache).__name__} does not keep which of its tokens are vision, so VideoNSA has no continuous "
+            "batching: call generate, which takes a batch, too"
+        )
     return 0 if cache is None else int(cache.get_seq_length())
 
 

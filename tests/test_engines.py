@@ -4,10 +4,12 @@ nothing else, a paged cache. The engines themselves are not installed: docs/engi
 import pytest
 import torch
 from transformers import AutoConfig, AutoModel
+from transformers.generation.continuous_batching.cache import PagedAttentionCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from prompts import TEXT, VIDEO, embed, make_inputs
+from videonsa.transformers_compat import CACHE
 
 ENGINE = "an_engine"
 
@@ -79,3 +81,15 @@ def test_automodel_makes_the_model_without_a_head_if_the_configuration_names_it(
     hidden = model(**call, attention_instances={}, return_dict=False)[0]
     assert hidden.shape == (*inputs["input_ids"].shape, config.text_config.hidden_size)
     assert engine == list(range(config.text_config.num_hidden_layers))
+
+
+@pytest.mark.parametrize("variant", ["paper", "dense"])
+def test_continuous_batching_is_refused(small, variant):
+    small.config.nsa_variant = variant
+    inputs = make_inputs(TEXT)
+    positions = torch.arange(inputs["input_ids"].shape[1])[None]
+    cache = PagedAttentionCache.__new__(PagedAttentionCache)
+    with pytest.raises(
+        ValueError, match="a PagedAttentionCache does not keep which .*no continuous batching"
+    ):
+        small(input_ids=inputs["input_ids"], position_ids=positions, use_cache=False, **{CACHE: cache})

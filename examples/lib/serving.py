@@ -20,7 +20,7 @@ from transformers.cli.serving.utils import GenerateManager, GenerationState, Mod
 from transformers.generation.streamers import BaseStreamer
 
 from videonsa.video_planner import shorten
-from videonsa.video_source import is_data_url, local_path, open_source
+from videonsa.video_source import is_data_url, local_path, open_source, opened
 
 from .door import explain
 
@@ -193,16 +193,21 @@ def with_allowed_source(part, folder: Path | None) -> dict:
         url = allowed_file(local_path(url), folder)
     elif kind == "image_url":
         # By our own reader: that of transformers would go to private addresses.
-        with contextlib.closing(open_source(url, IMAGE_TIMEOUT, keep=False)) as image:
-            url = f"data:image/any;base64,{base64.b64encode(image.file.read()).decode()}"
+        with contextlib.closing(open_source(url, IMAGE_TIMEOUT, keep=False)) as image, opened(image.file) as file:
+            url = f"data:image/any;base64,{base64.b64encode(file.read()).decode()}"
     return {"type": kind, kind: {"url": url}}
 
 
 def allowed_file(path: str, folder: Path | None) -> str:
+    name = shorten(path)
     if folder is None:
-        raise ValueError(f"{shorten(path)}: this server reads no files, unless it is started with --media_folder; "
-                         "give an http(s) address or a data: URL")  # fmt: skip
-    file = (folder / path).resolve()
+        raise ValueError(
+            f"{name}: this server reads no files, unless it is started with --media_folder; give an http(s) address or "
+            "a data: URL"
+        )
+    file = (folder / path).resolve()  # where links lead
     if not file.is_relative_to(folder):
-        raise ValueError(f"{shorten(path)}: not in the folder whose files this server reads")
+        raise ValueError(f"{name}: not in the folder whose files this server reads")
+    if not file.exists():
+        raise ValueError(f"{name}: no such file in the folder that this server reads")
     return str(file)
