@@ -85,6 +85,10 @@ def test_the_page_of_settings_lists_the_fields_of_the_configuration_with_their_d
     assert listed == {field: getattr(config, field) for field in NSA_FIELDS}
 
 
+def test_the_page_of_engines_has_at_most_400_words():
+    assert len((ROOT / "docs/engines.md").read_text().split()) <= 400
+
+
 def test_the_settings_of_videos_are_those_of_the_processor():
     rows = table(ROOT / "docs/videos.md", "Settings")
     listed = {setting for row in rows for setting in re.findall(r"`(\w+)`", row[0])}
