@@ -8,7 +8,6 @@ import http.server
 import importlib.util
 import io
 import json
-import os
 import re
 import runpy
 import shutil
