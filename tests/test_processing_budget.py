@@ -3,8 +3,6 @@
 import functools
 import inspect
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import forks
@@ -172,7 +170,7 @@ class TestBudget:
             import resource
             from videonsa import processing_videonsa
             from videonsa.processing_videonsa import VideoNSAVideoProcessor
-            processing_videonsa.PART = 2**24  # bytes, as the clip is short
+            processing_videonsa.PART_BYTES = 2**24  # bytes, as the clip is short
             peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
             process = VideoNSAVideoProcessor()
             process({str(path)!r}, num_frames=4)
@@ -180,8 +178,7 @@ class TestBudget:
             floats = process({str(path)!r}, fps=8)["pixel_values_videos"]
             print(peak() - before - floats.nbytes // 2**20)
         """
-        # Not a forked one, whose peak begins with all that it shares.
-        done = subprocess.run([sys.executable, "-c", inspect.cleandoc(script)], capture_output=True, text=True)
+        done = forks.run("-c", inspect.cleandoc(script))
         assert done.returncode == 0, done.stderr
         assert int(done.stdout) < 130  # MB, besides 459 of floats; there are 115 of pixels
 
