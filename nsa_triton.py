@@ -7,8 +7,8 @@ Nothing waits for the device and there are no atomics: results repeat exactly. D
 inputs are IEEE. Gradients cannot be differentiated again; those of `nsa_torch.py` can.
 """
 
-import hashlib
 import os
+import re
 
 import torch
 
@@ -165,9 +165,9 @@ def _can_launch(device: torch.device) -> bool:
 
 
 # Operators, so that torch.compile sees one node. Settings are keywords, so that a backward pass returns no gradients
-# for them. Remote code may be imported next to an installed package, and again: each import registers under a name of
-# its own.
-_namespace = "videonsa_" + hashlib.sha1(__name__.encode(), usedforsecurity=False).hexdigest()[:8]
+# for them. They bear the name of the package, as those of Hub kernels must. Remote code may be imported next to an
+# installed package, and again: each import registers under a name of its own.
+_namespace = re.sub(r"\W", "_", __name__.rpartition(".")[0], flags=re.ASCII)
 while hasattr(getattr(torch.ops, _namespace), "attend"):
     _namespace += "_"
 
