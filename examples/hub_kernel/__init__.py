@@ -12,28 +12,28 @@ from .nsa_triton import available
 
 # The public API, to which the version of the kernel belongs.
 __all__ = [
-    "available",
-    "compressed_attention",
     "nsa_attention",
+    "compressed_attention",
     "select_blocks",
     "selected_attention",
     "window_attention",
+    "available",
 ]
 
 
-def _by_device(reference):
+def _by_device(name):
     """A function of `nsa_torch`, by the kernels where they can serve q."""
+    fast, reference = getattr(nsa_triton, name), getattr(nsa_torch, name)
 
     @functools.wraps(reference)
     def attend(q, *arguments, **options):
-        module = nsa_triton if available(q) else nsa_torch
-        return getattr(module, reference.__name__)(q, *arguments, **options)
+        return (fast if available(q) else reference)(q, *arguments, **options)
 
     return attend
 
 
-nsa_attention = _by_device(nsa_torch.nsa_attention)
-compressed_attention = _by_device(nsa_torch.compressed_attention)
-select_blocks = _by_device(nsa_torch.select_blocks)
-selected_attention = _by_device(nsa_torch.selected_attention)
-window_attention = _by_device(nsa_torch.window_attention)
+nsa_attention = _by_device("nsa_attention")
+compressed_attention = _by_device("compressed_attention")
+select_blocks = _by_device("select_blocks")
+selected_attention = _by_device("selected_attention")
+window_attention = _by_device("window_attention")
