@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 OLDEST := .venv-oldest
+EXTRAS := .venv-extras
 NEWEST := .venv-newest
 # What `make test-newest` tests with, such as "transformers @ https://github.com/huggingface/transformers/archive/main.tar.gz"
 TRANSFORMERS ?= transformers
@@ -13,9 +14,9 @@ TINY := build/tiny
 # A process per core, each with one thread, takes whole files of tests, in the order of their names: by number of tests,
 # slow files with few tests would come last.
 PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
-test test-oldest test-newest: export OMP_NUM_THREADS := 1
+test test-oldest test-newest test-extras: export OMP_NUM_THREADS := 1
 
-.PHONY: help demo tiny test test-oldest test-newest lint constraints clean
+.PHONY: help demo tiny test test-oldest test-newest test-extras lint constraints clean
 
 help:
 	@echo "make demo         the tiny trained model answers questions about an unseen clip"
@@ -23,6 +24,7 @@ help:
 	@echo "make test         all tests, on the newest tested versions (constraints/tested.txt)"
 	@echo "make test-oldest  all tests, on the oldest supported ones (constraints/oldest.txt)"
 	@echo "make test-newest  all tests, on the newest versions that there are, tested or not"
+	@echo "make test-extras  tests of lmms-eval, quantization and serving, which make test skips (constraints/extras.txt)"
 	@echo "make lint         ruff"
 	@echo "make constraints  write constraints/ anew, from the ranges in setup.cfg (Python 3.11)"
 	@echo "make clean        remove the environments"
@@ -41,6 +43,9 @@ test-oldest: $(OLDEST)/test.stamp
 test-newest: newest-environment
 	$(NEWEST)/bin/python -m pytest $(PARALLEL)
 
+test-extras: $(EXTRAS)/test.stamp
+	$(EXTRAS)/bin/python -m pytest -m needs
+
 lint: $(VENV)/test.stamp
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -49,7 +54,7 @@ constraints:
 	$(PYTHON) constraints/resolve.py
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(NEWEST)
+	rm -rf $(VENV) $(OLDEST) $(EXTRAS) $(NEWEST)
 
 # pip says what goes wrong, and nothing else: neither that there is a newer pip, nor what it found where.
 PIP_INSTALL := bin/python -m pip install --disable-pip-version-check --quiet --quiet
@@ -75,6 +80,17 @@ $(VENV)/%.stamp: setup.cfg pyproject.toml constraints/tested.txt
 
 $(OLDEST)/%.stamp: setup.cfg pyproject.toml constraints/oldest.txt
 	$(call install,$(OLDEST),$*,constraints/oldest.txt)
+
+# What $(VENV) lacks, or has in newer versions, in front of $(VENV): torch is not installed a second time.
+$(EXTRAS)/test.stamp: $(VENV)/test.stamp constraints/extras.txt
+	@echo "Installing the versions of constraints/extras.txt into $(EXTRAS), where $(VENV) has others."
+	@$(VENV)/bin/python -m venv $(EXTRAS)
+	@$(VENV)/bin/python -c '$(SITE)' > "$$($(EXTRAS)/bin/python -c '$(SITE)')/tested.pth"
+	@$(EXTRAS)/$(PIP_INSTALL) --constraint constraints/extras.txt setuptools
+	@$(EXTRAS)/$(PIP_INSTALL) --constraint constraints/extras.txt --no-build-isolation --editable ".[test,ecosystem,eval]"
+	@touch $@
+
+SITE = import sysconfig; print(sysconfig.get_path("purelib"))
 
 # No stamp: what is newest may be newer next time. The package itself is installed without asking what it allows.
 .PHONY: newest-environment

@@ -167,7 +167,7 @@ def environment(device: torch.device, date: str | None) -> dict:
     found = {
         "date": date or datetime.now(UTC).isoformat(timespec="seconds"),
         "hardware": _processor(),
-        **{name: _version(name) for name in ("torch", "triton", "transformers", "flash_attn", "flash_attn_3")},
+        **{name: version(name) for name in ("torch", "triton", "transformers", "flash_attn", "flash_attn_3")},
         "commit": _commit(),
     }
     if device.type == "cuda":
@@ -351,7 +351,7 @@ def _output(command: list[str]) -> str:
         return ""
 
 
-def _version(name: str) -> str | None:
+def version(name: str) -> str | None:
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:

@@ -1,10 +1,11 @@
 """Turns the ranges of setup.cfg into versions.
 
-    python3.11 constraints/resolve.py        # `make constraints`: writes tested.txt and oldest.txt beside this file
+    python3.11 constraints/resolve.py        # `make constraints`: writes the files beside this one
     python constraints/resolve.py --newest   # for `make test-newest`: prints the requirements without upper bounds
 
-`tested.txt` has the newest versions in the ranges, `oldest.txt` those at which the ranges begin; both name what comes
-with them, too. This script needs nothing but Python and pip, and installs nothing.
+`tested.txt` has the newest versions in the ranges, `oldest.txt` those at which the ranges begin, and `extras.txt` those
+of `tested.txt` but for what lmms-eval holds back. All name what comes with them, too. This script needs nothing but
+Python and pip, and installs nothing.
 """
 
 import argparse
@@ -20,6 +21,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 # Versions that run on the lowest supported Python run on all: newer Pythons are left out last.
 LOWEST_PYTHON = (3, 11)
+# Of what is in tested.txt, lmms-eval asks for older versions of these, or what it asks for does.
+HELD_BACK = ("av", "protobuf")
 # Builds of torch name these exactly, and other ones for each platform.
 OF_TORCH = re.compile(r"nvidia-|cuda-")
 HEAD = """\
@@ -88,6 +91,10 @@ def main() -> None:
     write("tested.txt", "The newest tested versions", everything, requirements(*everything))
     oldest = [at_lower_bound(requirement) for requirement in requirements("test")]
     write("oldest.txt", "The oldest supported versions", ("test",), oldest)
+    extras = (*everything, "eval")
+    tested = [line for line in (HERE / "tested.txt").read_text().splitlines() if not line.startswith("#")]
+    same = [line for line in tested if line.partition("==")[0] not in HELD_BACK]
+    write("extras.txt", "The tested versions, older where lmms-eval asks for it", extras, requirements(*extras) + same)
 
 
 if __name__ == "__main__":

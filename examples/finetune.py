@@ -62,6 +62,7 @@ from lib.folders import check_source, share
 from lib.interruption import Interrupted, Interruption, resume_command
 from lib.loading import check_repository, find_adapter, naming
 from lib.options import HelpFormatter, Underscores
+from lib.qlora import check_four_bits, four_bits, make_trainable
 from lib.resuming import check_options, check_weights, describe_data, find_resume
 from lib.tracking import Tracking, check_trackers
 from lib.training import PARTS, VideoTrainer, choose_questions, part_of, unsharded_class
@@ -83,7 +84,7 @@ TOPICS = {
     ),
     "method: which weights are trained, and how": (
         *("method", "train_language", "train_merger", "train_vision"),
-        *("lora_rank", "lora_alpha", "lora_dropout", "dtype"),
+        *("lora_rank", "lora_alpha", "lora_dropout", "load_in_4bit", "dtype"),
     ),
     "attention: fields of the configuration": (*MEANINGS, "attn_implementation"),
     "learning rates": ("learning_rate", "gate_learning_rate", "merger_learning_rate", "vision_learning_rate"),
@@ -111,6 +112,11 @@ class ModelArguments(FieldArguments):
     lora_rank: int = HfArg(default=16, help="rank of the adapters")
     lora_alpha: int = HfArg(default=32, help="adapter updates are scaled by lora_alpha / lora_rank")
     lora_dropout: float = HfArg(default=0.05, help="dropout before the adapters")
+    load_in_4bit: bool = HfArg(
+        default=False,
+        help="lora: hold the language model's frozen weights in 4 bits (QLoRA), by bitsandbytes. The merged model has "
+        "the weights of --model all the same",
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = HfArg(
         default="auto",
         help="dtype of the weights in training. auto: float32 for trained weights, so that small updates count; "
@@ -233,6 +239,8 @@ def load_config(arguments: ModelArguments):
         raise ValueError(f"--model {arguments.model} is an adapter; name a model, such as the merged one beside it")
     config = AutoConfig.from_pretrained(arguments.model, trust_remote_code=True)
     check_repository(arguments.model, config)
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(f"--model {arguments.model} holds quantized weights; name the model that it was made of")
     for name, value in given_fields(arguments).items():
         setattr(config, name, value)
     if config.nsa_variant in ("merged", "dense") and trained_parts(arguments) == {"gates"}:
@@ -248,13 +256,18 @@ def load_model(arguments: ModelArguments, config, bf16: bool):
     saved = getattr(torch, saved) if isinstance(saved, str) else saved
     mixed = arguments.dtype == "auto" and arguments.method != "full" and bf16
     dtype = saved if mixed else torch.bfloat16 if arguments.dtype == "bfloat16" else torch.float32
+    compute = torch.bfloat16 if bf16 else dtype
+    quantization = {"quantization_config": four_bits(compute)} if arguments.load_in_4bit else {}
     model = AutoModelForImageTextToText.from_pretrained(
         arguments.model,
         config=config,
         trust_remote_code=True,
         dtype=dtype,
         attn_implementation=arguments.attn_implementation,
+        **quantization,
     )
+    if arguments.load_in_4bit:
+        make_trainable(model)
     trained = trained_parts(arguments)
     if arguments.method == "lora":
         model = add_adapters(model, arguments, trained)
@@ -371,7 +384,8 @@ def report_data(loaded, output: Path | None) -> None:
 
 def run_options(model: ModelArguments, config, args: FinetuneArguments) -> dict:
     """The options that make another run, or that Trainer would take from the checkpoint without a word."""
-    names = ("method", "dtype", *(("lora_rank", "lora_alpha", "lora_dropout") if model.method == "lora" else ()))
+    lora = ("lora_rank", "lora_alpha", "lora_dropout", "load_in_4bit") if model.method == "lora" else ()
+    names = ("method", "dtype", *lora)
     rates = [f"{part}learning_rate" for part in ("", "gate_", "merger_", "vision_")]
     return {
         **{name: getattr(model, name) for name in names},
@@ -472,6 +486,8 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: Finetun
     """
     set_seed(args.seed)
     model_args.model = check_source("--model", model_args.model)
+    if model_args.load_in_4bit:
+        check_four_bits(model_args.method, args)
     output = Path(args.output_dir)
     if output.is_dir() and output.resolve() == Path(model_args.model).resolve():
         raise ValueError(f"--output_dir must not be --model, which it would overwrite, got {output}")
@@ -519,7 +535,8 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: Finetun
     result = train_to_the_end(trainer, resume)
 
     note = (
-        f"Fine-tuned from the above by `examples/finetune.py` ({model_args.method}): {len(samples):,} samples, "
+        f"Fine-tuned from the above by `examples/finetune.py` ({model_args.method}"
+        f"{', over 4 bits' if model_args.load_in_4bit else ''}): {len(samples):,} samples, "
         f"{result.global_step:,} steps of {per_step}."
     )
     publish(trainer, model_args, saved, note)

@@ -40,6 +40,17 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Skips a test that `needs` a package that is not there. `make test-extras` chooses these tests, and fails them."""
+    named = [package for mark in item.iter_markers("needs") for package in mark.args]
+    if missing := [package for package in named if not importlib.util.find_spec(package)]:
+        reason = f"needs {', '.join(missing)}: make test-extras"
+        if item.config.option.markexpr == "needs":
+            pytest.fail(reason, pytrace=False)
+        pytest.skip(reason)
+
+
 # What transformers says of its own calls, and of the old names in a published configuration.
 NOT_OURS = (
     "Image decoding with `torchvision` is deprecated",

@@ -26,7 +26,8 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def kernel(folder):
-    kernels = pytest.importorskip("kernels", reason='needs kernels: pip install -e ".[ecosystem]"')
+    import kernels
+
     return kernels.get_local_kernel(folder, backend="cpu")
 
 
@@ -73,6 +74,7 @@ def test_it_runs_where_nothing_else_is_installed(folder, monkeypatch):
     assert all(x.isfinite().all() for x in gradients(nsa.nsa_attention(*tensors, cu, **options), tensors))
 
 
+@pytest.mark.needs("kernels")
 def test_kernels_reads_its_metadata(folder, kernel):
     from kernels import Metadata
 
@@ -85,6 +87,7 @@ def test_kernels_reads_its_metadata(folder, kernel):
             assert metadata.id == kernel.__name__ == kernel.nsa_triton._namespace
 
 
+@pytest.mark.needs("kernels")
 def test_outputs_and_gradients_are_ours(kernel, larger_tiles, monkeypatch):
     tensors, cu, _, options = inputs([64, 130], 14, 2, 16, 16, 3, 9, torch.float32)
     ours = nsa_torch if DEVICE == "cpu" else nsa_triton
@@ -103,6 +106,7 @@ def test_outputs_and_gradients_are_ours(kernel, larger_tiles, monkeypatch):
     assert_gradients_close(out, tensors, expected, doubles)
 
 
+@pytest.mark.needs("kernels")
 def test_its_card_its_test_and_its_benchmark_run(folder, kernel, monkeypatch):
     monkeypatch.setenv("LOCAL_KERNELS", f"{REPO}={folder}")
     (snippet,) = re.findall(r"^```python\n(.*?)^```$", (folder / "README.md").read_text(), re.MULTILINE | re.DOTALL)

@@ -1,7 +1,7 @@
 """adapters/lmms_eval.py: what it asks the model, in which order and with which settings; a whole run of lmms-eval."""
 
 import configparser
-import importlib.util
+import importlib
 import json
 import os
 import subprocess
@@ -159,7 +159,7 @@ def test_the_entry_point_names_the_manifest():
     assert module.rpartition(".")[0] in setup["options"]["packages"].split()
 
 
-@pytest.mark.skipif(importlib.util.find_spec("lmms_eval") is None, reason='needs pip install -e ".[eval]"')
+@pytest.mark.needs("lmms_eval")
 def test_lmms_eval_runs_a_local_task(clips, tmp_path):
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks/needles.yaml").write_text(TASK.format(data=clips.folder / "documents.json"))

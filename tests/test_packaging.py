@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT / "constraints"))
 import resolve  # noqa: E402
 
 TESTED = ("test", "ecosystem")
+EXTRAS = (*TESTED, "eval")
 README = (ROOT / "README.md").read_text()
 
 
@@ -35,7 +36,9 @@ def allowed(*extras: str) -> list[Requirement]:
     return [Requirement(line) for line in resolve.requirements(*extras)]
 
 
-@pytest.mark.parametrize(("file", "extras"), [("tested.txt", TESTED), ("oldest.txt", ("test",))])
+@pytest.mark.parametrize(
+    ("file", "extras"), [("tested.txt", TESTED), ("oldest.txt", ("test",)), ("extras.txt", EXTRAS)]
+)
 def test_constraints_name_a_version_in_the_range_of_every_requirement(file, extras):
     versions = constraints(file)
     for requirement in allowed(*extras):
@@ -44,6 +47,21 @@ def test_constraints_name_a_version_in_the_range_of_every_requirement(file, extr
         for bound in requirement.specifier:
             if file == "oldest.txt" and bound.operator == ">=":
                 assert version == Version(bound.version), requirement
+
+
+def test_the_extras_have_the_tested_versions_but_for_what_is_held_back():
+    tested, extras = constraints("tested.txt"), constraints("extras.txt")
+    assert tested.keys() <= extras.keys()
+    assert {name for name in tested if extras[name] < tested[name]} == set(resolve.HELD_BACK)
+    assert all(extras[name] <= tested[name] for name in tested)
+
+
+def test_a_test_that_needs_more_than_make_test_installs_says_so_by_its_mark():
+    """One that skips itself otherwise may never run. Named here are the packages that may be asked for so."""
+    installed, left_out = {"gradio", "matplotlib", "qwen_vl_utils", "setuptools", "triton"}, {"deepspeed", "playwright"}
+    for path in sorted((ROOT / "tests").glob("*.py")):
+        asked = re.findall(r'(?:importorskip|find_spec)\("(\w+)', path.read_text())
+        assert {*asked} <= installed | left_out, f"{path.name}: use pytest.mark.needs, which make test-extras chooses"
 
 
 @pytest.mark.parametrize("name", ["torch", "transformers"])
@@ -133,6 +151,16 @@ def test_make_installs_the_constraints_and_runs_in_that_environment(target, fold
     assert any("echo" in line and f"constraints/{file}" in line for line in lines)
 
 
+def test_make_test_extras_adds_to_the_environment_of_make_test_and_chooses_its_tests():
+    lines = make("--always-make", "test-extras").splitlines()
+    assert any(".venv/bin/python -m pip install" in line and "constraints/tested.txt" in line for line in lines)
+    (path,) = (line for line in lines if line.endswith('/tested.pth"'))
+    assert path.startswith(".venv/bin/python ") and ".venv-extras/bin/python" in path
+    _, install = (line for line in lines if ".venv-extras/bin/python -m pip install" in line)
+    assert "--constraint constraints/extras.txt" in install and f'".[{",".join(EXTRAS)}]"' in install
+    assert lines[-1] == ".venv-extras/bin/python -m pytest -m needs"
+
+
 def test_make_test_newest_takes_what_is_newest_each_time():
     runs = make("test-newest", "TRANSFORMERS=transformers @ https://example.org/main.tar.gz")
     newest, package = re.findall(r"^.*pip install (?:.*\\\n)?.*$", runs, re.MULTILINE)
@@ -180,7 +208,7 @@ def test_pull_requests_are_linted_and_tested_on_the_tested_and_the_oldest_versio
     tests = workflow("tests")
     assert "pull_request" in tests[True]  # `on` is true in YAML 1.1
     run = commands(tests)
-    assert re.search(r"^make test$", run, re.MULTILINE) and "make test-oldest" in run
+    assert re.search(r"^make test$", run, re.MULTILINE) and "make test-oldest" in run and "make test-extras" in run
     assert "ruff check . && ruff format --check ." in run and "-c constraints/tested.txt ruff" in run
 
 

@@ -25,6 +25,7 @@ from lib.network import refuse_private_addresses
 NEEDS = 'serve.py needs it: pip install -e ".[serve]"'
 openai, uvicorn, serving = (pytest.importorskip(name, reason=NEEDS) for name in ("openai", "uvicorn", "lib.serving"))
 
+pytestmark = pytest.mark.needs("fastapi", "openai", "uvicorn")
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = "tiny"
 

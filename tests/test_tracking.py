@@ -1,6 +1,5 @@
 """What TensorBoard and Weights & Biases get of a training, and that a resumed one goes on in the same run."""
 
-import importlib.util
 import json
 
 import pytest
@@ -80,7 +79,7 @@ def test_trackers_that_are_unknown_or_missing_are_named(monkeypatch, tmp_path):
     assert args.report_to == []
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("wandb"), reason="wandb is not installed: it is no part of an extra")
+@pytest.mark.needs("wandb")
 def test_wandb_and_tensorboard_follow_a_run_and_its_resumption(train, needles, tmp_path, monkeypatch):
     for name, value in {"MODE": "offline", "DIR": str(tmp_path), "SILENT": "true"}.items():
         monkeypatch.setenv(f"WANDB_{name}", value)
