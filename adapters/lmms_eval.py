@@ -7,10 +7,12 @@
 lmms-eval finds `manifest` by the entry point `lmms_eval.models` of this package. Videos are read by the checkpoint's
 own processor: `--model_args` takes its settings (`fps`, `num_frames`, `frame_tokens`, `max_pixels`, `max_frames`,
 `max_tokens`, `prefer` ...) and all fields of the configuration (`nsa_variant`, `block_count`, `window_size` ...).
-docs/findings.md has the lines with the paper's settings.
+docs/findings.md has the lines with the paper's settings. `examples/compare_dense.py` runs a task twice, with sparse and
+with dense attention, and tests the difference.
 """
 
 import re
+import time
 from pathlib import Path
 
 import torch
@@ -25,7 +27,8 @@ try:
 except ImportError:  # the class can be made and tested without lmms-eval, which alone can run it
     lmms = object
 
-# Settings of a video. A task gives the part of it, from start to end.
+# Settings that hold for all videos of a call, and those of each. A task gives the part of a video, from start to end.
+CALL_SETTINGS = ("timeout", "max_source_pixels", "max_duration")
 VIDEO_SETTINGS = tuple(dict.fromkeys(name for name in CLIP_KEYS.values() if name not in ("start", "end")))
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 SAMPLING = ("temperature", "top_p", "top_k", "num_beams")
@@ -68,8 +71,9 @@ class VideoNSA(lmms):
         batch_size: questions at a time, of the same task.
         device, dtype: where the model is, and in what numbers; with several processes, each takes its own GPU.
         system_prompt: put before conversations that have none; by default the chat template's own.
-        settings: fields of the configuration, and settings of the processor for each video (of which `block_size` is
-            called `fill_blocks` here).
+        attn_implementation: as transformers takes it; for decoding, text and the vision tower.
+        settings: fields of the configuration, and settings of the processor for videos (of which `block_size` is called
+            `fill_blocks` here).
 
     Raises:
         ValueError: a setting is neither, or `pretrained` is no VideoNSA repository.
@@ -79,17 +83,19 @@ class VideoNSA(lmms):
 
     def __init__(
         self, pretrained: str, batch_size: int = 1, device: str | None = None, dtype: str = "auto",
-        system_prompt: str | None = None, **settings,
+        system_prompt: str | None = None, attn_implementation: str | None = None, **settings,
     ):  # fmt: skip
         super().__init__()
         fields = {name: settings.pop(name) for name in NSA_FIELDS if name in settings}
         if FILL_BLOCKS in settings:
             settings["block_size"] = settings.pop(FILL_BLOCKS)
         self.video_settings = {name: settings.pop(name) for name in VIDEO_SETTINGS if name in settings}
+        self.call_settings = {name: settings.pop(name) for name in CALL_SETTINGS if name in settings}
         ignored = {"max_batch_size", "batch_size_per_gpu"}  # lmms-eval passes them to every model
         if unknown := sorted(set(settings) - ignored):
-            allowed = ", ".join(sorted({*NSA_FIELDS, *VIDEO_SETTINGS, FILL_BLOCKS}))
-            raise ValueError(f"--model_args has no {', '.join(unknown)}; it may have pretrained, dtype, {allowed}")
+            allowed = ", ".join(sorted({*NSA_FIELDS, *VIDEO_SETTINGS, *CALL_SETTINGS, FILL_BLOCKS}))
+            own = "pretrained, dtype, system_prompt, attn_implementation"
+            raise ValueError(f"--model_args has no {', '.join(unknown)}; it may have {own}, {allowed}")
         config = read_config(pretrained)
         self.batch_size, self.system_prompt = int(batch_size), system_prompt
         self._rank, self._world_size = 0, 1
@@ -103,6 +109,8 @@ class VideoNSA(lmms):
             setattr(config, name, value)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         options = {"trust_remote_code": True, "dtype": dtype, "device_map": device}
+        if attn_implementation:
+            options["attn_implementation"] = attn_implementation
         self.model = AutoModel.from_pretrained(pretrained, config=config, **options).eval()
         self.device = self.model.device  # where lmms-eval puts what it gathers from processes
         self.processor = AutoProcessor.from_pretrained(pretrained, trust_remote_code=True)
@@ -115,6 +123,7 @@ class VideoNSA(lmms):
             _, _, options, _, task, _ = request.args
             groups.setdefault((task, repr(options)), []).append(i)
         answers = [None] * len(requests)
+        self.seconds, self.tokens = 0.0, 0
         with tqdm(total=len(requests), disable=self._rank != 0, desc="videonsa") as bar:
             for indices in groups.values():
                 for start in range(0, len(indices), self.batch_size):
@@ -126,7 +135,21 @@ class VideoNSA(lmms):
                         if hasattr(self, "cache_hook"):
                             self.cache_hook.add_partial("generate_until", (requests[i].args[0], options), text)
                     bar.update(len(batch))
+        self.log_throughput(len(requests))
         return answers
+
+    def log_throughput(self, requests: int) -> None:
+        """Tell lmms-eval what was generated in what time, as its own models do, for its results."""
+        if lmms is object:
+            return
+        from lmms_eval.models.model_utils.gen_metrics import log_metrics  # here, as its package loads this module
+
+        log_metrics(
+            total_elapsed_time=self.seconds,
+            total_gen_tokens=self.tokens,
+            avg_speed=self.tokens / self.seconds if self.seconds else 0.0,
+            additional_metrics={"rank": self._rank, "total_requests": requests},
+        )
 
     def conversation(self, request) -> list[dict]:
         """Chat messages, as the processor takes them, of a request of lmms-eval."""
@@ -155,17 +178,19 @@ class VideoNSA(lmms):
         """Generated answers, each up to the first of the strings `until`."""
         inputs = self.processor.apply_chat_template(
             conversations, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
-            processor_kwargs={"padding": True},
+            processor_kwargs={"padding": True, **self.call_settings},
         ).to(self.model.device)  # fmt: skip
         sampling = {name: options[name] for name in SAMPLING if options.get(name) is not None}
         if not options.get("do_sample") and not sampling.get("temperature"):
             sampling = {"do_sample": False, "num_beams": sampling.get("num_beams", 1)}
         else:
             sampling["do_sample"] = True
+        start = time.perf_counter()
         output = self.model.generate(**inputs, max_new_tokens=options.get("max_new_tokens", 128), **sampling)
-        texts = self.processor.tokenizer.batch_decode(
-            output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
-        )
+        new = output[:, inputs["input_ids"].shape[1] :].cpu()
+        self.seconds += time.perf_counter() - start
+        self.tokens += int((new != self.processor.tokenizer.pad_token_id).sum())
+        texts = self.processor.tokenizer.batch_decode(new, skip_special_tokens=True)
         until = options.get("until") or []
         # Tasks ask to stop at an empty line by default, which cuts reasoning and leading newlines off.
         stops = [stop for stop in ([until] if isinstance(until, str) else until) if stop.strip()]

@@ -22,7 +22,7 @@ ROOT = HERE.parent
 # Versions that run on the lowest supported Python run on all: newer Pythons are left out last.
 LOWEST_PYTHON = (3, 11)
 # Of what is in tested.txt, lmms-eval asks for older versions of these, or what it asks for does.
-HELD_BACK = ("av", "protobuf")
+HELD_BACK = ("av", "filelock", "protobuf")
 # Builds of torch name these exactly, and other ones for each platform.
 OF_TORCH = re.compile(r"nvidia-|cuda-")
 HEAD = """\

@@ -1,13 +1,13 @@
-"""The findings of the VideoNSA paper (arXiv 2510.02295, section 4) as measurements on any checkpoint.
+"""The findings of the VideoNSA paper (arXiv 2510.02295, section 4) as measurements on any checkpoint, and a needle map.
 
     python examples/analyze.py gates                        # the tiny trained model, on clips made on the spot
     python examples/analyze.py sinks VideoNSA-7B haystack/test.json --output findings
     python examples/analyze.py looked-at VideoNSA-7B --video talk.mp4 --question "Who speaks first?"
 
-FINDING is one of transfer, scaling, budget, gates, latency, sinks and looked-at; `analyze.py FINDING --help` says what
-it measures, by which equation, and what it writes to the folder --output: FINDING.json and figures, in place of older
-ones. DATA is a file as for `evaluate.py`; questions are asked and counted as there. `lib/observe.py` looks into the
-layers, `lib/figures.py` draws, `lib/summaries.py` says in a few lines what was found. Needs matplotlib:
+FINDING is one of transfer, scaling, budget, gates, latency, sinks, needles and looked-at; `analyze.py FINDING --help`
+says what it measures, by which equation, and what it writes to the folder --output: FINDING.json and figures, in place
+of older ones. DATA is a file as for `evaluate.py`; questions are asked and counted as there. `lib/observe.py` looks
+into the layers, `lib/figures.py` draws, `lib/summaries.py` says in a few lines what was found. Needs matplotlib:
 pip install -e ".[analyze]".
 """
 
@@ -35,12 +35,12 @@ import transformers
 from tqdm import tqdm
 
 from lib import figures
-from lib.answering import Prompts, Question, accuracy, answer_all, list_questions
-from lib.data import Drop, load_samples
-from lib.fields import SIZES
+from lib.answering import Prompts, Question, accuracy, answer_all, is_correct, list_questions
+from lib.data import Drop, load_samples, media_parts
+from lib.fields import SIZES, add_fields
 from lib.folders import TINY
-from lib.loading import load, read
-from lib.needles import Settings, make_dataset
+from lib.loading import UNSEEN, load, read
+from lib.needles import Settings, make_clip, make_dataset, messages
 from lib.observe import (
     BRANCHES,
     SINK_ATTENTION,
@@ -57,6 +57,7 @@ from lib.options import OptionParser, add_device
 from lib.progress import prefill_progress
 from lib.summaries import summarize
 from videonsa.nsa_torch import block_means
+from videonsa.video_chat import VideoChat
 from videonsa.video_moments import branch_functions, count_choices, observing, patch_frame
 
 KINDS = {1: "image", 2: "video"}  # of mm_token_type_ids
@@ -68,8 +69,10 @@ CLIP_SECONDS = {
     "budget": (8, 16),
     "gates": (8, 16),
     "sinks": (8, 16),
+    "needles": (8, 16, 32, 64, 128),
 }
 QUESTIONS = ("colour", "shape", "where", "when")
+DEPTHS = (0.0, 0.2, 0.5, 0.8, 1.0)
 SHEET, HIGHLIGHTS = "looked-at.png", "looked-at.mp4"
 OBSERVED = ("gates", "latency", "sinks", "looked-at")  # findings about the branches of nsa_variant="paper"
 
@@ -332,6 +335,40 @@ def sinks(args) -> dict:
     return result
 
 
+def needles(args) -> dict:
+    """Needle map (paper: LongVA's, arXiv 2406.16852, which calls it V-NIAH; VideoNSA's has none): how does accuracy
+    depend on the number of frames, and on where among them the needle is?
+
+    In each clip one shape flashes up, at one of --depths: if f of F frames show it, then from frame
+    round(depth · (F - f)) on. Each length and depth gets --clips clips. Questions about what flashed up (colour, shape,
+    where) are counted apart from those about when, which need attention between vision tokens most. A clip is read once
+    for its questions, by `VideoChat`. Answers must be exact: fine-tune a model on such clips first.
+    """
+    model, processor = load_model(args)
+    samples, _ = load_samples([str(make_needle_clips(args))], processor)
+    samples.sort(key=lambda sample: sample.tokens)
+    chat, found = VideoChat(model, processor), defaultdict(list)
+    with prefill_progress(model):
+        for sample in tqdm(samples, unit="clip", disable=None):
+            talk = chat.open(media_parts(sample.messages)[0]["video"])
+            right, start = defaultdict(list), time.perf_counter()
+            for question in list_questions(sample):
+                text = question.messages[-1]["content"][-1]["text"]
+                answer = talk.ask(text, max_new_tokens=args.max_new_tokens, save=False)
+                right["when" if question.type == "when" else "what"].append(is_correct(answer, question.expected))
+            (video,) = talk.videos
+            cell = 2 * len(video.seconds), sample.record["depth"], video.tokens
+            found[cell].append((right, time.perf_counter() - start))
+    cells = []
+    for (frames, depth, tokens), clips in sorted(found.items()):
+        cell = {"frames": frames, "depth": depth, "vision_tokens": tokens, "seconds": mean(took for _, took in clips)}
+        for part in ("what", "when"):
+            counted = [correct for right, _ in clips for correct in right[part]]
+            cell[part] = {"accuracy": mean(counted), "questions": len(counted)}
+        cells.append(cell)
+    return {"cells": cells}
+
+
 def looked_at(args) -> dict:
     """What the model looked at for one answer: the blocks that vision tokens chose (paper: equation 3), and what the
     answer's tokens attended to.
@@ -402,9 +439,9 @@ def load_model(args):
     """(model, processor) of args.model, or the tiny trained one."""
     if args.model is None:
         args.model = TINY
-    model, processor = load(args.model, None, args.device)
+    model, processor = load(args.model, getattr(args, "nsa_variant", None), args.device)
     variant = model.config.nsa_variant
-    if variant == "dense" or (variant != "paper" and args.finding in OBSERVED):
+    if (variant == "dense" and args.finding != "needles") or (variant != "paper" and args.finding in OBSERVED):
         needed = "'paper'" if args.finding in OBSERVED else "sparse attention"
         raise ValueError(f"model {args.model} has nsa_variant={variant!r}; {args.finding} needs {needed}")
     return model, processor
@@ -425,6 +462,18 @@ def open_model_and_data(args):
 def make_clips(folder: Path, count: int, seconds, seed: int) -> Path:
     settings = Settings(seconds=seconds, questions=QUESTIONS)
     return make_dataset(folder, {"test": count}, settings, seed=seed, workers=1) / "test.jsonl"
+
+
+def make_needle_clips(args) -> Path:
+    """A data set of clips of each length with the needle at each depth; its records have `depth`."""
+    folder, records = args.scratch / "clips", []
+    folder.mkdir()
+    for i, (seconds, depth, _) in enumerate(itertools.product(args.clip_seconds, args.depths, range(args.clips))):
+        settings = Settings(seconds=(seconds,), depth=depth, size=args.size, questions=QUESTIONS)
+        records.append({**messages(make_clip((folder, settings, (args.seed, UNSEEN, i), f"{i:06}"))), "depth": depth})
+    path = folder / "test.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
 
 
 def ask(model, processor, samples, args, **video) -> list[dict]:
@@ -511,6 +560,7 @@ FINDINGS = {
     "gates": gates,
     "latency": latency,
     "sinks": sinks,
+    "needles": needles,
     "looked-at": looked_at,
 }
 
@@ -528,13 +578,15 @@ def make_parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=about.split(":")[0].split("(")[0], description=about)
         add = command.add_argument
         add("model", nargs="?", help="folder or Hub id of a VideoNSA repository (default: the tiny trained one)")
-        if name not in ("latency", "looked-at"):
+        if name not in ("latency", "looked-at", "needles"):
             add("data", nargs="?", help="questions as for evaluate.py (default: clips made on the spot)")
-            add("--clips", type=int, default=16, help="number of clips made on the spot")
-            add("--clip_seconds", type=float, nargs="+", default=CLIP_SECONDS[name], help="their lengths in seconds")
             add("--media_root", help="folder that media paths are relative to (default: that of DATA)")
             add("--batch_size", type=int, default=1, help="questions that are answered at a time")
             add("--workers", type=int, default=0, help="processes that decode videos")
+        if name not in ("latency", "looked-at"):
+            each = ", for each length and depth" if name == "needles" else ""
+            add("--clips", type=int, default=4 if each else 16, help=f"number of clips made on the spot{each}")
+            add("--clip_seconds", type=float, nargs="+", default=CLIP_SECONDS[name], help="their lengths in seconds")
         if name != "latency":
             add("--max_new_tokens", type=int, default=32, help="most tokens of an answer")
             add("--seed", type=int, default=0, help="seed of the clips made on the spot")
@@ -568,6 +620,10 @@ def make_parser() -> argparse.ArgumentParser:
                 help="block sizes, at the same block_size · block_count (default: 1 and 2 times the trained one)",
             )
             add("--windows", type=int, nargs="+", help="window sizes (default: half to 4 times the trained one)")
+        if name == "needles":
+            add_fields(command, "nsa_variant")
+            add("--depths", type=float, nargs="+", default=DEPTHS, help="places of the needle: 0 the start, 1 the end")
+            add("--size", type=int, default=Settings.size, help="width and height of the clips in pixels")
         if name == "looked-at":
             add("--video", help="file or URL (default: a clip made on the spot)")
             add("--question", help="what to ask (default: when something happens in that clip)")

@@ -45,6 +45,7 @@ def main() -> None:
     option("size", "width and height in pixels")
     option("needles", "numbers of needles, one of which is drawn for each clip")
     option("repeats", "share of needles that appear two or three times; 0 leaves the questions of type count out")
+    option("depth", "place of the needle in the clip, from 0, its start, to 1, its end (default: any)", type=float)
     option("needle_seconds", "shortest and longest time that a needle is seen", nargs=2)
     option("needle_size", "smallest and largest needle, as a share of the frame", nargs=2)
     option("distractors", "fewest and most grey blobs of a scene", nargs=2)

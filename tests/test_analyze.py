@@ -299,6 +299,16 @@ def test_latency_times_every_part(run):
     assert torch.__version__.startswith(result["environment"]["torch"])
 
 
+def test_needles_maps_lengths_and_depths(run):
+    options = ["--clips", 1, "--clip_seconds", 3, 4, "--depths", 0, 1, "--max_new_tokens", 4]
+    result = run("needles", *options, data=False)
+    cells = {(cell["frames"], cell["depth"]): cell for cell in result["cells"]}
+    assert list(cells) == [(12, 0.0), (12, 1.0), (16, 0.0), (16, 1.0)]
+    assert {(cell["what"]["questions"], cell["when"]["questions"]) for cell in cells.values()} == {(3, 1)}
+    assert np.mean([cell["what"]["accuracy"] for cell in cells.values()]) > 0.9
+    assert [cell["vision_tokens"] for cell in cells.values()] == [96, 96, 128, 128]
+
+
 def test_looked_at_shows_the_frames_of_the_video(run, tiny, folder, tmp_path):
     clip = next((folder / "clips/test").glob("*.mp4"))
     result = run("looked-at", "--video", clip, "--question", "What colour was it?", "--max_new_tokens", 4, data=False)

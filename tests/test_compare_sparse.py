@@ -75,6 +75,18 @@ def test_xattention_scores_blocks_by_antidiagonals(monkeypatch):
     torch.testing.assert_close(seen[-1], expected)
 
 
+def test_vecattention_takes_the_keys_whose_logits_are_near_the_largest():
+    q, k, _, mask = make("VecAttention", 0.5)
+    for h in range(3):
+        for start in range(0, 90, SIZE):
+            group = range(start, min(start + SIZE, 90))
+            logits = [float(q[h, group].mean(0) @ k[h, j]) / 4 for j in range(group[-1] + 1)]
+            near = {j for j, logit in enumerate(logits) if logit >= max(logits) - 1}  # 0.5 / (1 - 0.5)
+            for i in group:
+                expected = {j for j in near | {*range(SIZE)} | {*group} if j <= i}
+                assert {*mask[h, i].nonzero().flatten().tolist()} == expected
+
+
 def test_fastv_drops_the_vision_tokens_that_the_last_token_attends_to_least():
     q, k, method, _ = make("FastV", 0.25)
     p = (q[:, -1:] @ k.mT / 4).softmax(-1)[:, 0].mean(0)

@@ -89,7 +89,7 @@ def test_ctrl_c_is_one_line(capsys):
 
 
 def test_every_extra_that_is_named_installs_its_package():
-    names = {"yaml": "pyyaml", "PIL": "pillow", "qwen_vl_utils": "qwen-vl-utils"}
+    names = {"yaml": "pyyaml", "PIL": "pillow", "qwen_vl_utils": "qwen-vl-utils", "lmms_eval": "lmms-eval"}
     for package, extra in EXTRAS.items():
         if package in ("videonsa", "numpy"):
             continue

@@ -285,6 +285,7 @@ def test_convert_refuses_a_bad_source_and_leaves_nothing(stock, tmp_path, damage
     [
         ("analyze", ["gates", "{model}", "--output", "{folder}"]),
         ("app", ["--model", "{model}"]),
+        ("compare_dense", ["{model}", "task", "{folder}/out"]),
         ("compare_sparse", ["{model}", "data.json", "{folder}/out.json"]),
         ("convert", ["{model}", "{folder}/out"]),
         ("demo", ["--model", "{model}"]),

@@ -1,20 +1,21 @@
-"""adapters/lmms_eval.py: what it asks the model, in which order and with which settings; a whole run of lmms-eval."""
+"""adapters/lmms_eval.py: what it asks the model, in which order and with which settings; compare_dense.py, which runs a
+whole task of lmms-eval twice."""
 
 import configparser
 import importlib
 import json
-import os
-import subprocess
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+import compare_dense
 from lib.loading import assemble_tiny_model, read
 from lib.needles import Settings, make_dataset
 from lib.tiny import make_stock_checkpoint
-from videonsa.adapters.lmms_eval import VideoNSA
+from videonsa.adapters.lmms_eval import CALL_SETTINGS, VIDEO_SETTINGS, VideoNSA
 from videonsa.configuration_videonsa import NSA_FIELDS, VideoNSATextConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -117,11 +118,6 @@ def test_a_system_prompt_goes_first_and_images_are_passed_on(clips):
         model.part({"type": "audio", "url": "a.wav"})
 
 
-def test_unknown_settings_are_named():
-    with pytest.raises(ValueError, match="--model_args has no frames; it may have .*block_count.*frame_tokens"):
-        VideoNSA("gone", frames=8)
-
-
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -141,13 +137,22 @@ def test_what_is_no_repository_is_said_in_one_line(make, message, tmp_path):
     assert "\n" not in str(raised.value)
 
 
-def test_every_field_of_the_configuration_is_taken(clips):
+def test_every_documented_setting_is_taken(clips):
     changes = {"block_spread": False, "block_per_head": True, "block_remainder": True, "block_causal": True}
     changes |= {"truncate_seconds": True, "nsa_variant": "merged", "nsa_backend": "torch", "gate_temperature": 0.3}
     fields = {name: changes.get(name, getattr(VideoNSATextConfig(), name)) for name in NSA_FIELDS}
-    model = VideoNSA(clips.model, device="cpu", max_frames=9, **fields)
+    settings, call = {"max_frames": 8, "prefer": "frames", "on_error": "keep"}, {"timeout": 3, "max_duration": 60}
+    model = VideoNSA(clips.model, device="cpu", attn_implementation="eager", **settings, **call, **fields)
     assert {name: getattr(model.model.config, name) for name in NSA_FIELDS} == fields
-    assert model.video_settings == {"max_frames": 9}
+    assert model.model.config.text_config._attn_implementation == "eager"
+    assert (model.video_settings, model.call_settings) == (settings, call)
+    assert model.generate_until(requests_for(model, clips.documents[:1], {"max_new_tokens": 1}))
+    section = (ROOT / "docs/videos.md").read_text().split("\n## Settings\n")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| (`.+?) \|", section, re.MULTILINE)
+    documented = {name for row in rows for name in re.findall(r"`(\w+)`", row)} - {"start", "end"}
+    assert "max_source_pixels" in documented and documented <= {*VIDEO_SETTINGS, *CALL_SETTINGS}
+    with pytest.raises(ValueError, match="it may have .*block_count.*frame_tokens.*max_source_pixels"):
+        VideoNSA("gone", frames=8)
 
 
 def test_the_entry_point_names_the_manifest():
@@ -159,17 +164,47 @@ def test_the_entry_point_names_the_manifest():
     assert module.rpartition(".")[0] in setup["options"]["packages"].split()
 
 
+@pytest.mark.parametrize(
+    ("kept", "expected"),
+    [
+        (True, 1.0),  # LVBench
+        ({"score": 0.0, "reason_type": "count"}, 0.0),  # Tomato, Video-MME
+        ({"question_type": "object_counting", "MRA:.5:.95:.05": 0.3}, 0.3),  # VSI-Bench
+        ({"pred_answer": "b", "answer": "B"}, 1.0),  # MLVU, TimeScope, LongTimeScope
+        ({"parsed_pred": "A", "answer": "B"}, 0.0),  # LongVideoBench
+    ],
+)
+def test_scores_of_questions_are_found_where_the_tasks_keep_them(kept, expected):
+    assert compare_dense.score(kept, "task", "metric") == expected
+
+
+def test_a_task_that_keeps_no_scores_is_named():
+    with pytest.raises(ValueError, match='task captions keeps no score of each question for bleu, but {"text": "a"}'):
+        compare_dense.score({"text": "a"}, "captions", "bleu")
+
+
 @pytest.mark.needs("lmms_eval")
-def test_lmms_eval_runs_a_local_task(clips, tmp_path):
+def test_lmms_eval_compares_sparse_with_dense_on_a_local_task(clips, tmp_path, monkeypatch, capsys):
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks/needles.yaml").write_text(TASK.format(data=clips.folder / "documents.json"))
     (tmp_path / "tasks/utils.py").write_text(UTILS)
-    command = [sys.executable, "-m", "lmms_eval", "--model", "videonsa", "--tasks", "needles", "--batch_size", "4"]
-    command += ["--model_args", f"pretrained={clips.model},fps=4,max_frames=8", "--include_path", tmp_path / "tasks"]
-    command += ["--output_path", tmp_path / "results", "--log_samples"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, env=env, cwd=tmp_path, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    (results,) = (tmp_path / "results").rglob("*_results.json")
-    scores = json.loads(results.read_text())["results"]["needles"]
-    assert scores["right,none"] >= 0.75
+    options = ["--batch_size", "4", "--model_args", "fps=4,max_frames=8", "--include_path", str(tmp_path / "tasks")]
+    output = tmp_path / "results"
+    monkeypatch.setattr(sys, "argv", ["compare_dense.py", clips.model, "needles", str(output), *options])
+    for name, value in {"OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    compare_dense.main()
+    result = json.loads((output / "comparison.json").read_text())
+    row, questions = result["tasks"]["needles"], len(clips.documents)
+    assert result["variants"] == {"dense": "dense", "sparse": "paper"} and row["questions"] == questions
+    for run in ("dense", "sparse"):
+        assert row[run]["score"] == pytest.approx(row[run]["results"]["right,none"])
+        throughput = row[run]["throughput"]
+        assert throughput["total_gen_tokens"] >= questions
+        assert throughput["avg_latency"] == pytest.approx(throughput["total_elapsed_time"] / questions)
+    difference = row["difference"]
+    assert difference["mean_diff"] == pytest.approx(row["sparse"]["score"] - row["dense"]["score"])
+    assert difference["n"] == questions and difference["ci_lower"] <= difference["mean_diff"] <= difference["ci_upper"]
+    assert row["sparse"]["score"] >= 0.75 and 0 < row["agreement"] <= 1
+    printed = capsys.readouterr().out
+    assert "nsa_variant=dense --tasks needles" in printed and f"needles, right, {questions} questions" in printed

@@ -1,5 +1,6 @@
 """make_needle_videos.py: what the questions say is what the clips show, and no split knows another."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -85,6 +86,17 @@ def test_questions_follow_from_the_needles(samples):
             else:
                 assert answer == needle[kind]
     assert set(seen) == set(QUESTIONS)
+
+
+def test_a_needle_is_at_the_depth_that_is_asked_for():
+    for depth, seed in itertools.product((0.0, 0.3, 1.0), range(4)):
+        (needle,) = needles_module.place_needles(np.random.default_rng(seed), 40, Settings(depth=depth))
+        ((first, last),) = needle.flashes
+        assert 0 <= first == round(depth * (40 - (last - first))) and last <= 40
+    with pytest.raises(ValueError, match="--depth must be from 0 to 1, got 2"):
+        Settings(depth=2)
+    with pytest.raises(ValueError, match="--depth must be left out where clips have several needles or repeats"):
+        Settings(depth=0.5, needles=(1, 2))
 
 
 def test_flashes_do_not_overlap_and_every_third_is_as_likely():

@@ -18,6 +18,7 @@ EXTRAS = {
     "datasets": "train",
     "fastapi": "serve",
     "gradio": "app",
+    "lmms_eval": "eval",
     "matplotlib": "analyze",
     "openai": "serve",
     "peft": "train",

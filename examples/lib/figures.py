@@ -275,6 +275,22 @@ def sinks(result):
     return figure
 
 
+def needles(result):
+    cells = result["cells"]
+    frames, depths = (sorted({cell[name] for cell in cells}) for name in ("frames", "depth"))
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4))
+    for axis, part, kinds in zip(axes, ("what", "when"), ("colour, shape and where", "when"), strict=True):
+        table = np.full((len(depths), len(frames)), np.nan)
+        for cell in cells:
+            if cell[part]["questions"]:
+                table[depths.index(cell["depth"]), frames.index(cell["frames"])] = 100 * cell[part]["accuracy"]
+        labels = [f"{depth:.0%}" for depth in depths], [f"{n:,}" for n in frames]
+        heat_map(axis, table, *labels, "{:.0f}", cmap="viridis", vmin=0, vmax=100)
+        questions = sum(cell[part]["questions"] for cell in cells)
+        axis.set(title=f"Accuracy (%): {kinds}, {questions} questions", xlabel="frames", ylabel="depth of the needle")
+    return figure
+
+
 def setting_name(row) -> str:
     return f"w {row['window_size']}" if "window_size" in row else f"{row['block_count']} × {row['block_size']}"
 
@@ -286,6 +302,7 @@ DRAWN = {
     "gates": gates,
     "latency": latency,
     "sinks": sinks,
+    "needles": needles,
 }
 
 

@@ -47,6 +47,7 @@ class Settings:
     size: int = 112
     needles: tuple[int, ...] = (1,)
     repeats: float = 0.0
+    depth: float | None = None
     needle_seconds: tuple[float, float] = (0.5, 1.0)
     needle_size: tuple[float, float] = (0.36, 0.5)
     distractors: tuple[int, int] = (1, 3)
@@ -65,6 +66,9 @@ class Settings:
         require(all(1 <= n <= len(SHAPES) for n in self.needles), "needles", f"1 to {len(SHAPES)}")
         require(0 <= self.repeats <= 1, "repeats", "from 0 to 1")
         require(0 <= self.stills <= 1, "stills", "from 0 to 1")
+        require(self.depth is None or 0 <= self.depth <= 1, "depth", "from 0 to 1")
+        several = max(self.needles) > 1 or self.repeats > 0
+        require(self.depth is None or not several, "depth", "left out where clips have several needles or repeats")
         require(0 < self.needle_seconds[0] <= self.needle_seconds[1], "needle_seconds", "positive and ascending")
         require(0 < self.needle_size[0] <= self.needle_size[1] <= 0.5, "needle_size", "ascending, at most 0.5")
         require(0 <= self.distractors[0] <= self.distractors[1], "distractors", "ascending")
@@ -125,8 +129,8 @@ def make_sample(path: Path, settings: Settings, seed: tuple[int, int, int]) -> d
 def place_needles(rng, frames: int, settings: Settings) -> list[Needle]:
     """Needles of different colours and shapes, in the order of their first flash; no two flashes overlap.
 
-    Each flash lies within one third of the clip where it can, each third being as likely. A clip that is too short
-    for all needles gets fewer.
+    Each flash lies at `settings.depth`, or else within one third of the clip where it can, each third being as likely.
+    A clip that is too short for all needles gets fewer.
     """
     wanted = int(rng.choice(settings.needles))
     colours = rng.permutation(list(COLOURS))[:wanted].tolist()
@@ -140,10 +144,13 @@ def place_needles(rng, frames: int, settings: Settings) -> list[Needle]:
         for _ in range(repeats):
             for _ in range(50):  # until it fits
                 length = max(1, round(float(rng.uniform(*settings.needle_seconds)) * settings.fps))
+                length = min(length, frames)
                 low, high = thirds(frames)[rng.integers(3)]
                 if high - low < length:
-                    low, high, length = 0, frames, min(length, frames)
+                    low, high = 0, frames
                 first = int(rng.integers(low, high - length + 1))
+                if settings.depth is not None:
+                    first = round(settings.depth * (frames - length))
                 if all(first >= last + gap or first + length + gap <= start for start, last in taken):
                     needle.flashes.append((first, first + length))
                     taken.append(needle.flashes[-1])

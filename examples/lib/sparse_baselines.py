@@ -9,6 +9,7 @@ scale with `block_size`, since the papers' 64 to 128 tokens are a whole clip of 
     MInference   arXiv 2407.02490, vertical-slash: columns and diagonals, by the attention of the last queries
     FlexPrefill  arXiv 2502.20766: by head, blocks of pooled queries and keys or vertical-slash, to a cumulative mass
     XAttention   arXiv 2503.16428: blocks by sums over antidiagonals, to a cumulative mass
+    VecAttention arXiv 2603.29494: single keys for each group of queries, by their logits with the group's mean
     FastV        arXiv 2403.06764: after layer 2, vision tokens that the last token attends to least are dropped
 
 A method has one parameter, `level` in 0 ... 1, that its share of computed pairs rises with.
@@ -35,6 +36,16 @@ def most(scores: torch.Tensor, count: int) -> torch.Tensor:
     """bool like scores [..., n]: the `count` largest of each row."""
     count = min(count, scores.shape[-1])
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, scores.topk(count).indices, True)
+
+
+def by_block(x: torch.Tensor, size: int) -> torch.Tensor:
+    """[..., n] -> [..., blocks]: sums over blocks of the last dimension, the last of which may be shorter."""
+    return torch.nn.functional.pad(x, (0, -x.shape[-1] % size)).unflatten(-1, (-1, size)).sum(-1)
+
+
+def pooled(x: torch.Tensor, size: int) -> torch.Tensor:
+    """[heads, n, dim] -> [heads, blocks, dim]: means over blocks of tokens."""
+    return (by_block(x.mT, size) / by_block(x.new_ones(x.shape[1]), size)).mT
 
 
 def until_mass(p: torch.Tensor, mass: float) -> torch.Tensor:
@@ -108,28 +119,21 @@ class FlexPrefill(Method):
         n, size = q.shape[1], self.size
         p = last_attention(q, k, scale, min(n, size))
         blocks = math.ceil(n / size)
-        true = self.by_block(p.sum(1), blocks) / p.shape[1]
-        pooled_q, pooled_k = (self.by_block(x.mT, blocks).mT / self.counts(n, blocks)[:, None] for x in (q, k))
-        pooled = pooled_q @ pooled_k.mT * scale
-        pooled = pooled.masked_fill(~causal(blocks), -torch.inf).softmax(-1)
+        true = by_block(p.sum(1), size) / p.shape[1]
+        pooled_k = pooled(k, size)
+        scores = pooled(q, size) @ pooled_k.mT * scale
+        scores = scores.masked_fill(~causal(blocks), -torch.inf).softmax(-1)
         estimate = (q[:, -size:].mean(1, keepdim=True) @ pooled_k.mT * scale).softmax(-1)[:, 0]
         middle = (true + estimate) / 2
         divergence = [(x * (x.clamp_min(1e-12) / middle.clamp_min(1e-12)).log()).sum(-1) for x in (true, estimate)]
         query_aware = (sum(divergence) / 2).clamp_min(0).sqrt() < 0.1
-        total = pooled / blocks  # rows of the map are averages; one mass for the whole of it
+        total = scores / blocks  # rows of the map are averages; one mass for the whole of it
         chosen = until_mass(total.flatten(1), self.level).view_as(total)
         i = torch.arange(blocks)
         chosen |= (i == 0) | (i[:, None] == i)
         vertical, slash = (until_mass(x, self.level) for x in lines(p))
         vertical[:, :size] = slash[:, :size] = True
         return torch.where(query_aware[:, None, None], expand(chosen, n, size), draw(vertical, slash)) & causal(n)
-
-    def by_block(self, x, blocks):
-        """Sums over blocks of the last dimension."""
-        return torch.nn.functional.pad(x, (0, blocks * self.size - x.shape[-1])).unflatten(-1, (blocks, -1)).sum(-1)
-
-    def counts(self, n, blocks):
-        return self.by_block(torch.ones(n), blocks)
 
 
 class XAttention(Method):
@@ -150,6 +154,21 @@ class XAttention(Method):
         i = torch.arange(blocks)
         chosen = until_mass(p, self.level) | (i == 0) | (i[:, None] == i)
         return expand(chosen, n, self.size) & causal(n)
+
+
+class VecAttention(Method):
+    """Neighbouring queries share single keys: those whose logit with the mean of the queries is at most a gap below the
+    largest of the row; the first block and their own are always among them. All heads have one gap, as the paper's
+    vision-language models do. The largest is exact here; the paper's kernel finds it tile by tile."""
+
+    def __call__(self, layer, q, k, scale):
+        n, size = q.shape[1], self.size
+        scores = pooled(q, size) @ k.mT * scale  # [heads, groups of queries, n]
+        own, key = torch.arange(scores.shape[1])[:, None] * size, torch.arange(n)
+        scores = scores.masked_fill(key >= own + size, -torch.inf)
+        gap = self.level / max(1 - self.level, 1e-6)  # from 0, the largest alone, to all keys
+        chosen = (scores >= scores.amax(-1, keepdim=True) - gap) | (key < size) | (key >= own)
+        return chosen.repeat_interleave(size, 1)[:, :n] & causal(n)
 
 
 class FastV(Method):
@@ -177,6 +196,7 @@ METHODS = {
     "MInference": MInference,
     "FlexPrefill": FlexPrefill,
     "XAttention": XAttention,
+    "VecAttention": VecAttention,
     "FastV": FastV,
 }
 

@@ -78,6 +78,21 @@ def sinks(result) -> list[str]:
     ]
 
 
+def needles(result) -> list[str]:
+    rows = {}
+    for cell in result["cells"]:
+        rows.setdefault(cell["frames"], []).append(cell)
+    depths = [f"{cell['depth']:.0%}" for cell in next(iter(rows.values()))]
+    lines = [f"accuracy with the needle at {', '.join(depths)} of the clip"]
+    for frames, row in rows.items():
+        parts = {
+            part: " ".join(percent(cell[part]["accuracy"]) if cell[part]["questions"] else "-" for cell in row)
+            for part in ("what", "when")
+        }
+        lines.append(f"{frames:>5,} frames: {listed(parts)}")
+    return lines
+
+
 def looked_at(result) -> list[str]:
     scores, seconds = result["frames"], result["seconds"]
 
@@ -100,6 +115,7 @@ SUMMARIES = {
     "gates": gates,
     "latency": latency,
     "sinks": sinks,
+    "needles": needles,
     "looked-at": looked_at,
 }
 
