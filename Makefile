@@ -16,11 +16,12 @@ TINY := build/tiny
 PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 test test-oldest test-newest test-extras: export OMP_NUM_THREADS := 1
 
-.PHONY: help demo tiny test test-oldest test-newest test-extras lint constraints clean
+.PHONY: help demo tiny distilled test test-oldest test-newest test-extras lint constraints clean
 
 help:
 	@echo "make demo         the tiny trained model answers questions about an unseen clip"
 	@echo "make tiny         train the tiny VideoNSA and its dense twin on 2 cores, and measure both"
+	@echo "make distilled    give two dense twins gates that learn from their own attention, and measure them"
 	@echo "make test         all tests, on the newest tested versions (constraints/tested.txt)"
 	@echo "make test-oldest  all tests, on the oldest supported ones (constraints/oldest.txt)"
 	@echo "make test-newest  all tests, on the newest versions that there are, tested or not"
@@ -33,6 +34,8 @@ demo: $(VENV)/demo.stamp
 	@$(VENV)/bin/python examples/demo.py
 
 tiny: $(TINY)/paper-4.json $(TINY)/dense-4.json
+
+distilled: $(TINY)/distilled-dense-4.json $(TINY)/distilled-dense-several.json
 
 test: $(VENV)/test.stamp
 	$(VENV)/bin/python -m pytest $(PARALLEL)
@@ -133,6 +136,13 @@ $(TINY)/data-4c: | $(VENV)/train.stamp
 $(TINY)/data-several: | $(VENV)/train.stamp
 	$(MAKE_CLIPS) --seed 61 --train 6000 --validation 128 --seconds 2 4 4 8 --needles 2 3
 
+# For gates that learn from a dense twin, which needs no answers (docs/distill.md), and for what it then answers.
+$(TINY)/data-distill: | $(VENV)/train.stamp
+	$(MAKE_CLIPS) --seed 71 --train 4000 --validation 64 --seconds 4 8 16 32 --needles 1 2 3
+
+$(TINY)/data-several-long: | $(VENV)/train.stamp
+	$(MAKE_CLIPS) --seed 8 --test 120 --seconds 8 16 32 --needles 2 3
+
 $(TINY)/data-test: | $(VENV)/train.stamp
 	$(MAKE_CLIPS) --seed 4 --test 500 --seconds 4 8 16 32 64
 
@@ -160,6 +170,15 @@ $(TINY)/%-4/README.md: | $(TINY)/%/README.md $(TINY)/data-4a $(TINY)/data-4b $(T
 
 $(TINY)/dense-several/README.md: | $(TINY)/dense-4/README.md $(TINY)/data-several $(TINY)/data-3
 	$(call stage,several,$(TINY)/dense-4,$(TINY)/data-several/train.jsonl $(TINY)/data-3/train.jsonl%25)
+
+# New gates for a dense twin.
+$(TINY)/distilled-%/README.md: | $(TINY)/%/README.md $(TINY)/data-distill
+	$(call stage,distill,$(TINY)/$*,$(TINY)/data-distill/train.jsonl)
+
+$(TINY)/distilled-%.json: | $(TINY)/distilled-%/README.md $(TINY)/data-test $(TINY)/data-several-long
+	$(PY) examples/measure_gates.py $(TINY)/distilled-$* \
+	    $(TINY)/$(if $(findstring several,$*),data-several-long,data-test)/test.jsonl $@ \
+	    --answers paper merged --batch_size 8 --max_new_tokens 12 --workers 1
 
 $(TINY)/%.json: | $(TINY)/%/README.md $(TINY)/data-test
 	$(PY) examples/evaluate.py $(TINY)/$* $(TINY)/data-test/test.jsonl $@ --batch_size 8 --max_new_tokens 12 --workers 1

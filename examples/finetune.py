@@ -4,10 +4,12 @@
     python examples/finetune.py --model VideoNSA-7B --train_data a.json b.jsonl%50 --output_dir tuned --method lora
     accelerate launch --config_file examples/accelerate/fsdp2.yaml examples/finetune.py \\
         --config examples/recipes/paper.yaml --model VideoNSA-7B --train_data llava-video.json --output_dir tuned
+    python examples/finetune.py --model VideoNSA-7B --train_data clips/ --output_dir distilled --method gates --distill
 
 `--config` names a YAML or JSON file of options; the command line overrides it. All options of transformers'
 `TrainingArguments` are options here, too. `--model` must be a VideoNSA repository (make one with `convert.py`), whose
-code files run and are saved with the result. `lib/data.py` says what data may look like.
+code files run and are saved with the result. `lib/data.py` says what data may look like. `--distill` needs no answers:
+the model's own dense attention teaches the sparse one (docs/distill.md).
 
 OUTPUT_DIR becomes a repository that loads with `trust_remote_code=True`; with LoRA it holds the merged model, and
 `adapter/` the adapter. Beside it stand the checkpoints, the TensorBoard logs (`runs/`), and what was not used of the
@@ -56,6 +58,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from lib.card import write_adapter_card, write_card
 from lib.conversion import copy_code
 from lib.data import Collator, ConversationDataset, Drop, Sample, load_samples
+from lib.distill import DistillTrainer
 from lib.dry_run import STEPS, choose_items, dry_run, set_dry_run
 from lib.fields import MEANINGS, FieldArguments, given_fields
 from lib.folders import check_source, share
@@ -72,6 +75,7 @@ LORA_TARGETS = {
     "language": r".*language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)",
     "vision": r".*visual\.blocks\.\d+\.(attn\.(qkv|proj)|mlp\.(gate|up|down)_proj)",
 }
+DISTILL_TARGETS = r".*language_model\.layers\.\d+\.self_attn\.[qkv]_proj"
 
 USAGE = "usage: finetune.py --model MODEL --train_data DATA [DATA ...] --output_dir FOLDER [options]"
 # Options in the order of --help. What is not here is of transformers' Trainer and comes last.
@@ -83,7 +87,7 @@ TOPICS = {
         *("fps", "max_pixels", "max_frames", "clip_frames", "max_dropped", "check_threads"),
     ),
     "method: which weights are trained, and how": (
-        *("method", "train_language", "train_merger", "train_vision"),
+        *("method", "distill", "start_samples", "train_language", "train_merger", "train_vision"),
         *("lora_rank", "lora_alpha", "lora_dropout", "load_in_4bit", "dtype"),
     ),
     "attention: fields of the configuration": (*MEANINGS, "attn_implementation"),
@@ -105,6 +109,16 @@ class ModelArguments(FieldArguments):
         default="full",
         help="full: all weights of the trained parts; lora: low-rank adapters for them; gates: the gates alone. "
         "Every method trains and saves the gates",
+    )
+    distill: bool = HfArg(
+        default=False,
+        help="learn from the model's own dense attention, without answers, with --method gates, or lora for adapters "
+        "of q, k and v, too: see docs/distill.md",
+    )
+    start_samples: int = HfArg(
+        default=8,
+        help="samples for which --distill computes the best constant gates, which new gates start as; 0 goes on with "
+        "the model's gates",
     )
     train_language: bool = HfArg(default=True, help="train the language model (full, lora)")
     train_merger: bool = HfArg(default=True, help="train the merger, which maps vision to language (full, lora)")
@@ -229,7 +243,7 @@ class FinetuneArguments(TrainingArguments):
 
 def trained_parts(arguments: ModelArguments) -> set[str]:
     """Those of PARTS that are trained."""
-    chosen = () if arguments.method == "gates" else PARTS[:-1]
+    chosen = () if arguments.method == "gates" else ("language",) if arguments.distill else PARTS[:-1]
     return {"gates", *(part for part in chosen if getattr(arguments, f"train_{part}"))}
 
 
@@ -243,11 +257,30 @@ def load_config(arguments: ModelArguments):
         raise ValueError(f"--model {arguments.model} holds quantized weights; name the model that it was made of")
     for name, value in given_fields(arguments).items():
         setattr(config, name, value)
+    if arguments.distill:
+        check_distillation(arguments, config)
     if config.nsa_variant in ("merged", "dense") and trained_parts(arguments) == {"gates"}:
         raise ValueError(
             f"nothing would be trained: gates alone (--method gates) have no use in --nsa_variant {config.nsa_variant}"
         )
     return config
+
+
+def check_distillation(arguments: ModelArguments, config) -> None:
+    """Raise a ValueError if --distill does not go with the other arguments."""
+    if arguments.method == "full":
+        raise ValueError(
+            "--distill needs --method gates or lora, got full: whole weights that are trained would not keep the dense "
+            "attention that they learn from"
+        )
+    if config.nsa_variant != "paper":
+        raise ValueError(f"--distill needs --nsa_variant paper, whose gates it trains, got {config.nsa_variant}")
+    if arguments.train_vision:
+        raise ValueError("--distill trains attention of the language model: leave out --train_vision")
+    if arguments.load_in_4bit:
+        raise ValueError("--distill needs the dense attention of weights with all their bits: leave out --load_in_4bit")
+    if arguments.start_samples < 0:
+        raise ValueError(f"--start_samples must be 0 or more, got {arguments.start_samples}")
 
 
 def load_model(arguments: ModelArguments, config, bf16: bool):
@@ -285,7 +318,8 @@ def add_adapters(model, arguments: ModelArguments, trained: set[str]):
     """A PeftModel: adapters for the language model and the vision tower, whole weights for gates and merger."""
     from peft import LoraConfig, get_peft_model
 
-    targets = [pattern for part, pattern in LORA_TARGETS.items() if part in trained]
+    patterns = {"language": DISTILL_TARGETS} if arguments.distill else LORA_TARGETS
+    targets = [pattern for part, pattern in patterns.items() if part in trained]
     if not targets:
         raise ValueError("--method lora needs --train_language or --train_vision; for the gates alone: --method gates")
     config = LoraConfig(
@@ -312,7 +346,9 @@ def load_processor(model: str, arguments: DataArguments):
     return processor
 
 
-def load_data(arguments: DataArguments, processor, seed: int) -> dict[str, tuple[list[Sample], list[Drop]]]:
+def load_data(
+    arguments: DataArguments, processor, seed: int, distill: bool
+) -> dict[str, tuple[list[Sample], list[Drop]]]:
     """Checked samples and drops of "train" and "eval"."""
     files = {"train": arguments.train_data, "eval": arguments.eval_data or []}
     roots = arguments.media_root or []
@@ -335,6 +371,8 @@ def load_data(arguments: DataArguments, processor, seed: int) -> dict[str, tuple
             max_dropped=arguments.max_dropped,
             seed=seed,
             threads=arguments.check_threads,
+            require_answer=not distill,
+            require_media=distill,
         )
     return loaded
 
@@ -385,7 +423,7 @@ def report_data(loaded, output: Path | None) -> None:
 def run_options(model: ModelArguments, config, args: FinetuneArguments) -> dict:
     """The options that make another run, or that Trainer would take from the checkpoint without a word."""
     lora = ("lora_rank", "lora_alpha", "lora_dropout", "load_in_4bit") if model.method == "lora" else ()
-    names = ("method", "dtype", *lora)
+    names = ("method", "distill", "dtype", *lora)
     rates = [f"{part}learning_rate" for part in ("", "gate_", "merger_", "vision_")]
     return {
         **{name: getattr(model, name) for name in names},
@@ -393,6 +431,25 @@ def run_options(model: ModelArguments, config, args: FinetuneArguments) -> dict:
         **{name: getattr(config, name) for name in NSA_FIELDS if name != "nsa_backend"},
         **{name: getattr(args, name) for name in (*rates, "weight_decay", "optim")},
     }
+
+
+def describe(arguments: ModelArguments, trainer: VideoTrainer, amount: str) -> str:
+    """What a model card says of the training."""
+    if not arguments.distill:
+        method = f"{arguments.method}{', over 4 bits' if arguments.load_in_4bit else ''}"
+        return f"Fine-tuned from the above by `examples/finetune.py` ({method}): {amount}."
+    losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+    note = (
+        "Its gates learned from the dense attention of the above, layer by layer and without answers, by "
+        f"`examples/finetune.py --distill` ({arguments.method}): {amount}."
+    )
+    if arguments.method == "lora":
+        note += " Adapters of the queries, keys and values learned with them, and are merged into the weights."
+    else:
+        note += ' With `nsa_variant="dense"`, the model computes what the above does.'
+    if losses:
+        note += f" Relative squared error of the sparse attention at the end: {losses[-1]:.3f}."
+    return note
 
 
 def publish(trainer: VideoTrainer, arguments: ModelArguments, saved: torch.dtype, note: str) -> None:
@@ -491,11 +548,13 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: Finetun
     output = Path(args.output_dir)
     if output.is_dir() and output.resolve() == Path(model_args.model).resolve():
         raise ValueError(f"--output_dir must not be --model, which it would overwrite, got {output}")
+    if model_args.distill and args.sequence_parallel > 1:
+        raise ValueError(f"--distill needs --sequence_parallel 1, got {args.sequence_parallel}")
     resume = None if args.dry_run else on_main_process(args, find_resume, args)
     with naming(model_args.model):
         config = load_config(model_args)
         processor = load_processor(model_args.model, data_args)
-    samples, held_out = open_data(data_args, args, processor)
+    samples, held_out = open_data(data_args, args, processor, model_args.distill)
 
     with naming(model_args.model):
         model, saved = load_model(model_args, config, args.bf16)
@@ -515,13 +574,14 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: Finetun
             samples, packing=data_args.packing, max_length=data_args.max_length, seed=data_seed(args), batch=per_step
         )
         on_main_process(args, check_options, run_options(model_args, config, args), described, args, resume)
-    trainer = VideoTrainer(
+    always_vision = args.world_size > 1 and not model_args.distill  # its data always has some
+    trainer = (DistillTrainer if model_args.distill else VideoTrainer)(
         model=model,
         args=args,
         train_dataset=choose_items(train, per_step, args.seed) if args.dry_run else train,
         eval_dataset=evaluated,
         processing_class=processor,
-        data_collator=Collator(processor, packed=data_args.packing, always_vision=args.world_size > 1),
+        data_collator=Collator(processor, packed=data_args.packing, always_vision=always_vision),
     )
     # DeepSpeed and FSDP load strictly themselves.
     if resume and not trainer.is_deepspeed_enabled and not trainer.is_fsdp_enabled:
@@ -532,13 +592,12 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: Finetun
     trainer.tracking = Tracking(trainer, {"model": asdict(model_args), "data": asdict(data_args)}, resume)
     if not trainer.is_deepspeed_enabled and not trainer.is_fsdp_enabled:
         trainer.questions = choose_questions(held_out, args.eval_answers)
+    count = min(model_args.start_samples, len(train))
+    if model_args.distill and count and not resume:
+        trainer.start_gates([train[i * len(train) // count] for i in range(count)])
     result = train_to_the_end(trainer, resume)
 
-    note = (
-        f"Fine-tuned from the above by `examples/finetune.py` ({model_args.method}"
-        f"{', over 4 bits' if model_args.load_in_4bit else ''}): {len(samples):,} samples, "
-        f"{result.global_step:,} steps of {per_step}."
-    )
+    note = describe(model_args, trainer, f"{len(samples):,} samples, {result.global_step:,} steps of {per_step}")
     publish(trainer, model_args, saved, note)
     if args.process_index == 0:
         report_output(output, skipped)
@@ -574,9 +633,11 @@ def data_seed(args: TrainingArguments) -> int:
     return args.seed if args.data_seed is None else args.data_seed
 
 
-def open_data(data_args: DataArguments, args: FinetuneArguments, processor) -> tuple[list[Sample], list[Sample]]:
+def open_data(
+    data_args: DataArguments, args: FinetuneArguments, processor, distill: bool
+) -> tuple[list[Sample], list[Sample]]:
     """The samples to train on and those for evaluation; reports what is dropped."""
-    loaded = on_main_process(args, load_data, data_args, processor, data_seed(args))
+    loaded = on_main_process(args, load_data, data_args, processor, data_seed(args), distill)
     if args.process_index == 0:
         output = None if args.dry_run else Path(args.output_dir)
         if output:

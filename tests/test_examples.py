@@ -291,6 +291,7 @@ def test_convert_refuses_a_bad_source_and_leaves_nothing(stock, tmp_path, damage
         ("demo", ["--model", "{model}"]),
         ("evaluate", ["{model}", "data.json", "{folder}/out.json"]),
         ("finetune", ["--model", "{model}", "--train_data", "data.json", "--output_dir", "{folder}/out"]),
+        ("measure_gates", ["{model}", "data.json", "{folder}/out.json"]),
     ],
 )
 def test_a_model_that_is_no_folder_is_refused_without_a_download(script, options, tmp_path, monkeypatch):

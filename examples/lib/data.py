@@ -93,6 +93,7 @@ def load_samples(
     seed: int = 0,
     threads: int = 16,
     require_answer: bool = True,
+    require_media: bool = False,
 ) -> tuple[list[Sample], list[Drop]]:
     """Read records and check them: format, tags, media files, token counts.
 
@@ -108,17 +109,17 @@ def load_samples(
         frames: fewest and most sampled frames of each video.
         max_dropped: the largest share of the records that may be dropped. What `frames` excludes does not count.
         threads: that open media at the same time.
-        require_answer: drop conversations without an assistant turn.
+        require_answer: drop conversations without an assistant turn. Otherwise a folder of videos is data, too.
+        require_media: drop conversations without an image or video.
 
     Raises:
         FileNotFoundError, ValueError: a file is missing or is not a list of records; more than `max_dropped` are
             dropped, which is raised as soon as it is sure.
     """
-    jobs = list_jobs(specs, split, roots, seed)
+    jobs = list_jobs(specs, split, roots, seed, videos=not require_answer)
 
-    check = functools.partial(
-        check_job, processor=processor, max_length=max_length, frames=frames, require_answer=require_answer
-    )
+    required = {"require_answer": require_answer, "require_media": require_media}
+    check = functools.partial(check_job, processor=processor, max_length=max_length, frames=frames, **required)
     samples, drops, dropped = [], [], 0
     pool = ThreadPoolExecutor(threads)
     try:
@@ -132,14 +133,16 @@ def load_samples(
     return samples, drops
 
 
-def list_jobs(specs: Sequence[str], split: str, roots: Sequence[str], seed: int) -> list[tuple[str, Entry, Path]]:
+def list_jobs(
+    specs: Sequence[str], split: str, roots: Sequence[str], seed: int, videos: bool = False
+) -> list[tuple[str, Entry, Path]]:
     """What is to be checked: names of entries, entries, and the folders that their paths are relative to."""
     if len(roots) not in (0, 1, len(specs)):
         raise ValueError(f"{len(roots)} media roots for {len(specs)} data files; give one for all or one for each")
     jobs = []
     for i, spec in enumerate(specs):
         name, percent = parse_spec(spec)
-        for file in find_files(name, split):
+        for file in find_files(name, split, videos):
             entries = list(enumerate(read_entries(file)))
             if percent < 100:
                 count = round(len(entries) * percent / 100)
@@ -150,7 +153,7 @@ def list_jobs(specs: Sequence[str], split: str, roots: Sequence[str], seed: int)
     return jobs
 
 
-def check_job(job, processor, max_length: int | None, frames, require_answer: bool) -> Sample | Drop:
+def check_job(job, processor, max_length: int | None, frames, **required: bool) -> Sample | Drop:
     """The sample of an item of `list_jobs`, or why there is none."""
     name, entry, root = job
     try:
@@ -158,7 +161,7 @@ def check_job(job, processor, max_length: int | None, frames, require_answer: bo
             raise entry.record
         if isinstance(entry.record, dict) and "id" in entry.record:
             name = printable(f"{name} {entry.record['id']}")
-        sample = check_record(name, entry, root.resolve(), processor, frames, require_answer)
+        sample = check_record(name, entry, root.resolve(), processor, frames, **required)
         if max_length and sample.tokens > max_length:
             raise BadSample(f"too long: {sample.tokens:,} tokens, of at most {max_length:,}")
         return sample
@@ -200,7 +203,9 @@ def printable(text: str) -> str:
     return text.encode(errors="backslashreplace").decode()
 
 
-def check_record(name, entry: Entry, root: Path, processor, frames=None, require_answer=True) -> Sample:
+def check_record(
+    name, entry: Entry, root: Path, processor, frames=None, require_answer=True, require_media=False
+) -> Sample:
     """The sample of a record, or BadSample."""
     messages = to_messages(entry.record, root, entry.beside)
     texts = [part["text"] for message in messages for part in message["content"] if part["type"] == "text"]
@@ -210,6 +215,8 @@ def check_record(name, entry: Entry, root: Path, processor, frames=None, require
     answers = sum(message["role"] == "assistant" for message in messages)
     if require_answer and not answers:
         raise BadSample("no assistant turn")
+    if require_media and not media_parts(messages):
+        raise BadSample("no image or video")
     text = processor.apply_chat_template(messages, tokenize=False)
     ids = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
     found = len(answer_spans(ids, processor.tokenizer))

@@ -1,4 +1,4 @@
-"""Where records come from: JSON files, Parquet files, tars of webdataset, folders of these, and data sets of the Hub.
+"""Where records come from: files of JSON, Parquet and webdataset, folders of these or of videos, and the Hub.
 
 `read_entries` reads what a file holds. Videos and images inside of a Parquet file or a tar stay there: a record gets a
 `Media`, which reads one of them when it is decoded.
@@ -34,6 +34,8 @@ KINDS = {
     "image": ("bmp", "gif", "jpeg", "jpg", "png", "webp"),
 }
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(?::[\w.-]+)?")
+# What is asked about a video that has no record.
+ASKED = "What happens in this video?"
 
 
 class BadSample(ValueError):
@@ -118,7 +120,7 @@ class Window(io.RawIOBase):
 
 @dataclass(frozen=True)
 class DataFile:
-    """A file of records."""
+    """A file of records, or a folder of videos."""
 
     path: Path
     name: str  # in the ids of its samples: that of a download says nothing
@@ -142,12 +144,13 @@ def parse_spec(spec: str) -> tuple[str, float]:
     return match[1], percent
 
 
-def find_files(name: str, split: str) -> list[DataFile]:
+def find_files(name: str, split: str, videos: bool = False) -> list[DataFile]:
     """The files of a file, a folder, or a data set of the Hub: ID, or ID:CONFIGURATION if it has several.
 
     Args:
         split: which part of a folder or a data set, a key of WANTED. It is told from the names of files. A folder whose
             files name no split is taken whole.
+        videos: a folder of videos without records will do.
 
     Raises:
         FileNotFoundError, ValueError: there is no such thing, or it cannot be read.
@@ -159,12 +162,20 @@ def find_files(name: str, split: str) -> list[DataFile]:
         raise FileNotFoundError(f"data file {path} does not exist")
 
     lines = sorted(path.glob("*.jsonl"))
+    if videos and not lines and path.is_dir() and holds_videos_alone(path):
+        return [DataFile(path, path.name)]
     if not lines:
         return data_set_files(name, split)
     splits = {}
     for file in lines:
         splits.setdefault(split_of(file.name), []).append(DataFile(file, file.name))
     return choose_split(name, splits, split)
+
+
+def holds_videos_alone(folder: Path) -> bool:
+    """Whether a folder has videos, itself or in others below, and no records."""
+    suffixes = {path.suffix.lower() for path in folder.rglob("*")}
+    return not suffixes & {*SUFFIXES} and bool(suffixes & {f".{suffix}" for suffix in KINDS["video"]})
 
 
 def split_of(name: str) -> str:
@@ -210,6 +221,8 @@ def read_entries(file: DataFile) -> list[Entry]:
     Raises:
         ValueError: the file is damaged, or no list of records.
     """
+    if file.path.is_dir():
+        return read_clips(file.path)
     suffix = Path(file.name).suffix
     if suffix == ".tar":
         return read_tar(file.path)
@@ -218,6 +231,17 @@ def read_entries(file: DataFile) -> list[Entry]:
     records = read_lines(file.path) if suffix == ".jsonl" else read_json(file.path)
     flat = itertools.chain.from_iterable(record if isinstance(record, list) else [record] for record in records)
     return [Entry(record) for record in flat]
+
+
+def read_clips(folder: Path) -> list[Entry]:
+    """A question without an answer about each video in a folder and in others below."""
+
+    def asked(path: Path) -> dict:
+        content = [{"type": "video", "video": str(path.resolve())}, {"type": "text", "text": ASKED}]
+        return {"id": str(path.relative_to(folder)), "messages": [{"role": "user", "content": content}]}
+
+    videos = [path for path in sorted(folder.rglob("*")) if path.suffix[1:].lower() in KINDS["video"]]
+    return [Entry(asked(path)) for path in videos]
 
 
 def read_lines(path: Path) -> list:

@@ -172,12 +172,16 @@ class VideoTrainer(Trainer):
 
     def prediction_step(self, model, inputs, *args, **kwargs):
         inputs = self._prepare_inputs(inputs)
-        tokens = (inputs["labels"][:, 1:] != IGNORED).sum()
+        tokens = self.counted(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, inputs)
         loss = torch.where(tokens > 0, loss, 0.0)
         self.evaluated += torch.stack([loss.double() * tokens, tokens])
         return loss, None, None
+
+    def counted(self, inputs) -> torch.Tensor:
+        """The tokens of a batch that its loss is a mean over."""
+        return (inputs["labels"][:, 1:] != IGNORED).sum()
 
     def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
         """As in Trainer, but the loss is the mean over tokens, however they are split into batches."""
