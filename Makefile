@@ -16,12 +16,13 @@ TINY := build/tiny
 PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 test test-oldest test-newest test-extras: export OMP_NUM_THREADS := 1
 
-.PHONY: help demo tiny distilled test test-oldest test-newest test-extras lint constraints clean
+.PHONY: help demo tiny tiny-qwen3 distilled test test-oldest test-newest test-extras lint constraints clean
 
 help:
 	@echo "make demo         the tiny trained model answers questions about an unseen clip"
 	@echo "make tiny         train the tiny VideoNSA and its dense twin on 2 cores, and measure both"
 	@echo "make distilled    give two dense twins gates that learn from their own attention, and measure them"
+	@echo "make tiny-qwen3   train a tiny model on Qwen3-VL's architecture, for a quarter of an hour, and measure it"
 	@echo "make test         all tests, on the newest tested versions (constraints/tested.txt)"
 	@echo "make test-oldest  all tests, on the oldest supported ones (constraints/oldest.txt)"
 	@echo "make test-newest  all tests, on the newest versions that there are, tested or not"
@@ -36,6 +37,8 @@ demo: $(VENV)/demo.stamp
 tiny: $(TINY)/paper-4.json $(TINY)/dense-4.json
 
 distilled: $(TINY)/distilled-dense-4.json $(TINY)/distilled-dense-several.json
+
+tiny-qwen3: $(TINY)/qwen3.json
 
 test: $(VENV)/test.stamp
 	$(VENV)/bin/python -m pytest $(PARALLEL)
@@ -179,6 +182,25 @@ $(TINY)/distilled-%.json: | $(TINY)/distilled-%/README.md $(TINY)/data-test $(TI
 	$(PY) examples/measure_gates.py $(TINY)/distilled-$* \
 	    $(TINY)/$(if $(findstring several,$*),data-several-long,data-test)/test.jsonl $@ \
 	    --answers paper merged --batch_size 8 --max_new_tokens 12 --workers 1
+
+# On Qwen3-VL's architecture, colour and time alone.
+$(TINY)/qwen3-start: | $(VENV)/train.stamp
+	$(PY) examples/make_tiny.py $@ --backbone qwen3_vl
+
+$(TINY)/qwen3-data-1: | $(VENV)/train.stamp
+	$(MAKE_CLIPS) --seed 71 --train 6000 --validation 64 --seconds 0.5 --size 128 --questions colour
+
+$(TINY)/qwen3-data-2: | $(VENV)/train.stamp
+	$(MAKE_CLIPS) --seed 72 --train 4000 --validation 64 --test 200 --seconds 4 --size 128 --questions colour when
+
+$(TINY)/qwen3-1/README.md: | $(TINY)/qwen3-start $(TINY)/qwen3-data-1
+	$(call stage,1,$(TINY)/qwen3-start,$(TINY)/qwen3-data-1/train.jsonl,--max_steps 250)
+
+$(TINY)/qwen3/README.md: | $(TINY)/qwen3-1/README.md $(TINY)/qwen3-data-2
+	$(call stage,qwen3,$(TINY)/qwen3-1,$(TINY)/qwen3-data-2/train.jsonl)
+
+$(TINY)/qwen3.json: | $(TINY)/qwen3/README.md $(TINY)/qwen3-data-2
+	$(PY) examples/evaluate.py $(TINY)/qwen3 $(TINY)/qwen3-data-2/test.jsonl $@ --batch_size 8 --max_new_tokens 4 --workers 1
 
 $(TINY)/%.json: | $(TINY)/%/README.md $(TINY)/data-test
 	$(PY) examples/evaluate.py $(TINY)/$* $(TINY)/data-test/test.jsonl $@ --batch_size 8 --max_new_tokens 12 --workers 1

@@ -1,9 +1,12 @@
 """Configuration of VideoNSA: Qwen2.5-VL's, plus what the sparse attention of vision tokens needs.
 
-The new fields belong to the text decoder (`VideoNSATextConfig`). `VideoNSAConfig` reads and writes them too, so that
-`AutoModel.from_pretrained(repo, nsa_variant="dense", trust_remote_code=True)` works. The model is in
-`modeling_videonsa.py`.
+The new fields belong to the text decoder (`SparseTextConfig`). The whole configuration (`SparseConfig`) reads and
+writes them too, so that `AutoModel.from_pretrained(repo, nsa_variant="dense", trust_remote_code=True)` works. The model
+is in `modeling_videonsa.py`; Qwen3-VL gets the same fields in `configuration_videonsa_qwen3.py`.
 """
+
+from dataclasses import dataclass
+from typing import ClassVar
 
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import (
     Qwen2_5_VLConfig,
@@ -15,9 +18,12 @@ NSA_VARIANTS = ("paper", "released", "merged", "dense")
 NSA_BACKENDS = ("auto", "triton", "torch")
 
 
-class VideoNSATextConfig(Qwen2_5_VLTextConfig):
+@dataclass(repr=False, kw_only=True)
+class SparseTextConfig:
     r"""
-    Configuration of the text decoder: that of Qwen2.5-VL and the fields of Native Sparse Attention (arXiv 2510.02295).
+    The fields of Native Sparse Attention (arXiv 2510.02295) in the configuration of a text decoder.
+
+    Comes before the class of transformers among the bases of a configuration.
 
     Args:
         block_size (`int`, defaults to 64): Vision tokens per block, a power of two of at least 16.
@@ -48,9 +54,8 @@ class VideoNSATextConfig(Qwen2_5_VLTextConfig):
             heads, or a layer has sliding-window attention (it drops keys that text queries must see).
     """
 
-    model_type = "videonsa_text"
     attribute_map = {"block_counts": "block_count"}
-    base_model_tp_plan = {**Qwen2_5_VLTextConfig.base_model_tp_plan, "layers.*.self_attn.g_proj_2": "colwise"}
+    variants: ClassVar[tuple[str, ...]] = NSA_VARIANTS
 
     block_size: int = 64
     block_count: int = 32
@@ -94,7 +99,7 @@ class VideoNSATextConfig(Qwen2_5_VLTextConfig):
 
     def validate_nsa(self):
         """Check the fields above; runs when a configuration is made or loaded, and when a model is made of it."""
-        for name, allowed in (("nsa_variant", NSA_VARIANTS), ("nsa_backend", NSA_BACKENDS)):
+        for name, allowed in (("nsa_variant", self.variants), ("nsa_backend", NSA_BACKENDS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")
         for name, least in (("block_size", 16), ("block_count", 3), ("window_size", 1)):
@@ -115,10 +120,16 @@ class VideoNSATextConfig(Qwen2_5_VLTextConfig):
             )
         if self.truncate_seconds not in (None, True, False):
             raise ValueError(f"truncate_seconds must be True, False or None, got {self.truncate_seconds!r}")
-        if "sliding_attention" in self.layer_types:
+        layer_types = getattr(self, "layer_types", None) or ()
+        if "sliding_attention" in layer_types:
             raise ValueError(
                 "layer_types must not contain 'sliding_attention' (use_sliding_window=False): VideoNSA's text queries "
-                f"see all earlier tokens; got {self.layer_types}"
+                f"see all earlier tokens; got {layer_types}"
+            )
+        if "released" not in self.variants and (self.truncate_seconds or self.block_causal):
+            raise ValueError(
+                "truncate_seconds and block_causal belong to nsa_variant='released', which this backbone does not "
+                f"have; got {self.truncate_seconds} and {self.block_causal}"
             )
 
     def cuts_seconds(self) -> bool:
@@ -182,6 +193,13 @@ class VideoNSATextConfig(Qwen2_5_VLTextConfig):
         return (2 if released else 1) * computed / pairs(n_tokens)
 
 
+class VideoNSATextConfig(SparseTextConfig, Qwen2_5_VLTextConfig):
+    r"""Configuration of the text decoder: that of Qwen2.5-VL and the fields of [`SparseTextConfig`]."""
+
+    model_type = "videonsa_text"
+    base_model_tp_plan = {**Qwen2_5_VLTextConfig.base_model_tp_plan, "layers.*.self_attn.g_proj_2": "colwise"}
+
+
 NSA_FIELDS = (
     "block_size",
     "block_count",
@@ -242,19 +260,16 @@ def _text_field(name):
     return property(lambda self: getattr(self.text_config, name), set_field, doc=f"`text_config.{name}`")
 
 
-class VideoNSAConfig(Qwen2_5_VLConfig):
-    r"""
-    Configuration of VideoNSA: that of Qwen2.5-VL with a [`VideoNSATextConfig`] as `text_config`.
+class SparseConfig:
+    """The fields of [`SparseTextConfig`] in the configuration of a whole model, whose `text_config` is one.
 
-    The fields of Native Sparse Attention may be given, read and set here as well as on `text_config`, which is where
-    they are saved. A stock Qwen2.5-VL configuration loads with their defaults.
+    They may be given, read and set here as well as on `text_config`, which is where they are saved. Comes before the
+    class of transformers among the bases of a configuration.
     """
 
-    model_type = "videonsa"
-    # Both names: transformers up to 5.17 reads the first, later ones the second.
-    sub_configs = {"vision_config": Qwen2_5_VLVisionConfig, "text_config": VideoNSATextConfig}
-    sub_configs_defaults = dict(sub_configs)
     attribute_map = {"block_counts": "block_count"}
+    # Files and classes that load a checkpoint, of the configuration and of the model.
+    auto_classes: ClassVar[tuple[str, str]]
 
     def __post_init__(self, **kwargs):
         _refuse_removed(kwargs)
@@ -263,13 +278,35 @@ class VideoNSAConfig(Qwen2_5_VLConfig):
         self.model_type = type(self).model_type
         for name, value in nsa.items():
             setattr(self, name, value)
-        self.auto_map = {
-            "AutoConfig": "configuration_videonsa.VideoNSAConfig",
-            "AutoModel": "modeling_videonsa.VideoNSAForConditionalGeneration",
-            "AutoModelForImageTextToText": "modeling_videonsa.VideoNSAForConditionalGeneration",
-            "AutoModelForMultimodalLM": "modeling_videonsa.VideoNSAForConditionalGeneration",
-            **(getattr(self, "auto_map", None) or {}),
-        }
+        config_class, model_class = self.auto_classes
+        models = dict.fromkeys(("AutoModel", "AutoModelForImageTextToText", "AutoModelForMultimodalLM"), model_class)
+        self.auto_map = {"AutoConfig": config_class, **models, **(getattr(self, "auto_map", None) or {})}
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        return _with_checkpoint_variant(super().from_dict, config_dict, kwargs)
+
+    def attention_budget(self, n_tokens: int, pooled_keys: bool = False) -> float:
+        """See [`SparseTextConfig.attention_budget`]."""
+        return self.text_config.attention_budget(n_tokens, pooled_keys)
+
+
+for _name in NSA_FIELDS:  # as properties, not as dataclass fields: they are saved once, in text_config
+    setattr(SparseConfig, _name, _text_field(_name))
+
+
+class VideoNSAConfig(SparseConfig, Qwen2_5_VLConfig):
+    r"""
+    Configuration of VideoNSA: that of Qwen2.5-VL with a [`VideoNSATextConfig`] as `text_config`.
+
+    A stock Qwen2.5-VL configuration loads with the defaults of the fields of Native Sparse Attention.
+    """
+
+    model_type = "videonsa"
+    # Both names: transformers up to 5.17 reads the first, later ones the second.
+    sub_configs = {"vision_config": Qwen2_5_VLVisionConfig, "text_config": VideoNSATextConfig}
+    sub_configs_defaults = dict(sub_configs)
+    auto_classes = ("configuration_videonsa.VideoNSAConfig", "modeling_videonsa.VideoNSAForConditionalGeneration")
 
     @classmethod
     def get_config_dict(cls, *args, **kwargs):
@@ -281,18 +318,6 @@ class VideoNSAConfig(Qwen2_5_VLConfig):
         if config_dict.get("model_type") == Qwen2_5_VLConfig.model_type:
             config_dict["model_type"] = cls.model_type  # meant to load; the warning about other types would mislead
         return config_dict, kwargs
-
-    @classmethod
-    def from_dict(cls, config_dict, **kwargs):
-        return _with_checkpoint_variant(super().from_dict, config_dict, kwargs)
-
-    def attention_budget(self, n_tokens: int, pooled_keys: bool = False) -> float:
-        """See [`VideoNSATextConfig.attention_budget`]."""
-        return self.text_config.attention_budget(n_tokens, pooled_keys)
-
-
-for _name in NSA_FIELDS:  # as properties, not as dataclass fields: they are saved once, in text_config
-    setattr(VideoNSAConfig, _name, _text_field(_name))
 
 
 __all__ = ["VideoNSAConfig", "VideoNSATextConfig"]

@@ -1,7 +1,7 @@
 """From videos to model inputs: which frames a prompt can afford, their pixels as patches, and the processor classes.
 
 `video_inputs.py` brings what users give to one form. `video_planner.py` decides how many frames to take, and
-`video_reader.py` reads them. Patches, placeholders and the chat template are those of Qwen2.5-VL.
+`video_reader.py` reads them. Patches, placeholders and the chat template are those of Qwen2.5-VL or of Qwen3-VL.
 """
 
 import contextlib
@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedConfig,
     Qwen2_5_VLProcessor,
     Qwen2VLVideoProcessor,
+    Qwen3VLProcessor,
 )
 from transformers.image_utils import SizeDict
 from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessorInitKwargs
@@ -58,8 +59,8 @@ PART_BYTES = 2**26
 logger = logging.get_logger(__name__)
 
 
-class VideoNSAProcessor(Qwen2_5_VLProcessor):
-    """`Qwen2_5_VLProcessor` for every form of video that `VideoNSAVideoProcessor` takes.
+class AnyVideo:
+    """Lets a stock processor take every form of video that `VideoNSAVideoProcessor` takes.
 
     In `apply_chat_template`, a video of a message may have settings of its own: `{"type": "video", "video": "a.mp4",
     "fps": 1, "start": 60, "end": 90}`; see `CLIP_KEYS`. With `return_metadata=True` there is also `timestamps`: a list
@@ -93,7 +94,8 @@ class VideoNSAProcessor(Qwen2_5_VLProcessor):
         # By itself AutoTokenizer reads the configuration as one of remote code. Where that must not run, or is not in
         # the folder (an adapter's), it warns of the model's type.
         config, _ = PreTrainedConfig.get_config_dict(source, **kwargs)
-        return {"config": PreTrainedConfig.from_dict(config)} if config.get("model_type") == "videonsa" else {}
+        is_ours = config.get("model_type", "").startswith("videonsa")
+        return {"config": PreTrainedConfig.from_dict(config)} if is_ours else {}
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         components = (self.image_processor, self.video_processor, self)
@@ -132,9 +134,34 @@ class VideoNSAProcessor(Qwen2_5_VLProcessor):
 
     def _process_videos(self, videos, **kwargs):
         features = self.video_processor(videos, **{**kwargs, "return_metadata": True})
+        return features, [self.replace_video_token(features, video_idx=i) for i in range(len(videos))]
+
+
+class VideoNSAProcessor(AnyVideo, Qwen2_5_VLProcessor):
+    """`Qwen2_5_VLProcessor` for `AnyVideo`: positions tell the model when frames are shown."""
+
+    def _process_videos(self, videos, **kwargs):
+        features, placeholders = super()._process_videos(videos, **kwargs)
         patch = self.video_processor.temporal_patch_size
         features["second_per_grid_ts"] = seconds_per_patch(features["video_metadata"], patch)
-        return features, [self.replace_video_token(features, video_idx=i) for i in range(len(videos))]
+        return features, placeholders
+
+
+class VideoNSAQwen3Processor(AnyVideo, Qwen3VLProcessor):
+    """`Qwen3VLProcessor` for `AnyVideo`: text before each temporal patch tells the model when it is shown."""
+
+    def __init__(self, image_processor=None, tokenizer=None, video_processor=None, chat_template=None, **kwargs):
+        super().__init__(image_processor, tokenizer, video_processor, chat_template=chat_template, **kwargs)
+        # The longest that `max_duration` allows by default, and the signs around the patch.
+        longest = f"<{VideoNSAVideoProcessor.max_duration:.1f} seconds>{self.vision_start_token}{self.vision_end_token}"
+        video_processor.stamp_tokens = len(tokenizer(longest, add_special_tokens=False)["input_ids"])
+
+    def replace_video_token(self, video_inputs, video_idx: int, **kwargs) -> str:
+        """The stock text, with the frames' own times: stock would divide their indices by the mean rate."""
+        metadata = video_inputs["video_metadata"][video_idx]
+        # Rounded, so that times such as 0.75 s become the same text however they were computed.
+        timed = replace(metadata, fps=1.0, frames_indices=[round(time, 6) for time in metadata.frame_times])
+        return super().replace_video_token({**video_inputs, "video_metadata": {video_idx: timed}}, video_idx)
 
 
 class VideoNSAVideoProcessorKwargs(Qwen2VLVideoProcessorInitKwargs, total=False):
@@ -208,6 +235,8 @@ class VideoSettings:
     patch_size: int
     temporal_patch_size: int
     merge_size: int
+    # Text tokens beside a temporal patch, an argument of `plan_video`.
+    stamp_tokens: int
 
     # What the call gives for the stock class: all but the settings that are carried out here.
     stock: dict[str, Any]
@@ -298,6 +327,7 @@ class VideoNSAVideoProcessor(Qwen2VLVideoProcessor):
     max_duration = 24 * 3600
     do_sample_frames = True
     cap_pixels_per_frame = False
+    stamp_tokens = 0
     valid_kwargs = VideoNSAVideoProcessorKwargs
 
     @classmethod
@@ -309,7 +339,8 @@ class VideoNSAVideoProcessor(Qwen2VLVideoProcessor):
         return {**super().to_dict(), "auto_map": {"AutoVideoProcessor": reference(self)}}
 
     def preprocess(self, videos, **kwargs) -> BatchFeature:
-        """Returns `pixel_values_videos` [patches, 1176] and `video_grid_thw` [videos, 3], the patches along t, h, w.
+        """Returns `pixel_values_videos` [patches, 3 · temporal_patch_size · patch_size²], and `video_grid_thw`
+        [videos, 3], the patches along t, h, w.
 
         With `return_metadata=True` also `video_metadata`, one `SampledVideoMetadata` per video.
 
@@ -606,7 +637,8 @@ def seconds_per_patch(metadata: list[SampledVideoMetadata], patch: int) -> list[
     return [[*row.tolist(), *[0.0] * (longest - len(row))] for row in rows]
 
 
-__all__ = ["VideoNSAProcessor", "VideoNSAVideoProcessor"]
+__all__ = ["VideoNSAProcessor", "VideoNSAQwen3Processor", "VideoNSAVideoProcessor"]
 
 VideoNSAProcessor.register_for_auto_class("AutoProcessor")
+VideoNSAQwen3Processor.register_for_auto_class("AutoProcessor")
 VideoNSAVideoProcessor.register_for_auto_class("AutoVideoProcessor")

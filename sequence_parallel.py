@@ -22,9 +22,8 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.functional import pad
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLAttention
 
-from .transformers_compat import CACHE, Substitute
+from .transformers_compat import CACHE
 from .vision_layout import Keys, TextChunk, VisionLayout
 
 IGNORED = -100  # a label without loss
@@ -126,7 +125,7 @@ def shard_tokens(model, past: int, kwargs: dict) -> None:
     """Cut the arguments of the text model's forward, in place, to the tokens of this rank.
 
     Args:
-        model: a `VideoNSATextModel` with a `sequence_mesh`.
+        model: a text model with a `sequence_mesh`.
         past: cached tokens.
         kwargs: have `vision_layout`, of the whole call, which becomes a `SequenceShards`.
     """
@@ -227,7 +226,7 @@ def forward_tower(tower: Callable, mesh: DeviceMesh, pixels: torch.Tensor, grid_
 class ShardedCall:
     """What `_attend_sharded` needs of one call of one layer, beyond what every attention function gets."""
 
-    attention: Qwen2_5_VLAttention
+    attention: nn.Module  # a `SparseAttention`
     gates: torch.Tensor | None  # [batch, heads, tokens of this rank, 3]
     shards: SequenceShards
     cache: object | None
@@ -235,7 +234,7 @@ class ShardedCall:
 
 
 def forward_sharded(attention, hidden_states: torch.Tensor, shards: SequenceShards, **kwargs):
-    """The forward of a `VideoNSAAttention` for the tokens of this rank, hidden_states [batch, tokens, hidden].
+    """The forward of a `SparseAttention` for the tokens of this rank, hidden_states [batch, tokens, hidden].
 
     The cache holds all tokens of this rank's heads.
     """
@@ -245,11 +244,8 @@ def forward_sharded(attention, hidden_states: torch.Tensor, shards: SequenceShar
     if sparse or (attention.has_gates and attention.training and torch.is_grad_enabled()):
         gates = attention.gates(hidden_states).transpose(1, 2)
     call = ShardedCall(attention, gates, shards, kwargs.pop(CACHE, None))
-    config = Substitute(attention.config, _attn_implementation=SHARDED_ATTENTION)
-    module = Substitute(attention, config=config)
-    outputs = Qwen2_5_VLAttention.forward(module, hidden_states, call=call, **{CACHE: None}, **kwargs)
-    if not call.done:
-        raise RuntimeError("Qwen2_5_VLAttention.forward did not call the attention function of its configuration")
+    outputs = attention.stock_forward(SHARDED_ATTENTION, hidden_states, call=call, **{CACHE: None}, **kwargs)
+    attention.check_called(call.done)
     return outputs
 
 

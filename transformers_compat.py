@@ -9,6 +9,7 @@ names, and `check_contract` refuses a transformers whose methods are not those t
 import functools
 import inspect
 from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import Cache, GenerationConfig
@@ -17,13 +18,6 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from transformers.core_model_loading import WeightRenaming
 from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
-    Qwen2_5_VLAttention,
-    Qwen2_5_VLDecoderLayer,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen2_5_VLModel,
-    Qwen2_5_VLTextModel,
-)
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
@@ -45,10 +39,23 @@ def _parameters(function) -> tuple[str, ...]:
 
 
 # What this transformers calls the cache. A name that is neither is found by `check_contract`.
-CACHE = next((name for name in CACHE_NAMES if name in _parameters(Qwen2_5_VLTextModel.forward)), CACHE_NAMES[0])
+CACHE = next((name for name in CACHE_NAMES if name in _parameters(create_masks_for_generate)), CACHE_NAMES[0])
 
 
-def check_contract() -> None:
+@dataclass(frozen=True)
+class Stock:
+    """The classes of a backbone in transformers, from which ours derive, and the arguments that it alone has."""
+
+    attention: type
+    layer: type
+    text_model: type
+    model: type
+    with_head: type
+    text_arguments: tuple[str, ...] = ()
+    media_arguments: tuple[str, ...] = ()
+
+
+def check_contract(stock: Stock) -> None:
     """Check that transformers' methods have the parameters that VideoNSA passes, reads or overrides.
 
     Warns once about a version newer than the tested ones that keeps the contract.
@@ -56,19 +63,19 @@ def check_contract() -> None:
     Raises:
         ImportError: a method or a parameter is missing; names the version, what is missing and the tested range.
     """
-    text = ("attention_mask", "position_ids", CACHE, "inputs_embeds", "use_cache")
-    grids = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts", "mm_token_type_ids")
+    text = ("attention_mask", "position_ids", CACHE, "inputs_embeds")
+    grids = ("image_grid_thw", "video_grid_thw", "mm_token_type_ids", *stock.media_arguments)
     pixels = ("pixel_values", "pixel_values_videos")
     needed = {
-        (Qwen2_5_VLAttention, "forward"): ("hidden_states", CACHE, "position_embeddings", "kwargs"),
-        (Qwen2_5_VLDecoderLayer, "forward"): ("hidden_states", CACHE, "position_embeddings", "kwargs"),
-        (Qwen2_5_VLTextModel, "forward"): (*text, "kwargs"),
-        (Qwen2_5_VLModel, "forward"): ("input_ids", *text, *pixels, *grids, "kwargs"),
-        (Qwen2_5_VLModel, "compute_3d_position_ids"): ("inputs_embeds", CACHE, "mm_token_type_ids"),
-        (Qwen2_5_VLModel, "get_rope_index"): ("input_ids", "attention_mask", *grids),
-        (Qwen2_5_VLForConditionalGeneration, "forward"): ("input_ids", *text, *pixels, *grids, "kwargs"),
-        (Qwen2_5_VLForConditionalGeneration, "_prepare_position_ids_for_generation"): ("inputs_tensor", "model_kwargs"),
-        (Qwen2_5_VLForConditionalGeneration, "generate"): ("inputs", "kwargs"),
+        (stock.attention, "forward"): ("hidden_states", CACHE, "position_embeddings", "attention_mask", "kwargs"),
+        (stock.layer, "forward"): ("hidden_states", CACHE, "position_embeddings", "kwargs"),
+        (stock.text_model, "forward"): (*text, "use_cache", *stock.text_arguments, "kwargs"),
+        (stock.model, "forward"): ("input_ids", *text, *pixels, *grids, "kwargs"),
+        (stock.model, "compute_3d_position_ids"): ("inputs_embeds", CACHE, "mm_token_type_ids"),
+        (stock.model, "get_rope_index"): ("input_ids", "attention_mask", *grids),
+        (stock.with_head, "forward"): ("input_ids", *text, *pixels, *grids, "kwargs"),
+        (stock.with_head, "_prepare_position_ids_for_generation"): ("inputs_tensor", "model_kwargs"),
+        (stock.with_head, "generate"): ("inputs", "kwargs"),
     }
     missing = [
         f"{owner.__name__}.{name}({parameter})"
@@ -134,7 +141,8 @@ def named_arguments(stock):
 
 def register_key_layouts(full: str, base: str) -> None:
     """Let the classes of these names, with and without a head, load the key layouts of stock Qwen2.5-VL, and save the
-    one of transformers 4 as stock does. transformers looks the renaming up by the name of a class."""
+    one of transformers 4 as stock does. transformers looks the renaming up by the name of a class. Qwen3-VL has one
+    layout."""
     # What ZeRO-3, and models that were not loaded, saved with earlier code.
     repeated = WeightRenaming(r"^model(\.model)+", "model")
     renaming = get_checkpoint_conversion_mapping("Qwen2_5_VLForConditionalGeneration")

@@ -15,7 +15,6 @@ from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import accumulate
 
 import numpy as np
 import torch
@@ -65,23 +64,30 @@ class Video:
 
     Attributes:
         source, settings: what `VideoNSAVideoProcessor` takes.
-        start: place of its first token in the conversation; None until it is read.
-        tokens: how many it has.
+        text: what stands for it in a prompt: placeholders, with Qwen3-VL between the times at which they are shown.
+        tokens: how many placeholders it has.
+        places: int64 [tokens], where these stand in the conversation; None until it is read.
         seconds: when each of its temporal patches begins.
         frames: uint8 [height, width, 3], the first one of each temporal patch.
     """
 
     source: object
     settings: dict
-    start: int | None = None
+    text: str = field(default="", repr=False)
     tokens: int = 0
+    places: torch.Tensor | None = field(default=None, repr=False)
     seconds: list[float] = field(default_factory=list)
     frames: list[np.ndarray] = field(default_factory=list, repr=False)
 
     @property
+    def start(self) -> int | None:
+        """Place of its first placeholder in the conversation; None until it is read."""
+        return None if self.places is None else int(self.places[0])
+
+    @property
     def end(self) -> int:
-        """Place after its last token."""
-        return self.start + self.tokens
+        """Place after its last placeholder."""
+        return int(self.places[-1]) + 1
 
 
 class Stopped(Exception):
@@ -92,8 +98,8 @@ class VideoChat:
     """Conversations with a model and its processor. Threads may share it: one question is answered at a time.
 
     Args:
-        model: a `VideoNSAForConditionalGeneration`.
-        processor: a `VideoNSAProcessor`.
+        model: a `VideoNSAForConditionalGeneration`, or `VideoNSAQwen3ForConditionalGeneration`.
+        processor: the `VideoNSAProcessor` of its checkpoint, or `VideoNSAQwen3Processor`.
     """
 
     def __init__(self, model, processor):
@@ -118,7 +124,7 @@ class VideoChat:
         """Bytes that a planned video takes on the model's device: (keys and values of its tokens, its pixels)."""
         processor = self.processor.video_processor
         patch = 3 * processor.temporal_patch_size * processor.patch_size**2 * 4  # fp32
-        return plan.tokens * cache_bytes(self.model), plan.tokens * processor.merge_size**2 * patch
+        return plan.prompt_tokens * cache_bytes(self.model), plan.tokens * processor.merge_size**2 * patch
 
 
 def cache_bytes(model) -> int:
@@ -233,7 +239,7 @@ class Conversation:
     def _keep_choices(self, counter: ChoiceCounter) -> None:
         """Take over what was counted while the videos that are read now were read."""
         self._counter, self.choices, self.choice_shares = counter, [], []
-        videos = [video for video in self.videos if video.start is not None]
+        videos = [video for video in self.videos if video.places is not None]
         if videos:
             shares = counter.shares(sum(video.tokens for video in videos), self.chat.model.config.block_size)
             parts = shares.split([video.tokens for video in videos])
@@ -331,7 +337,7 @@ class _Turn:
             grid, pixels = feature["video_grid_thw"][0].tolist(), feature["pixel_values_videos"]
             video.frames = [patch_frame(self.processor.video_processor, pixels, grid, i) for i in range(grid[0])]
         received = attention.received(cache)
-        shares = patch_shares([received[video.start : video.end].view(len(video.seconds), -1) for video in videos])
+        shares = patch_shares([received[video.places].view(len(video.seconds), -1) for video in videos])
         ends = self.model.generation_config.eos_token_id
         self.answer = Answer(
             self.processor.decode(sequence[ids.shape[1] :], skip_special_tokens=True),
@@ -351,7 +357,7 @@ class _Turn:
             raise ValueError("there is no video in this conversation: add one")
         features = []
         for i, video in enumerate(videos):
-            if video.start is not None:
+            if video.places is not None:
                 continue
             message = {"role": "user", "content": [{"type": "video", "video": video.source}]}
             try:
@@ -368,12 +374,12 @@ class _Turn:
             features.append(feature)
             step = self.processor.video_processor.temporal_patch_size
             seconds = list(feature["video_metadata"][0].sample_times[::step])
-            tokens = int(feature["video_grid_thw"].prod()) // self.processor.video_processor.merge_size**2
-            videos[i] = replace(video, tokens=tokens, seconds=seconds)
+            text = self.processor.replace_video_token(feature, 0)
+            videos[i] = replace(video, text=text, tokens=text.count(self.processor.video_token), seconds=seconds)
         return videos, features
 
     def _prompt(self, content: list[dict], videos: list[Video]) -> torch.Tensor:
-        """int64 [1, tokens] of the whole conversation up to the beginning of the answer; sets where videos start."""
+        """int64 [1, tokens] of the whole conversation up to the beginning of the answer; sets the places of videos."""
         conversation, processor = self.conversation, self.processor
         messages = conversation.messages
         render = partial(processor.apply_chat_template, tokenize=False, add_generation_prompt=True)
@@ -384,11 +390,11 @@ class _Turn:
 
         pending = videos[conversation._said :]
         text, *rest = after[len(before) :].split(processor.video_token, len(pending))
-        text += "".join(processor.video_token * video.tokens + part for video, part in zip(pending, rest, strict=True))
+        text += "".join(video.text + part for video, part in zip(pending, rest, strict=True))
         new = processor.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
-        places = (new == self.model.config.video_token_id).nonzero().squeeze(1)
-        for video, place in zip(pending, accumulate((v.tokens for v in pending), initial=0), strict=False):
-            video.start = len(conversation.ids) + int(places[place])
+        places = len(conversation.ids) + (new == self.model.config.video_token_id).nonzero().squeeze(1)
+        for video in pending:
+            video.places, places = places[: video.tokens], places[video.tokens :]
         return torch.cat([conversation.ids.to(self.model.device), new.to(self.model.device)])[None]
 
     def _inputs(self, ids: torch.Tensor, cache, videos: list[Video], features: list) -> dict:
@@ -398,24 +404,23 @@ class _Turn:
             return inputs
         types = torch.zeros_like(ids)
         for video in videos:
-            types[:, video.start : video.end] = 2
-        patch = self.processor.video_processor.temporal_patch_size
-        metadata = [feature["video_metadata"][0] for feature in features]
+            types[:, video.places] = 2
         grids = torch.cat([feature["video_grid_thw"] for feature in features]).to(ids.device)
-        seconds = torch.tensor(seconds_per_patch(metadata, patch), device=ids.device)
+        timed = {"video_grid_thw": grids}
+        if "second_per_grid_ts" in features[0]:
+            patch = self.processor.video_processor.temporal_patch_size
+            metadata = [feature["video_metadata"][0] for feature in features]
+            timed["second_per_grid_ts"] = torch.tensor(seconds_per_patch(metadata, patch), device=ids.device)
         pixels = [feature["pixel_values_videos"].to(ids.device) for feature in features]
         inputs |= {
             "mm_token_type_ids": types,
             "pixel_values_videos": torch.cat(pixels) if len(pixels) > 1 else pixels[0],
-            "video_grid_thw": grids,
-            "second_per_grid_ts": seconds,
+            **timed,
         }
         past = int(cache.get_seq_length())
         if past:
             # New videos over a cache need them. Of the tokens in the cache, only the places in the text are read.
-            new, _ = self.model.model.get_rope_index(
-                ids[:, past:], types[:, past:], video_grid_thw=grids, second_per_grid_ts=seconds
-            )
+            new, _ = self.model.model.get_rope_index(ids[:, past:], types[:, past:], **timed)
             rotary = torch.cat([new.new_zeros(3, 1, past), new + position_after(cache, past).to(new.device)], 2)
             text = torch.arange(ids.shape[1], device=ids.device).expand(1, 1, -1)
             inputs["position_ids"] = torch.cat([text, rotary])

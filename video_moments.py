@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from torch import nn
 
 MOMENTS = 8  # that are picked at most
 LEAST_OF_FIRST = 1 / 4  # of the largest share, for a moment to be picked
@@ -118,8 +119,8 @@ class AnswerAttention:
         cos, sin = (torch.stack([self.rotary[i][x].flatten(0, -2)[:1] for i in taken]).float() for x in (0, 1))
         for attention, kept in zip(self.watched, self.states, strict=True):
             keys = cache.layers[attention.layer_idx].keys[0]  # [G, tokens, D]
-            q = attention.q_proj(torch.cat([kept[i][0] for i in taken]))
-            q = q.float().unflatten(1, (-1, keys.shape[-1]))  # [T, H, D]
+            q = attention.q_proj(torch.cat([kept[i][0] for i in taken])).unflatten(1, (-1, keys.shape[-1]))  # [T, H, D]
+            q = getattr(attention, "q_norm", nn.Identity())(q).float()  # Qwen3 normalises queries, Qwen2.5 does not
             first, second = q.chunk(2, -1)
             q = q * cos.to(q.device) + torch.cat([-second, first], -1) * sin.to(q.device)
             places = (len(total) - count + taken).to(keys.device)
@@ -149,7 +150,7 @@ def received(q: torch.Tensor, keys: torch.Tensor, places: torch.Tensor, scale: f
 
 @contextmanager
 def observing(model, observe: Callable):
-    """Have the layers call `observe` (see `VideoNSAModel.forward`), also where generate() runs the model."""
+    """Have the layers call `observe` (see `SparseModel.forward`), also where generate() runs the model."""
     is_own = this_thread()
 
     def add(module, args, kwargs):
@@ -257,7 +258,7 @@ def count_choices(
 
 def branch_functions(attention, q: torch.Tensor):
     """`nsa_triton` or `nsa_torch`, of the files that this layer runs."""
-    code = sys.modules[type(attention).__module__]
+    code = sys.modules[attention.uses_triton.__module__]
     triton = attention.uses_triton(q)
     return sys.modules[(code.nsa_attention_triton if triton else code.nsa_attention_torch).__module__]
 
@@ -296,7 +297,7 @@ def patch_frame(processor, pixels: torch.Tensor, grid: list[int], index: int) ->
 
     Args:
         processor: the video processor.
-        pixels: [patches, 1176], `pixel_values_videos` of one video.
+        pixels: [patches, numbers of a patch], `pixel_values_videos` of one video.
         grid: its patches along time, height and width.
         index: of the temporal patch.
     """

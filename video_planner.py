@@ -48,7 +48,8 @@ class VideoPlan:
         num_frames, height, width: frames, and the pixels to which each is resized.
         start, end: seconds from the first frame.
         frame_tokens: vision tokens of a temporal patch, which is `temporal_patch_size` frames.
-        budget: vision tokens that the plan may spend.
+        budget: tokens that the plan may spend.
+        stamp_tokens: the most text tokens that stand beside a temporal patch to say when it is shown.
     """
 
     num_frames: int
@@ -59,11 +60,22 @@ class VideoPlan:
     frame_tokens: int
     budget: int
     temporal_patch_size: int = 2
+    stamp_tokens: int = 0
+
+    @property
+    def patches(self) -> int:
+        """Temporal patches of the video."""
+        return math.ceil(self.num_frames / self.temporal_patch_size)
 
     @property
     def tokens(self) -> int:
         """Vision tokens of the video."""
-        return math.ceil(self.num_frames / self.temporal_patch_size) * self.frame_tokens
+        return self.patches * self.frame_tokens
+
+    @property
+    def prompt_tokens(self) -> int:
+        """The most tokens that the video takes in a prompt: `tokens`, and those that say when they are shown."""
+        return self.patches * (self.frame_tokens + self.stamp_tokens)
 
     @property
     def fps(self) -> float:
@@ -75,10 +87,11 @@ class VideoPlan:
         return self.start + np.arange(self.num_frames) * ((self.end - self.start) / self.num_frames)
 
     def __str__(self) -> str:
+        stamps = f" and up to {self.stamp_tokens} for their time" if self.stamp_tokens else ""
         return (
             f"{self.num_frames:,} frames of {self.width} × {self.height}, {self.fps:.3g} per second from "
-            f"{self.start:.1f} to {self.end:.1f} s; {self.frame_tokens} tokens per {self.temporal_patch_size} frames, "
-            f"{self.tokens:,} of {self.budget:,} in all"
+            f"{self.start:.1f} to {self.end:.1f} s; {self.frame_tokens} tokens per {self.temporal_patch_size} frames"
+            f"{stamps}, {self.prompt_tokens:,} of {self.budget:,} in all"
         )
 
 
@@ -107,6 +120,7 @@ def plan_video(
     max_frames: int | None = None,
     temporal_patch_size: int = 2,
     factor: int = 28,
+    stamp_tokens: int = 0,
 ) -> VideoPlan:
     """Plan a video of `duration` seconds and `width` × `height` pixels within `max_tokens`.
 
@@ -132,6 +146,7 @@ def plan_video(
         min_frames, max_frames: bounds for the number of frames that a rate gives.
         min_pixels: the least pixels of a frame.
         factor: the sides of a frame are multiples of it, and factor² pixels are a token.
+        stamp_tokens: text tokens that each temporal patch takes from the budget besides.
 
     Raises:
         ValueError: an argument is out of range, two contradict each other, or the budget cannot hold what is asked for.
@@ -154,21 +169,22 @@ def plan_video(
     else:
         sizes = [(width * height // factor**2, (height, width))]
 
-    fitting = [(min(patches, budget // tokens), tokens, size) for tokens, size in sizes]
+    fitting = [(min(patches, budget // (tokens + stamp_tokens)), tokens, size) for tokens, size in sizes]
     options = [option for option in fitting if option[0] == patches or (option[0] > 0 and not counted)]
     if not options:
         tokens, (h, w) = sizes[0]
         n, asked = (patches, "") if counted else (1, "even ")
+        needed = n * (tokens + stamp_tokens)
         raise ValueError(
             f"max_tokens={max_tokens:,} less text_tokens={text_tokens:,} leaves {budget:,} for the video, but {asked}"
-            f"{min(n * temporal_patch_size, frames):,} frames of {w} × {h} are {n * tokens:,} tokens: "
-            f"max_tokens must be at least {text_tokens + n * tokens:,}, or text_tokens smaller"
+            f"{min(n * temporal_patch_size, frames):,} frames of {w} × {h} are {needed:,} tokens: "
+            f"max_tokens must be at least {text_tokens + needed:,}, or text_tokens smaller"
         )
 
     n, tokens, (h, w) = best_option(options, prefer, patches, max(tokens for tokens, _ in sizes))
     if n < patches:
         frames = n * temporal_patch_size
-    return VideoPlan(frames, h, w, start, end, tokens, budget, temporal_patch_size)
+    return VideoPlan(frames, h, w, start, end, tokens, budget, temporal_patch_size, stamp_tokens)
 
 
 def best_option(options: list[tuple], prefer: str, max_patches: int, max_tokens: int) -> tuple:

@@ -1,7 +1,7 @@
 """Attention of a decoder layer of VideoNSA: sparse for vision queries, dense for text queries.
 
-`VideoNSAAttention` takes the place of Qwen2.5-VL's. The table `VISION_ATTENTION` has a function for each variant; what
-they compute is in `nsa_torch.py` (the paper's method), `nsa_merged.py` and `nsa_released.py`.
+`SparseAttention` goes before the attention of either backbone. The table `VISION_ATTENTION` has a function for each
+variant; what they compute is in `nsa_torch.py` (the paper's method), `nsa_merged.py` and `nsa_released.py`.
 """
 
 from dataclasses import dataclass
@@ -10,9 +10,8 @@ import torch
 from torch import nn
 from torch.nn.attention.bias import causal_lower_right
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLAttention
 
-from .configuration_videonsa import VideoNSATextConfig
+from .configuration_videonsa import SparseTextConfig
 from .nsa_checks import BRANCHES
 from .nsa_merged import merged_attention
 from .nsa_released import released_attention
@@ -20,7 +19,7 @@ from .nsa_torch import nsa_attention as nsa_attention_torch
 from .nsa_triton import available as triton_available
 from .nsa_triton import nsa_attention as nsa_attention_triton
 from .sequence_parallel import SequenceShards, forward_sharded
-from .transformers_compat import CACHE, Substitute, named_arguments
+from .transformers_compat import CACHE, Substitute
 from .vision_layout import TextChunk, VisionLayout
 
 # New gates have weights N(0, GATE_STD) and no bias.
@@ -31,15 +30,18 @@ class GateLinear(nn.Linear):
     """A linear layer of the gates: a class of its own, by which `_init_weights` tells it from the others."""
 
 
-class VideoNSAAttention(Qwen2_5_VLAttention):
-    """Attention of a decoder layer: sparse for vision queries, dense for text queries, stock without vision queries."""
+class SparseAttention(nn.Module):
+    """Attention of a decoder layer: sparse for vision queries, dense for text queries, stock without vision queries.
 
-    def __init__(self, config: VideoNSATextConfig, layer_idx: int | None = None):
+    Comes before the class of transformers among the bases of an attention module.
+    """
+
+    def __init__(self, config: SparseTextConfig, layer_idx: int):
         super().__init__(config, layer_idx)
         self.has_gates = config.nsa_variant != "merged"
         if self.has_gates:
-            self.g_proj_1 = GateLinear(self.hidden_size, self.hidden_size)
-            self.g_proj_2 = GateLinear(self.hidden_size, len(BRANCHES) * self.num_heads)
+            self.g_proj_1 = GateLinear(config.hidden_size, config.hidden_size)
+            self.g_proj_2 = GateLinear(config.hidden_size, len(BRANCHES) * config.num_attention_heads)
 
     def gates(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Weights of the compression, selection and window branch: [..., hidden] -> [..., heads, 3] in (0, 1)."""
@@ -51,7 +53,6 @@ class VideoNSAAttention(Qwen2_5_VLAttention):
         logits = self.g_proj_2(nn.functional.gelu(self.g_proj_1(hidden_states)))
         return (logits / self.config.gate_temperature).sigmoid().unflatten(-1, (-1, len(BRANCHES)))
 
-    @named_arguments(Qwen2_5_VLAttention.forward)
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -59,7 +60,7 @@ class VideoNSAAttention(Qwen2_5_VLAttention):
         keys_only: bool = False,
         **kwargs,
     ):
-        """As in Qwen2.5-VL, with the layout of a call that has vision queries.
+        """As in transformers, with the layout of a call that has vision queries.
 
         Projections, rotary and cache are those of the stock forward, which calls an attention function by its name in
         the configuration. A call with vision queries puts the name of `_attend_sparsely` there.
@@ -75,9 +76,8 @@ class VideoNSAAttention(Qwen2_5_VLAttention):
 
         if keys_only:
             # One head of queries, which the rotary wants, costs nothing.
-            parts = {"q_proj": lambda x: x[..., : self.head_dim], "o_proj": nn.Identity()}
-            config = Substitute(self.config, _attn_implementation=KEYS_ONLY)
-            return Qwen2_5_VLAttention.forward(Substitute(self, config=config, **parts), hidden_states, **kwargs)
+            parts = {"q_proj": lambda x: x.new_zeros(*x.shape[:-1], self.head_dim), "o_proj": nn.Identity()}
+            return self.stock_forward(KEYS_ONLY, hidden_states, parts, **kwargs)
 
         if vision_layout is None:
             output, weights = super().forward(hidden_states, **kwargs)
@@ -91,14 +91,25 @@ class VideoNSAAttention(Qwen2_5_VLAttention):
         if self.config.nsa_variant != "merged" and (self.training or len(vision_layout.queries) > 0):
             gates = self.gates(hidden_states.flatten(0, 1)[vision_layout.queries])  # [N, heads, 3]
         attend = SparseCall(self, gates, vision_layout)
-        config = Substitute(self.config, _attn_implementation=SPARSE_ATTENTION)
-        outputs = Qwen2_5_VLAttention.forward(Substitute(self, config=config), hidden_states, attend=attend, **kwargs)
-        if not attend.done:
+        outputs = self.stock_forward(SPARSE_ATTENTION, hidden_states, attend=attend, **kwargs)
+        self.check_called(attend.done)
+        return outputs
+
+    def stock_forward(self, function: str, hidden_states: torch.Tensor, parts: dict | None = None, **kwargs):
+        """The forward of the class of transformers, with the attention function of this name, and with `parts` in place
+        of its own layers."""
+        config = Substitute(self.config, _attn_implementation=function)
+        substitute = Substitute(self, config=config, **(parts or {}))
+        return super(SparseAttention, type(self)).forward(substitute, hidden_states, **kwargs)
+
+    @staticmethod
+    def check_called(done: bool) -> None:
+        """Raise a RuntimeError if the stock forward has not called our attention function."""
+        if not done:
             raise RuntimeError(
-                "Qwen2_5_VLAttention.forward did not call the attention function that its configuration names: this "
+                "the attention of transformers did not call the attention function that its configuration names: this "
                 "version of transformers and VideoNSA do not fit together"
             )
-        return outputs
 
     def attend(self, q, k, v, gates, layout: VisionLayout, weights: torch.Tensor | None = None) -> torch.Tensor:
         """Attention of one call: sparse for its vision queries, dense for its text queries.
@@ -174,7 +185,7 @@ class VideoNSAAttention(Qwen2_5_VLAttention):
         return torch.einsum("grtk,gkd->tgrd", rows.to(v.dtype), v[chunk.row, :, chunk.keys]).flatten(1, 2)
 
 
-def untrained_gates(layers: list[VideoNSAAttention]) -> bool:
+def untrained_gates(layers: list[SparseAttention]) -> bool:
     """Whether the gates of all layers are as they were made; waits for the device. False if it cannot be seen.
 
     Every step of training moves the biases from 0. The weights' deviation tells gates that were made by other code,
@@ -205,7 +216,7 @@ def spreads_as_made(weight: torch.Tensor) -> bool:
 # [N, heads, 3], and the layout of the call.
 
 
-def _paper(attention: VideoNSAAttention, output, q, k, v, gates, layout: VisionLayout) -> None:
+def _paper(attention: SparseAttention, output, q, k, v, gates, layout: VisionLayout) -> None:
     config = attention.config
     attend = nsa_attention_triton if attention.uses_triton(q) else nsa_attention_torch
     output[layout.queries] = attend(
@@ -222,7 +233,7 @@ def _paper(attention: VideoNSAAttention, output, q, k, v, gates, layout: VisionL
     )
 
 
-def _merged(attention: VideoNSAAttention, output, q, k, v, gates, layout: VisionLayout) -> None:
+def _merged(attention: SparseAttention, output, q, k, v, gates, layout: VisionLayout) -> None:
     config = attention.config
     output[layout.queries] = merged_attention(
         q[layout.queries],
@@ -245,7 +256,7 @@ def _merged(attention: VideoNSAAttention, output, q, k, v, gates, layout: Vision
     )
 
 
-def _released(attention: VideoNSAAttention, output, q, k, v, gates, layout: VisionLayout) -> None:
+def _released(attention: SparseAttention, output, q, k, v, gates, layout: VisionLayout) -> None:
     """All rows of the samples with vision queries, text rows without their dense term."""
     config = attention.config
     counts = [len(sample.stream.vision_rows) for sample in layout.streams]
@@ -274,7 +285,7 @@ SPARSE_ATTENTION = "videonsa"
 class SparseCall:
     """What `_attend_sparsely` needs of one call of one layer, beyond what every attention function gets."""
 
-    attention: VideoNSAAttention
+    attention: SparseAttention
     gates: torch.Tensor | None  # [N, heads, 3], of the vision queries
     layout: VisionLayout
     done: bool = False
@@ -329,7 +340,7 @@ def only_last_queries(layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tupl
     if not isinstance(layout, VisionLayout) or layout.last is None:
         return None
     (hidden_states,) = args
-    inputs = {name: kwargs.get(name) for name in ("position_embeddings", CACHE)}
+    inputs = {name: kwargs.get(name) for name in ("position_embeddings", "attention_mask", CACHE)}
     _, written = layer.self_attn(layer.input_layernorm(hidden_states), keys_only=True, **inputs)
 
     last = layout.last.length

@@ -13,7 +13,7 @@ from itertools import pairwise
 import torch
 from torch.nn.functional import pad
 
-from .configuration_videonsa import VideoNSATextConfig
+from .configuration_videonsa import SparseTextConfig
 from .nsa_released import Stream
 
 MAX_MASK = 2**26  # elements of the boolean mask of one chunk of text queries
@@ -96,7 +96,7 @@ class VisionLayout:
     valid: torch.Tensor | None  # bool [batch, total], False for padding
     length: int  # new tokens per row
     total: int  # cached and new tokens per row
-    observe: Callable | None = None  # called by each layer: see `VideoNSAModel.forward`
+    observe: Callable | None = None  # called by each layer: see `SparseModel.forward`
     streams: list[SampleStream] = field(default_factory=list)  # only for the variant "released"
     last: "VisionLayout | None" = None  # for the last layer, if its output is read at the last tokens alone
 
@@ -118,7 +118,7 @@ class VisionLayout:
             vision: bool [batch, total]; the last `length` tokens of each row are new.
             valid: bool [batch, total], False for padding.
             starts: bool [batch, total], True where a packed sample begins.
-            observe: see `VideoNSAModel.forward`.
+            observe: see `SparseModel.forward`.
             make_stream: makes a `Stream` of its first two arguments, if the variant needs one.
             last: new tokens per row, counted from the end, at which the last layer's output is read; 0 for all.
         """
@@ -193,7 +193,7 @@ class VisionLayout:
 
 
 def layout_of_call(
-    config: VideoNSATextConfig,
+    config: SparseTextConfig,
     vision: torch.Tensor,
     past: int,
     attention_mask: torch.Tensor | None,

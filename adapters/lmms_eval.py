@@ -55,7 +55,7 @@ def read_config(pretrained: str):
         config = AutoConfig.from_pretrained(pretrained, trust_remote_code=True)
     except (OSError, ValueError) as error:  # no such repository, no network, no config.json, an unknown kind
         raise ValueError(f"{given} cannot be read: {str(error).splitlines()[0]}") from error
-    if config.model_type != "videonsa":
+    if config.model_type not in ("videonsa", "videonsa_qwen3"):
         raise ValueError(
             f"{given} is a {config.model_type} checkpoint, not a VideoNSA repository; make one with: "
             f"python examples/convert.py {pretrained} OUTPUT"

@@ -28,6 +28,9 @@ CASES = {
     "7B fp32": (torch.float32, 128, 28, 4, 64, 8),
     "fp16 dim 80 group 16 block 128": (torch.float16, 80, 16, 1, 128, 5),
     "bf16 dim 32 group 1 block 16": (torch.bfloat16, 32, 2, 2, 16, 5),
+    "Qwen3-VL 2B bf16": (torch.bfloat16, 128, 16, 8, 64, 32),
+    "Qwen3-VL 8B bf16": (torch.bfloat16, 128, 32, 8, 64, 32),
+    "Qwen3-VL 32B bf16": (torch.bfloat16, 128, 64, 8, 64, 32),
 }
 SHARED_MEMORY = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}  # bytes per program
 LENGTH = 131072  # tokens; their memory is reserved, not touched

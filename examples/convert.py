@@ -1,6 +1,7 @@
-"""Turn a stock Qwen2.5-VL checkpoint into a VideoNSA repository that loads with `trust_remote_code=True`.
+"""Turn a stock Qwen2.5-VL or Qwen3-VL checkpoint into a VideoNSA repository that loads with `trust_remote_code=True`.
 
     python examples/convert.py Qwen/Qwen2.5-VL-7B-Instruct VideoNSA-7B
+    python examples/convert.py Qwen/Qwen3-VL-8B-Instruct VideoNSA-Qwen3-8B    # a dense one
     python examples/convert.py path/to/checkpoint VideoNSA-3B --push_to_hub me/VideoNSA-3B
     python examples/convert.py Qwen/Qwen2.5-VL-7B-Instruct Sparse-7B --nsa_variant merged    # to use without training
     python examples/convert.py --update_code VideoNSA-7B    # the code files of an older repository
@@ -21,17 +22,16 @@ import sys
 from httpx import HTTPError
 from huggingface_hub import HfApi
 
-from lib.conversion import convert
+from lib.conversion import convert, read_config
 from lib.fields import add_fields, given_fields
 from lib.options import OptionParser
 from lib.updating import update_code
-from videonsa.configuration_videonsa import VideoNSAConfig
 
 
 @door
 def main() -> None:
     parser = OptionParser(description=__doc__)
-    parser.add_argument("source", nargs="?", help="folder or Hub id of a Qwen2.5-VL checkpoint in safetensors")
+    parser.add_argument("source", nargs="?", help="folder or Hub id of a Qwen2.5-VL or Qwen3-VL checkpoint")
     parser.add_argument("output", nargs="?", help="folder to make")
     parser.add_argument("--revision", help="branch, tag or commit of the Hub repository")
     add_fields(parser, default="the source's, else {}")
@@ -63,7 +63,7 @@ def main() -> None:
         if url:
             hub.delete_repo(url.repo_id)
         raise
-    variant = VideoNSAConfig.from_pretrained(output).nsa_variant
+    variant = read_config(output)["text_config"]["nsa_variant"]
     print(f'wrote {output} (nsa_variant="{variant}")')
     if url:
         try:

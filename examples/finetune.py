@@ -73,7 +73,7 @@ from videonsa.configuration_videonsa import NSA_FIELDS
 
 LORA_TARGETS = {
     "language": r".*language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)",
-    "vision": r".*visual\.blocks\.\d+\.(attn\.(qkv|proj)|mlp\.(gate|up|down)_proj)",
+    "vision": r".*visual\.blocks\.\d+\.(attn\.(qkv|proj)|mlp\.((gate|up|down)_proj|linear_fc[12]))",
 }
 DISTILL_TARGETS = r".*language_model\.layers\.\d+\.self_attn\.[qkv]_proj"
 
@@ -322,12 +322,14 @@ def add_adapters(model, arguments: ModelArguments, trained: set[str]):
     targets = [pattern for part, pattern in patterns.items() if part in trained]
     if not targets:
         raise ValueError("--method lora needs --train_language or --train_vision; for the gates alone: --method gates")
+    deepstack = getattr(model.config.vision_config, "deepstack_visual_indexes", ())  # of Qwen3-VL
+    mergers = ["visual.merger", *(f"visual.deepstack_merger_list.{i}" for i in range(len(deepstack)))]
     config = LoraConfig(
         r=arguments.lora_rank,
         lora_alpha=arguments.lora_alpha,
         lora_dropout=arguments.lora_dropout,
         target_modules="|".join(f"({pattern})" for pattern in targets),
-        modules_to_save=["g_proj_1", "g_proj_2", *(["visual.merger"] if "merger" in trained else [])],
+        modules_to_save=["g_proj_1", "g_proj_2", *(mergers if "merger" in trained else [])],
     )
     # ZeRO-3 has copies in float32 itself, and wants one dtype.
     return get_peft_model(model, config, autocast_adapter_dtype=not is_deepspeed_zero3_enabled())

@@ -77,51 +77,69 @@ def no_deprecated_calls():
 @pytest.fixture(scope="session")
 def stock_checkpoint(tmp_path_factory):
     """Folder of a stock Qwen2.5-VL repository with random weights: 2 layers, 7 query heads, 1 KV head."""
-    from lib.tiny import make_stock_checkpoint
-
-    shape = {"hidden_size": 112, "num_attention_heads": 7, "num_key_value_heads": 1}
-    folder = tmp_path_factory.mktemp("stock")
-    return make_stock_checkpoint(folder, num_hidden_layers=2, vision_hidden_size=32, **shape)
+    return make_stock(tmp_path_factory, "Qwen2.5-VL")
 
 
 @pytest.fixture(scope="session")
-def checkpoints(stock_checkpoint, tmp_path_factory):
-    """Stock checkpoint folder of each of SHAPES."""
-    from lib import tiny
+def qwen3_checkpoint(tmp_path_factory):
+    """The same of Qwen3-VL: 2 layers, 8 query heads, 2 KV heads."""
+    return make_stock(tmp_path_factory, "Qwen3-VL")
+
+
+def make_stock(tmp_path_factory, shape):
+    from lib.tiny import make_stock_checkpoint
     from prompts import SHAPES
 
     folder = tmp_path_factory.mktemp("stock")
-    tiny.make_stock_checkpoint(folder, num_hidden_layers=2, vision_hidden_size=32, **SHAPES["2 KV heads"])
-    return {"1 KV head": stock_checkpoint, "2 KV heads": folder}
+    return make_stock_checkpoint(folder, num_hidden_layers=2, vision_hidden_size=32, **SHAPES[shape])
+
+
+@pytest.fixture(scope="session")
+def checkpoints(stock_checkpoint, qwen3_checkpoint):
+    """Stock checkpoint folder of each backbone."""
+    return {"Qwen2.5-VL": stock_checkpoint, "Qwen3-VL": qwen3_checkpoint}
 
 
 @pytest.fixture(scope="session")
 def models(checkpoints):
-    """Our model of each shape."""
+    """Our model of each backbone."""
     from prompts import load
 
-    return {shape: load(folder) for shape, folder in checkpoints.items()}
+    return {backbone: load(folder) for backbone, folder in checkpoints.items()}
 
 
-@pytest.fixture(params=["1 KV head", "2 KV heads"])
-def both(request, models, checkpoints):
-    """A model of each shape, and the stock model with the same weights."""
-    from transformers import Qwen2_5_VLForConditionalGeneration
-
-    stock = Qwen2_5_VLForConditionalGeneration.from_pretrained(checkpoints[request.param]).eval()
-    return deepcopy(models[request.param]), stock
+@pytest.fixture
+def inputs_for(monkeypatch):
+    """Has `make_inputs` make the inputs of a backbone."""
+    return lambda backbone: monkeypatch.setattr("prompts.current", backbone)
 
 
-@pytest.fixture(params=["1 KV head", "2 KV heads"])
-def model(request, models):
-    """A fresh model of each shape."""
-    return deepcopy(models[request.param])
+@pytest.fixture(params=["Qwen2.5-VL", "Qwen3-VL"])
+def backbone(request, inputs_for):
+    """The name of each backbone."""
+    inputs_for(request.param)
+    return request.param
+
+
+@pytest.fixture
+def both(backbone, models, checkpoints):
+    """A model of each backbone, and the stock model with the same weights."""
+    from transformers import AutoModelForImageTextToText
+
+    stock = AutoModelForImageTextToText.from_pretrained(checkpoints[backbone]).eval()
+    return deepcopy(models[backbone]), stock
+
+
+@pytest.fixture
+def model(backbone, models):
+    """A fresh model of each backbone."""
+    return deepcopy(models[backbone])
 
 
 @pytest.fixture
 def small(models):
-    """The model with 1 KV head, where the number of KV heads does not matter."""
-    return deepcopy(models["1 KV head"])
+    """The model of Qwen2.5-VL, where the backbone does not matter."""
+    return deepcopy(models["Qwen2.5-VL"])
 
 
 @pytest.fixture(scope="session")
@@ -131,6 +149,16 @@ def tiny_repository(stock_checkpoint, tmp_path_factory):
 
     return convert(
         stock_checkpoint, tmp_path_factory.mktemp("videonsa") / "tiny", block_size=16, block_count=3, window_size=20
+    )
+
+
+@pytest.fixture(scope="session")
+def qwen3_repository(qwen3_checkpoint, tmp_path_factory):
+    """The same of Qwen3-VL."""
+    from lib.conversion import convert
+
+    return convert(
+        qwen3_checkpoint, tmp_path_factory.mktemp("videonsa") / "tiny", block_size=16, block_count=3, window_size=20
     )
 
 

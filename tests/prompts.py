@@ -1,19 +1,23 @@
 """Miniature models with random weights, and model inputs built from a list of parts per sample."""
 
+import json
 import math
 from dataclasses import dataclass
 from itertools import chain
 
 import torch
 
+import videonsa
 from lib import tiny
 from videonsa.configuration_videonsa import VideoNSATextConfig
-from videonsa.modeling_videonsa import VideoNSAForConditionalGeneration, VideoNSATextModel
+from videonsa.modeling_videonsa import VideoNSATextModel
 
-SHAPES = {
-    "1 KV head": {"hidden_size": 112, "num_attention_heads": 7, "num_key_value_heads": 1},
-    "2 KV heads": {"hidden_size": 128, "num_attention_heads": 8, "num_key_value_heads": 2},
-}
+# Models of both backbones. The heads of Qwen3-VL do not add up to its hidden size.
+QWEN2_5 = {"hidden_size": 112, "num_attention_heads": 7, "num_key_value_heads": 1}
+QWEN3 = {"hidden_size": 96, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 16}
+SHAPES = {"Qwen2.5-VL": {"backbone": "qwen2_5_vl", **QWEN2_5}, "Qwen3-VL": {"backbone": "qwen3_vl", **QWEN3}}
+# One of SHAPES, for which `make_inputs` makes inputs; set by the fixtures of models.
+current = "Qwen2.5-VL"
 # Where kernels run: natively, or in the interpreter.
 KERNEL_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NSA = {"block_size": 16, "block_count": 4, "window_size": 20}
@@ -29,7 +33,8 @@ GATES = {
 
 def load(folder, **config):
     """Our model of a stock checkpoint, with gates that differ from token to token and from head to head."""
-    model = VideoNSAForConditionalGeneration.from_pretrained(folder, **{**NSA, **config})
+    model_type = json.loads((folder / "config.json").read_text())["model_type"]
+    model = videonsa.model_class(model_type).from_pretrained(folder, **{**NSA, **config})
     generator = torch.Generator().manual_seed(1)
     for name, weight in model.named_parameters():
         if "g_proj" in name:
@@ -45,7 +50,9 @@ class Media:
     seed: int = 0
 
     def pixels(self):
-        return torch.randn(math.prod(self.grid), 1176, generator=torch.Generator().manual_seed(self.seed))
+        patch = 14 if current == "Qwen2.5-VL" else 16
+        generator = torch.Generator().manual_seed(self.seed)
+        return torch.randn(math.prod(self.grid), 3 * 2 * patch**2, generator=generator)
 
 
 def video(t, h, w, **kwargs):
@@ -64,15 +71,21 @@ SAMPLES = {"video": VIDEO, "image": IMAGE, "text": TEXT, "image and videos": MIX
 
 def make_inputs(*samples, padding="left"):
     """Model inputs as a processor makes them. A sample is a list of parts, each a number of random text tokens, a list
-    of given tokens, or Media; samples that begin with the same parts begin with the same tokens."""
-    token_id = tiny.make_tokenizer().convert_tokens_to_ids
+    of given tokens, or Media; samples that begin with the same parts begin with the same tokens.
+
+    For Qwen3-VL, each temporal patch of a video is a run of its own, with a number for its time before it."""
+    tokenizer = tiny.make_tokenizer()
+    token_id = tokenizer.convert_tokens_to_ids
     start, end, pad = (token_id(f"<|{name}|>") for name in ("vision_start", "vision_end", "endoftext"))
     rows, media = [], {"image": [], "video": []}
     for sample in samples:
         generator, tokens = torch.Generator().manual_seed(0), []
         for part in sample:
             if isinstance(part, Media):
-                tokens += [start, *[token_id(f"<|{part.kind}_pad|>")] * (math.prod(part.grid) // 4), end]
+                times = part.grid[0] if (current, part.kind) == ("Qwen3-VL", "video") else 1
+                run = [start, *[token_id(f"<|{part.kind}_pad|>")] * (math.prod(part.grid) // 4 // times), end]
+                for time in range(times):
+                    tokens += run if times == 1 else [*tokenizer.encode(str(time)), *run]
                 media[part.kind].append(part)
             elif isinstance(part, int):
                 tokens += torch.randint(0, 256, (part,), generator=generator).tolist()
@@ -93,7 +106,7 @@ def make_inputs(*samples, padding="left"):
         if media[kind]:
             inputs[f"pixel_values{suffix}"] = torch.cat([part.pixels() for part in media[kind]])
             inputs[f"{kind}_grid_thw"] = torch.tensor([part.grid for part in media[kind]])
-    if media["video"]:
+    if media["video"] and current == "Qwen2.5-VL":
         inputs["second_per_grid_ts"] = torch.tensor([float(part.seconds) for part in media["video"]])
     return inputs
 

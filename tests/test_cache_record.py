@@ -30,18 +30,24 @@ from prompts import (
 from videonsa.cache_record import CacheRecord
 from videonsa.transformers_compat import CACHE, cache_of
 
-VARIANTS = ("paper", "merged", "dense")
+# Backbone and variant of the models that most tests run on.
+VARIANTS = {"paper": ("Qwen2.5-VL", "paper"), "Qwen3-VL": ("Qwen3-VL", "merged"), "dense": ("Qwen2.5-VL", "dense")}
+MERGED = {"merged": ("Qwen2.5-VL", "merged")}
 SAMPLES = (VIDEO, MIXED, IMAGE)
 
 
 @pytest.fixture(scope="module")
 def variants(checkpoints):
-    """The model with 1 KV head as each variant; merged needs more blocks than the window overlaps."""
-    return {name: load(checkpoints["1 KV head"], nsa_variant=name, block_count=5) for name in VARIANTS}
+    """Each of these models; merged needs more blocks than the window overlaps."""
+    return {
+        name: load(checkpoints[backbone], nsa_variant=variant, block_count=5)
+        for name, (backbone, variant) in {**VARIANTS, **MERGED}.items()
+    }
 
 
 @pytest.fixture(params=VARIANTS)
-def variant(request, variants):
+def variant(request, variants, inputs_for):
+    inputs_for({**VARIANTS, **MERGED}[request.param][0])
     return variants[request.param]
 
 
@@ -92,6 +98,7 @@ def test_repeated_rows_go_on_as_without_a_cache(variant):
 
 @torch.no_grad()
 @pytest.mark.parametrize("kept", [1, 40, 150, 203])
+@pytest.mark.parametrize("variant", ["paper", "merged", "dense"], indirect=True)
 def test_a_cropped_cache_goes_on_as_without_a_cache(variant, kept):
     """Cut within the text before, the video (where its rest is not to come), and the text after it."""
     cache, inputs = prefilled(variant, VIDEO)
@@ -166,7 +173,8 @@ OPERATIONS = st.lists(
 @pytest.mark.parametrize("name", VARIANTS)
 @settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(operations=OPERATIONS)
-def test_any_sequence_of_operations_gives_what_no_cache_gives(variants, name, operations):
+def test_any_sequence_of_operations_gives_what_no_cache_gives(variants, inputs_for, name, operations):
+    inputs_for(VARIANTS[name][0])
     model = variants[name]
     cache, prompt = prefilled(model, VIDEO, MIXED)
     prompt_length = prompt["input_ids"].shape[1]
@@ -233,7 +241,7 @@ def test_a_new_video_over_chosen_rows_continues_the_stream(variant):
 
 
 @torch.no_grad()
-def test_threads_answer_as_one_thread_does(small):
+def test_threads_answer_as_one_thread_does(model):
     """Eight threads, each with a conversation of its own of three turns."""
     prompts = [make_inputs([i + 2, video(4 + 2 * (i % 3), 4, 8, seed=i), 3]) for i in range(8)]
 
@@ -241,18 +249,18 @@ def test_threads_answer_as_one_thread_does(small):
         cache, ids, answers = DynamicCache(), prompts[i]["input_ids"], []
         for turn in range(3):
             given = prompts[i] if turn == 0 else {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-            out = generate(small, given, max_new_tokens=2, **{CACHE: cache})
+            out = generate(model, given, max_new_tokens=2, **{CACHE: cache})
             answers.append(out.logits)
             # Between turns of generate, a step by hand that gives no positions.
             new = torch.tensor([[7]])
-            answers.append(logits(small, {"input_ids": out.sequences[:, -1:]}, **{CACHE: cache})[:, -1])
+            answers.append(logits(model, {"input_ids": out.sequences[:, -1:]}, **{CACHE: cache})[:, -1])
             ids = torch.cat([out.sequences, new], 1)
         return torch.cat([x.flatten() for x in answers])
 
     expected, wrong = [talk(i) for i in range(8)], []
 
     def work(i):
-        for _ in range(10):
+        for _ in range(5):
             if not torch.equal(talk(i), expected[i]):
                 wrong.append(i)
 

@@ -16,8 +16,9 @@ FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 sys.path.insert(0, str(FOLDER))
 import compile_kernels  # noqa: E402
 
-# Every case once would take minutes: `compile_kernels.py 90 --json` has all. Of sm_80 and sm_89, which have the same
-# tiles, sm_89 has less shared memory, so the larger case.
+# Every case for each would take minutes, and so would those of Qwen3-VL, which differ by their groups alone:
+# `compile_kernels.py 90 --json` has all. Of sm_80 and sm_89, which have the same tiles, sm_89 has less shared memory,
+# so the larger case.
 CASES = {
     80: ["7B fp32", "bf16 dim 32 group 1 block 16"],
     89: ["fp16 dim 80 group 16 block 128"],

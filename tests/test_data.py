@@ -1,6 +1,8 @@
 """data.py: formats, checks, labels, packing and batches, on clips that the generator writes and on the real one."""
 
 import codecs
+import functools
+import itertools
 import json
 import shutil
 import struct
@@ -10,12 +12,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoProcessor
+from transformers import AutoConfig, AutoProcessor
 from videos import REAL_ANNOTATIONS, needs_real_clip
 
 from lib import data, tiny
 from lib.data import IGNORED, BadSample, Collator, ConversationDataset, load_samples, packed_positions
-from videonsa.modeling_videonsa import VideoNSAForConditionalGeneration
+from videonsa import model_class
+
+# Tokens of "<86400.0 seconds>", a byte each, and of the signs around a patch.
+LONGEST_TIME = 19
 
 
 @pytest.fixture(scope="module")
@@ -282,9 +287,14 @@ def test_labels_are_the_assistant_turns_token_by_token(processor, media):
     assert feature["labels"].tolist() == labels
 
 
-def test_tokens_are_known_before_anything_is_decoded(processor, needles, media):
+@pytest.mark.parametrize("repository", ["tiny_repository", "qwen3_repository"])
+def test_tokens_are_known_before_anything_is_decoded(request, repository, needles, media):
+    processor = AutoProcessor.from_pretrained(request.getfixturevalue(repository), trust_remote_code=True)
+    # Of the text that tells when frames are shown, a plan knows the most tokens that it can take.
+    spare = LONGEST_TIME if repository == "qwen3_repository" else 0
     records = [ask(video="a.mp4"), ask("<video><video>", video=["a.mp4", ["c.png"] * 6]), ask("<image>", image="c.png")]
-    own = ({"start": 0.5, "end": 1.5}, {"nframes": 4}, {"max_tokens": 1034, "prefer": "frames"}, {"max_pixels": 3136})
+    least = {"max_tokens": 1034 + spare, "prefer": "frames"}
+    own = ({"start": 0.5, "end": 1.5}, {"nframes": 4}, least, {"max_pixels": 3136})
     records += [ask(video={"video": "a.mp4", **settings}) for settings in own]
     samples, drops = load(media, processor, *records)
     assert all(sample.vision_tokens < samples[0].vision_tokens for sample in samples[3:])
@@ -292,7 +302,8 @@ def test_tokens_are_known_before_anything_is_decoded(processor, needles, media):
     assert not drops and not more_drops
     dataset = ConversationDataset(samples + more, processor, max_length=9999)
     for sample, (feature,) in zip(dataset.samples, map(dataset.__getitem__, range(len(dataset))), strict=True):
-        assert sample.tokens == len(feature["input_ids"])
+        patches = int(feature["video_grid_thw"][:, 0].sum()) if "video_grid_thw" in feature else 0
+        assert sample.tokens - spare * patches <= len(feature["input_ids"]) <= sample.tokens
         vision = sum(int(feature[g].prod(-1).sum()) // 4 for g in feature if g.endswith("thw"))
         assert sample.vision_tokens == vision > 0
 
@@ -348,24 +359,37 @@ def test_packs_hold_every_sample_once_and_waste_little():
 
 
 @pytest.fixture(scope="module")
-def mixed(processor, needles, media):
-    """Items of a video, text, an image, two videos with an image, and text."""
-    both = ask("<image><video><video>?", "Four of them.", video=["a.mp4", "sub/b.mp4"], image="c.png")
-    samples, _ = load(
-        media, processor, ask(video="sub/b.mp4"), ask("Hello?"), ask("<image>", image="c.png"), both, ask("?")
-    )
-    dataset = ConversationDataset(samples, processor, max_length=9999)
-    return [dataset[i] for i in range(len(dataset))]
+def mixed(needles, media):
+    """Of a repository, its processor and items of a video, text, an image, two videos with an image, and text."""
+
+    @functools.cache
+    def make(folder):
+        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+        both = ask("<image><video><video>?", "Four of them.", video=["a.mp4", "sub/b.mp4"], image="c.png")
+        records = [ask(video="sub/b.mp4"), ask("Hello?"), ask("<image>", image="c.png"), both, ask("?")]
+        samples, _ = load(media, processor, *records)
+        dataset = ConversationDataset(samples, processor, max_length=9999)
+        return processor, [dataset[i] for i in range(len(dataset))]
+
+    return make
 
 
-@pytest.mark.parametrize("variant", ["paper", "dense"])
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("always_vision", [False, True])
-@pytest.mark.parametrize("chosen", [[0, 1, 2, 3, 4], [1, 4], [2, 1]])
+BATCHES = itertools.product(
+    ["tiny_repository"], ["paper", "dense"], [False, True], [False, True], [[0, 1, 2, 3, 4], [1, 4], [2, 1]]
+)
+
+
+@pytest.mark.parametrize(
+    ("repository", "variant", "packed", "always_vision", "chosen"),
+    [*BATCHES, *(("qwen3_repository", "paper", packed, True, [0, 1, 2, 3, 4]) for packed in (False, True))],
+)
 def test_a_batch_has_the_loss_and_gradients_of_its_samples_alone(
-    tiny_repository, processor, mixed, variant, packed, always_vision, chosen
+    request, mixed, repository, variant, packed, always_vision, chosen
 ):
-    model = VideoNSAForConditionalGeneration.from_pretrained(tiny_repository, nsa_variant=variant, dtype=torch.float32)
+    folder = request.getfixturevalue(repository)
+    processor, mixed = mixed(folder)
+    kind = AutoConfig.from_pretrained(folder, trust_remote_code=True).model_type
+    model = model_class(kind).from_pretrained(folder, nsa_variant=variant, dtype=torch.float32)
     model.train()
 
     def run(batch):

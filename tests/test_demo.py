@@ -146,16 +146,25 @@ def test_deprecations_are_not_printed_into_an_answer(run_demo, monkeypatch, recw
     assert not [warning for warning in recwarn if issubclass(warning.category, FutureWarning)]
 
 
-def test_a_repository_is_asked_about_a_given_video_in_either_variant(tiny_repository, clip, run_demo):
-    asked = ("--model", tiny_repository, "--video", clip, "--question", "Where is it?", "--max_new_tokens", 3)
-    for variant in ("paper", "dense"):
+@pytest.mark.parametrize(
+    ("repository", "variants", "size", "tokens"),
+    [
+        # 96 rounds to 3 * 28 = 84 and 160 to 6 * 28, or to 3 * 32 and 5 * 32.
+        ("tiny_repository", ("paper", "dense"), "168 × 84", 3 * 6),
+        ("qwen3_repository", ("paper",), "160 × 96", 3 * 5),
+    ],
+)
+def test_a_repository_is_asked_about_a_given_video(request, clip, run_demo, repository, variants, size, tokens):
+    folder = request.getfixturevalue(repository)
+    asked = ("--model", folder, "--video", clip, "--question", "Where is it?", "--max_new_tokens", 3)
+    for variant in variants:
         lines = run_demo(*asked, "--nsa_variant", variant, "--device", "cpu")
         assert f"nsa_variant={variant}" in lines["model"][0]
         assert lines["video"][0].startswith(f"{clip}: ")
-        assert "12 frames of 168 × 84, 4 per second" in lines["plan"][0]  # 96 rounds to 3 * 28 = 84, 160 to 6 * 28
-        assert f"{6 * 3 * 6:,} vision" in lines["tokens"][0]
+        assert f"12 frames of {size}, 4 per second" in lines["plan"][0]
+        assert f"{6 * tokens:,} vision" in lines["tokens"][0]
         assert lines["question"] == ["Where is it?"] and set(lines) == set(LABELS)
-    assert "100.0% of the query" in lines["attention"][0]
+    assert ("100.0% of the query" in lines["attention"][0]) == (variant == "dense")
 
 
 def test_a_video_is_read_within_a_budget(tiny_repository, run_demo):

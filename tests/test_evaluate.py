@@ -67,8 +67,9 @@ def test_answers_are_compared_by_letter_or_by_words(answered, expected, right):
     assert is_correct(answered, expected) is right
 
 
-def test_every_question_is_asked_by_itself_with_the_media_so_far(tiny_repository, needles, tmp_path):
-    processor = AutoProcessor.from_pretrained(tiny_repository, trust_remote_code=True)
+@pytest.mark.parametrize("repository", ["tiny_repository", "qwen3_repository"])
+def test_every_question_is_asked_by_itself_with_the_media_so_far(request, repository, needles, tmp_path):
+    processor = AutoProcessor.from_pretrained(request.getfixturevalue(repository), trust_remote_code=True)
     image = next((needles / "train").glob("*.png"))
     clip = next((needles / "train").glob("*.mp4"))
     turns = [("<video>\nOne?", "1"), ("Two?", "2"), ("<image>Three?", "3")]

@@ -14,6 +14,7 @@ import forks
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from trainings import weights
 from transformers import Qwen2_5_VLForConditionalGeneration
 from videos import REAL_CLIP, needs_real_clip
 
@@ -157,6 +158,22 @@ def test_published_configurations_give_the_shapes_of_their_sizes(
     assert config.vision_config.tokens_per_second == 2 and config.tie_word_embeddings == tied
 
 
+def test_convert_takes_qwen3_by_its_type(qwen3_checkpoint, qwen3_repository):
+    before, after = weights(qwen3_checkpoint), weights(qwen3_repository)
+    gates = {name for name in after if "g_proj_" in name}
+    layers = {name.partition(".self_attn")[0] for name in before if ".self_attn.q_proj" in name}
+    assert after.keys() - gates == before.keys() and len(gates) == 4 * len(layers)
+    assert all(after[name].equal(x) for name, x in before.items())
+    config = json.loads((qwen3_repository / "config.json").read_text())
+    assert config["model_type"] == "videonsa_qwen3"
+    assert config["architectures"] == ["VideoNSAQwen3ForConditionalGeneration"]
+    assert config["auto_map"]["AutoModel"] == "modeling_videonsa_qwen3.VideoNSAQwen3ForConditionalGeneration"
+    assert (qwen3_repository / "modeling_videonsa_qwen3.py").is_file()
+    card = (qwen3_repository / "README.md").read_text()
+    assert "dense attention of Qwen3-VL" in card and "arXiv:2511.21631" in card and "65,536 pixels" in card
+    assert '| `"released"` |' not in card and "Qwen2.5" not in card
+
+
 def test_convert_splits_the_gates_of_large_models_into_shards(stock, tmp_path, monkeypatch):
     monkeypatch.setattr(conversion, "MAX_SHARD", 1)
     output = conversion.convert(stock, tmp_path / "out")
@@ -263,7 +280,7 @@ def more_layers(folder):
         (pickle_weights, "pytorch_model.bin; safetensors are needed. Rewrite"),
         (truncate_weights, "model.safetensors is missing or damaged"),
         (lose_a_shard, "model-00002-of-00002.safetensors is missing or damaged"),
-        (other_model, "must be a Qwen2.5-VL checkpoint"),
+        (other_model, "must be a checkpoint of Qwen2.5-VL or of dense Qwen3-VL"),
         (quantize, "is quantized"),
         (quantize_unsaid, "must be bf16, fp16 or fp32, got torch.uint8"),
         (more_layers, "2 decoder layers, config.json 3"),
@@ -455,16 +472,19 @@ print(json.dumps([logits[0].double().sum().item(), answer.tolist(), inputs["vide
 """
 
 
-def test_a_repository_loads_in_fresh_processes_saves_and_loads_again(repository, tmp_path):
+@pytest.mark.parametrize(
+    ("source", "times", "grid"), [("repository", 2, [8, 16, 16]), ("qwen3_repository", 1, [8, 14, 14])]
+)
+def test_a_repository_loads_in_fresh_processes_saves_and_loads_again(request, tmp_path, source, times, grid):
     clip = tiny.make_clip(tmp_path / "clip.mp4", seconds=4)
     results = []
-    for i, folder in enumerate((repository, tmp_path / "again-0")):
+    for i, folder in enumerate([request.getfixturevalue(source), tmp_path / "again-0"][:times]):
         env = {"HF_MODULES_CACHE": str(tmp_path / f"modules-{i}"), "PYTHONPATH": ""}
         done = run(FRESH, folder, clip, tmp_path / f"again-{i}", cwd=tmp_path, **env)
         assert done.returncode == 0, done.stderr
         results.append(json.loads(done.stdout))
-    assert results[0] == results[1]
-    assert results[0][2] == [[8, 16, 16]]
+    assert results[0] == results[-1]
+    assert results[0][2] == [grid]
 
 
 @needs_real_clip

@@ -23,16 +23,20 @@ from lib.interruption import Interrupted
 from videonsa.modeling_videonsa import VideoNSAForConditionalGeneration
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
-def test_a_resumed_run_is_the_uninterrupted_one(train, method):
+@pytest.mark.parametrize(
+    ("method", "repository", "steps"),
+    [("full", "tiny_repository", (2, 4)), ("lora", "tiny_repository", (2, 4)), ("lora", "qwen3_repository", (2,))],
+)
+def test_a_resumed_run_is_the_uninterrupted_one(request, train, method, repository, steps):
+    model = request.getfixturevalue(repository)
     options = ["--method", method, "--num_train_epochs", 2, "--learning_rate", 1e-3, "--lora_dropout", 0.3]
     options += ["--per_device_train_batch_size", 4, "--logging_steps", 1, "--report_to", "none", "--save_steps", 2]
     options += ["--dataloader_num_workers", 1]
-    whole, folder, _ = train(*options)  # 12 samples: 3 steps per epoch; resumed in the middle of both
-    for step in (2, 4):
-        resumed, again, _ = train(
-            *options, "--resume_from_checkpoint", folder / f"checkpoint-{step}", output=f"r{step}"
-        )
+    # 12 samples: 3 steps per epoch; resumed in the middle of both.
+    whole, folder, _ = train(*options, model=model)
+    for step in steps:
+        resume = ["--resume_from_checkpoint", folder / f"checkpoint-{step}"]
+        resumed, again, _ = train(*options, *resume, output=f"r{step}", model=model)
         assert losses(resumed) == losses(whole) and len(losses(whole)) == 6
         for name, tensor in weights(again).items():
             assert torch.equal(tensor, weights(folder)[name]), name

@@ -11,9 +11,12 @@ from prompts import IMAGE, MIXED, VIDEO, assert_close, generate, load, logits, m
 from videonsa.transformers_compat import CACHE
 
 
-@pytest.fixture(params=["paper", "merged", "released"])
-def variant(request, checkpoints):
-    return load(checkpoints["1 KV head"], nsa_variant=request.param)
+@pytest.fixture(params=["paper", "merged", "released", "merged on Qwen3-VL"])
+def variant(request, checkpoints, inputs_for):
+    name, _, backbone = request.param.partition(" on ")
+    backbone = backbone or "Qwen2.5-VL"
+    inputs_for(backbone)
+    return load(checkpoints[backbone], nsa_variant=name)
 
 
 def count_rows(model) -> list:
@@ -49,6 +52,15 @@ def compare(model, inputs, keep):
 def test_logits_that_are_read_and_the_cache_do_not_change(variant, keep):
     """The last 12 tokens of the batch have text and vision before them, and the last 60 have vision."""
     compare(variant, make_inputs(VIDEO, IMAGE, MIXED), keep)
+
+
+def test_a_last_layer_that_deepstack_adds_to_computes_all_tokens(models, inputs_for):
+    inputs_for("Qwen3-VL")
+    model, inputs = copy.deepcopy(models["Qwen3-VL"]), make_inputs(VIDEO)
+    model.model.language_model.layers = model.model.language_model.layers[:1]
+    rows = count_rows(model)
+    assert_close(logits(model, inputs, logits_to_keep=1), logits(model, inputs)[:, -1:], 1e-6)
+    assert rows == [inputs["input_ids"].shape[1]] * 2
 
 
 def test_packed_samples_keep_their_own_keys(small):

@@ -13,7 +13,7 @@ from itertools import accumulate
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import DynamicCache, Qwen2_5_VLForConditionalGeneration
+from transformers import AutoModelForImageTextToText, DynamicCache
 
 import convert
 from prompts import (
@@ -24,6 +24,7 @@ from prompts import (
     assert_close,
     embed,
     generate,
+    load,
     logits,
     make_inputs,
     pack,
@@ -362,17 +363,24 @@ SPARSE = [
 
 
 @pytest.fixture(scope="module")
-def stock(stock_checkpoint):
-    return Qwen2_5_VLForConditionalGeneration.from_pretrained(stock_checkpoint).eval()
+def stocks(checkpoints):
+    """The stock model of each backbone."""
+    return {name: AutoModelForImageTextToText.from_pretrained(folder).eval() for name, folder in checkpoints.items()}
 
 
-def load(folder, **config):
-    return VideoNSAForConditionalGeneration.from_pretrained(folder, **config).eval()
+@pytest.fixture
+def stock(backbone, stocks):
+    return stocks[backbone]
 
 
 @pytest.fixture(scope="module")
-def exact(stock_checkpoint):
-    return load(stock_checkpoint, **EXACT)
+def exacts(checkpoints):
+    return {name: load(folder, **EXACT) for name, folder in checkpoints.items()}
+
+
+@pytest.fixture
+def exact(backbone, exacts):
+    return exacts[backbone]
 
 
 @pytest.fixture(params=SPARSE, ids=["shared choice", "by head", "remainder"])
@@ -429,10 +437,10 @@ def test_packed_and_padded_samples_get_what_they_get_alone(sparse):
     assert_close(logits(sparse, pack(sparse, samples))[0], torch.cat(alone))
 
 
-def test_long_videos_do_not_get_the_logits_of_the_stock_model(sparse, stock):
+def test_long_videos_do_not_get_the_logits_of_the_stock_model(sparse, stocks):
     inputs = make_inputs(VIDEO)
     inputs["position_ids"], _ = sparse.model.get_rope_index(**inputs)
-    assert (logits(sparse, inputs) - logits(stock, inputs)).abs().max() > 0.05
+    assert (logits(sparse, inputs) - logits(stocks["Qwen2.5-VL"], inputs)).abs().max() > 0.05
 
 
 @torch.no_grad()
@@ -544,6 +552,7 @@ with torch.no_grad():
 """
 
 
+@pytest.mark.parametrize("backbone", ["Qwen2.5-VL"], indirect=True)
 def test_a_converted_repository_answers_in_a_fresh_process(
     stock_checkpoint, stock, exact, tmp_path, run_fresh, monkeypatch
 ):

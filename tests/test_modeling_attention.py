@@ -1,4 +1,4 @@
-"""The attention of a model, on miniature checkpoints with random weights: equal to loops, to stock Qwen2.5-VL where
+"""The attention of a model, on miniature checkpoints with random weights: equal to loops, to the stock model where
 nothing is sparse, and what it returns on request (gates, attention weights, hidden states).
 
 Inputs are tensors that `make_inputs` builds from a list of parts per sample; what a processor makes of files is tested
@@ -13,11 +13,11 @@ from copy import deepcopy
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import DynamicCache, Qwen2_5_VLForConditionalGeneration
+from transformers import DynamicCache
 
+import videonsa
 from prompts import IMAGE, MIXED, NSA, TEXT, VIDEO, assert_close, generate, image, is_vision, logits, make_inputs, unpad
 from videonsa import vision_layout
-from videonsa.modeling_videonsa import VideoNSAForConditionalGeneration
 from videonsa.nsa_torch import nsa_attention
 from videonsa.transformers_compat import CACHE, cache_of
 from videonsa.vision_layout import VisionLayout
@@ -31,14 +31,19 @@ def explicit_attention(layer, hidden, cos, sin, vision, valid, sample):
     """One layer written out: hidden [rows, length, width]; vision, valid bool and sample int [rows, length]."""
     config = layer.config
     heads, groups = config.num_attention_heads, config.num_key_value_heads
-    dim = config.hidden_size // heads
+    dim = layer.q_proj.out_features // heads
 
-    def project(proj, rotate=True):
-        x = F.linear(hidden, proj.weight, proj.bias).unflatten(-1, (-1, dim))
+    def project(proj):
+        return F.linear(hidden, proj.weight, proj.bias).unflatten(-1, (-1, dim))
+
+    def rotate(x, norm):
+        if norm is not None:
+            x = x * (x.square().mean(-1, keepdim=True) + norm.eps).rsqrt() * norm.weight
         half = torch.cat([-x[..., dim // 2 :], x[..., : dim // 2]], -1)
-        return x * cos[:, :, None] + half * sin[:, :, None] if rotate else x
+        return x * cos[:, :, None] + half * sin[:, :, None]
 
-    q, k, v = project(layer.q_proj), project(layer.k_proj), project(layer.v_proj, rotate=False)
+    v = project(layer.v_proj)
+    q, k = (rotate(project(getattr(layer, f"{x}_proj")), getattr(layer, f"{x}_norm", None)) for x in "qk")
     out = torch.zeros_like(q)
     for row in range(len(hidden)):
         for tokens in (((sample[row] == s) & valid[row]).nonzero().flatten().tolist() for s in sample[row].unique()):
@@ -62,6 +67,18 @@ def explicit_attention(layer, hidden, cos, sin, vision, valid, sample):
                     p = torch.softmax(k[row, seen, g] @ q[row, t, h] / dim**0.5, 0)
                     out[row, t, h] = p @ v[row, seen, g]
     return F.linear(out.flatten(2), layer.o_proj.weight)
+
+
+@pytest.fixture
+def layer(model):
+    """The attention of a layer in double precision, in which that of transformers does not compute norms."""
+    layer = model.model.language_model.layers[0].self_attn
+    for name in ("q_norm", "k_norm"):
+        if hasattr(layer, name):
+            norm = torch.nn.RMSNorm(layer.head_dim, eps=1e-6)
+            torch.nn.init.normal_(norm.weight, 1, 0.3, generator=torch.Generator().manual_seed(0))
+            setattr(layer, name, norm)
+    return layer.double()
 
 
 LAYOUTS = ("one sample", "left padding", "right padding", "holes", "packed", "packed, then right padding")
@@ -91,7 +108,7 @@ def attend(layer, name, pieces=None):
     vision, valid, sample = random_layout(name)
     batch, length = vision.shape
     torch.manual_seed(0)
-    hidden = torch.randn(batch, length, layer.hidden_size, dtype=torch.double, requires_grad=True)
+    hidden = torch.randn(batch, length, layer.config.hidden_size, dtype=torch.double, requires_grad=True)
     cos, sin = torch.randn(2, batch, length, layer.head_dim, dtype=torch.double)
     expected = explicit_attention(layer, hidden, cos, sin, vision, valid, sample)
     outs, cache, start = [], DynamicCache() if pieces else None, 0
@@ -101,6 +118,7 @@ def attend(layer, name, pieces=None):
         out, weights = layer(
             hidden[:, start:stop],
             position_embeddings=(cos[:, start:stop], sin[:, start:stop]),
+            attention_mask=None,
             **{CACHE: cache},
             vision_layout=VisionLayout.make(vision[:, :stop], piece, valid[:, :stop], starts),
         )
@@ -111,8 +129,7 @@ def attend(layer, name, pieces=None):
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_attention_and_its_gradients_equal_loops(model, name):
-    layer = model.model.language_model.layers[0].self_attn.double()
+def test_attention_and_its_gradients_equal_loops(layer, name):
     hidden, valid, actual, expected = attend(layer, name)
     assert_close(actual[valid], expected[valid], 1e-10)
     assert not actual[~valid].any()
@@ -125,15 +142,13 @@ def test_attention_and_its_gradients_equal_loops(model, name):
 
 @pytest.mark.parametrize("pieces", [[70, 50], [1, 60, 9, 50]], ids=str)
 @pytest.mark.parametrize("name", [name for name in LAYOUTS if "packed" not in name])
-def test_attention_over_a_cache_equals_loops(model, name, pieces):
-    layer = model.model.language_model.layers[0].self_attn.double()
+def test_attention_over_a_cache_equals_loops(layer, name, pieces):
     _, valid, actual, expected = attend(layer, name, pieces)
     assert_close(actual[valid], expected[valid], 1e-10)
     assert not actual[~valid].any()
 
 
-def test_logits_of_gates_are_divided_by_the_temperature(model):
-    layer = model.model.language_model.layers[0].self_attn.double()
+def test_logits_of_gates_are_divided_by_the_temperature(layer):
     layer.config.gate_temperature = 0.3
     _, valid, actual, expected = attend(layer, "left padding")
     assert_close(actual[valid], expected[valid], 1e-10)
@@ -195,7 +210,7 @@ def test_layout_moves_every_tensor_to_another_device():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Where it is stock Qwen2.5-VL
+# Where it is stock
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -255,8 +270,10 @@ def test_image_prompts_get_stock_positions(both):
     assert torch.equal(deltas, expected_deltas)
 
 
-def test_signatures_that_generate_and_trainer_inspect_are_stock():
-    ours, theirs = VideoNSAForConditionalGeneration, Qwen2_5_VLForConditionalGeneration
+@pytest.mark.parametrize("model_type", ["qwen2_5_vl", "qwen3_vl"])
+def test_signatures_that_generate_and_trainer_inspect_are_stock(model_type):
+    ours = videonsa.model_class(model_type)
+    theirs = next(x for x in ours.__mro__ if x.__module__.startswith("transformers.models"))
     for name in ("forward", "get_image_features", "get_video_features"):
         assert inspect.signature(getattr(ours, name)) == inspect.signature(getattr(theirs, name))
 

@@ -68,22 +68,23 @@ def test_generation_in_a_left_padded_batch_equals_generation_alone(model):
 
 
 @pytest.mark.parametrize(
-    "settings",
+    ("backbone", "settings"),
     [
-        {"do_sample": True, "temperature": 3.0, "top_k": 0},
-        {"do_sample": True, "temperature": 3.0, "num_return_sequences": 3},
-        {"num_beams": 3, "num_return_sequences": 2, "output_logits": False},
+        ("Qwen2.5-VL", {"do_sample": True, "temperature": 3.0, "top_k": 0}),
+        ("Qwen3-VL", {"do_sample": True, "temperature": 3.0, "num_return_sequences": 3}),
+        ("Qwen2.5-VL", {"num_beams": 3, "num_return_sequences": 2, "output_logits": False}),
     ],
     ids=["sampling", "several samples", "beams"],
+    indirect=["backbone"],
 )
-def test_generation_without_cache_equals_generation_with_it(small, settings):
+def test_generation_without_cache_equals_generation_with_it(model, settings):
     inputs = make_inputs(*SAMPLES.values())
     with_cache, without = (
-        torch.manual_seed(0) and generate(small, inputs, use_cache=use_cache, **settings) for use_cache in (True, False)
+        torch.manual_seed(0) and generate(model, inputs, use_cache=use_cache, **settings) for use_cache in (True, False)
     )
     assert torch.equal(with_cache.sequences, without.sequences)
     if settings.get("do_sample"):
-        assert not torch.equal(with_cache.new_tokens[0], generate(small, inputs).new_tokens[0])
+        assert not torch.equal(with_cache.new_tokens[0], generate(model, inputs).new_tokens[0])
 
 
 def test_beams_of_a_batch_are_those_of_each_sample_alone(model):
@@ -104,12 +105,22 @@ def test_static_cache_gives_what_a_growing_one_gives(model):
 
 
 @pytest.mark.skipif(Version(transformers.__version__) < Version("5.23"), reason="stock fails in 5.17 too")
-@pytest.mark.parametrize(("chunk", "cache"), [(1, None), (7, None), (16, None), (1000, None), (16, "static")])
-def test_generation_with_chunked_prefill_equals_generation(small, chunk, cache):
+@pytest.mark.parametrize(
+    ("backbone", "chunk", "cache"),
+    [
+        ("Qwen2.5-VL", 1, None),
+        ("Qwen2.5-VL", 7, None),
+        ("Qwen3-VL", 16, None),
+        ("Qwen2.5-VL", 1000, None),
+        ("Qwen2.5-VL", 16, "static"),
+    ],
+    indirect=["backbone"],
+)
+def test_generation_with_chunked_prefill_equals_generation(model, chunk, cache):
     for samples in ([VIDEO], [MIXED], [MIXED, TEXT, VIDEO]):
         inputs = make_inputs(*samples)
-        actual = generate(small, inputs, prefill_chunk_size=chunk, cache_implementation=cache)
-        expected = generate(small, inputs)
+        actual = generate(model, inputs, prefill_chunk_size=chunk, cache_implementation=cache)
+        expected = generate(model, inputs)
         assert torch.equal(actual.sequences, expected.sequences)
         assert_close(actual.logits, expected.logits)
 

@@ -215,15 +215,15 @@ def test_two_dimensional_positions_do_not_mean_packed_samples(small):
 @pytest.mark.parametrize("chunk", [1, 5, 16])
 @pytest.mark.parametrize("samples", [[VIDEO], [MIXED], [MIXED, TEXT, VIDEO]], ids=["video", "mixed", "batch"])
 @torch.no_grad()
-def test_prefill_in_chunks_gives_what_it_gives_at_once(model, samples, chunk):
+def test_prefill_in_chunks_gives_what_it_gives_at_once(small, samples, chunk):
     inputs = make_inputs(*samples)
-    whole = model(**inputs, use_cache=True)
-    embeds, mask = embed(model, inputs), inputs["attention_mask"]
-    positions, _ = model.model.get_rope_index(**inputs)
-    cache, parts = DynamicCache(config=model.config.text_config), []
+    whole = small(**inputs, use_cache=True)
+    embeds, mask = embed(small, inputs), inputs["attention_mask"]
+    positions, _ = small.model.get_rope_index(**inputs)
+    cache, parts = DynamicCache(config=small.config.text_config), []
     for start in range(0, embeds.shape[1], chunk):
         stop = min(start + chunk, embeds.shape[1])
-        out = model(
+        out = small(
             inputs_embeds=embeds[:, start:stop],
             position_ids=positions[..., start:stop],
             mm_token_type_ids=inputs["mm_token_type_ids"][:, start:stop],
@@ -249,18 +249,18 @@ def test_vision_is_found_in_embedded_placeholders(model):
     assert torch.equal(logits(model, inputs), expected)
 
 
-def test_changing_a_vision_token_leaves_earlier_tokens_bit_for_bit(model):
+def test_changing_a_vision_token_leaves_earlier_tokens_bit_for_bit(small):
     inputs = make_inputs(MIXED)
     vision = is_vision(inputs)[0].nonzero().flatten().tolist()
     with torch.no_grad():
-        embeds = embed(model, inputs)
+        embeds = embed(small, inputs)
     rest = {"mm_token_type_ids": inputs["mm_token_type_ids"]}
-    rest["position_ids"], _ = model.model.get_rope_index(**inputs)
-    before = logits(model, rest, inputs_embeds=embeds)[0]
+    rest["position_ids"], _ = small.model.get_rope_index(**inputs)
+    before = logits(small, rest, inputs_embeds=embeds)[0]
     for token in vision[:: len(vision) // 9]:
         changed = embeds.clone()
         changed[0, token] *= -1
-        after = logits(model, rest, inputs_embeds=changed)[0]
+        after = logits(small, rest, inputs_embeds=changed)[0]
         assert torch.equal(before[:token], after[:token])
         assert not torch.equal(before[token], after[token])
         assert not torch.equal(before[-1], after[-1])
@@ -269,13 +269,13 @@ def test_changing_a_vision_token_leaves_earlier_tokens_bit_for_bit(model):
 def test_changing_later_pixels_leaves_earlier_tokens_bit_for_bit(model):
     inputs = make_inputs(VIDEO)
     before = logits(model, inputs)[0]
-    frame, first = 64, 5 + 1  # patches of a temporal patch, index of the first vision token
+    firsts = is_vision(inputs)[0].nonzero()[::16, 0].tolist()  # vision token of each temporal patch of 64 patches
     for t in (3, 8, 11):
         pixels = inputs["pixel_values_videos"].clone()
-        pixels[t * frame :] += 1
+        pixels[64 * t :] += 1
         after = logits(model, inputs, pixel_values_videos=pixels)[0]
-        assert torch.equal(before[: first + 16 * t], after[: first + 16 * t])
-        assert not torch.equal(before[first + 16 * t], after[first + 16 * t])
+        assert torch.equal(before[: firsts[t]], after[: firsts[t]])
+        assert not torch.equal(before[firsts[t]], after[firsts[t]])
 
 
 # ----------------------------------------------------------------------------------------------------------------------

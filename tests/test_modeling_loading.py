@@ -10,43 +10,48 @@ import pytest
 import torch
 from conftest import ROOT
 from safetensors.torch import load_file, save_file
-from transformers import Qwen2_5_VLForConditionalGeneration
+from transformers import AutoModelForImageTextToText
 
+import videonsa
 from prompts import GATES, MIXED, TEXT, VIDEO, generate, logits, make_inputs, unpad
 from videonsa.configuration_videonsa import VideoNSAConfig, is_public
-from videonsa.modeling_videonsa import VideoNSAForConditionalGeneration, VideoNSAModel
+from videonsa.modeling_videonsa import VideoNSAForConditionalGeneration
 from videonsa.vision_attention import untrained_gates
 
-
-def test_stock_checkpoint_loads_with_only_the_gates_missing(checkpoints):
-    for folder in checkpoints.values():
-        model, info = VideoNSAForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
-        stock = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder)
-        assert set(info["missing_keys"]) == GATES
-        assert not info["unexpected_keys"]
-        assert not info["mismatched_keys"]
-        ours, theirs = model.state_dict(), stock.state_dict()
-        assert ours.keys() - theirs.keys() == GATES
-        assert all(torch.equal(ours[key], value) for key, value in theirs.items())
-        assert model.config.model_type == "videonsa"
-        assert model.lm_head.weight is model.model.language_model.embed_tokens.weight
+TYPES = {"Qwen2.5-VL": "videonsa", "Qwen3-VL": "videonsa_qwen3"}
 
 
-def test_model_without_head_loads_the_same_weights(checkpoints, small, tmp_path):
-    _, info = VideoNSAModel.from_pretrained(checkpoints["1 KV head"], output_loading_info=True)
+def test_stock_checkpoint_loads_with_only_the_gates_missing(checkpoints, backbone):
+    stock = AutoModelForImageTextToText.from_pretrained(checkpoints[backbone])
+    ours = videonsa.model_class(stock.config.model_type)
+    model, info = ours.from_pretrained(checkpoints[backbone], output_loading_info=True)
+    assert set(info["missing_keys"]) == GATES
+    assert not info["unexpected_keys"]
+    assert not info["mismatched_keys"]
+    ours, theirs = model.state_dict(), stock.state_dict()
+    assert ours.keys() - theirs.keys() == GATES
+    assert all(torch.equal(ours[key], value) for key, value in theirs.items())
+    assert model.config.model_type == TYPES[backbone]
+    assert isinstance(model.config, videonsa.config_class(TYPES[backbone]))
+    assert model.lm_head.weight is model.model.language_model.embed_tokens.weight
+
+
+def test_model_without_head_loads_the_same_weights(checkpoints, backbone, model, tmp_path):
+    base = type(model.model)
+    _, info = base.from_pretrained(checkpoints[backbone], output_loading_info=True)
     assert set(info["missing_keys"]) == {name.removeprefix("model.") for name in GATES}
-    small.save_pretrained(tmp_path / "old")
-    small.save_pretrained(tmp_path / "new", save_original_format=False)
+    model.save_pretrained(tmp_path / "old")
+    model.save_pretrained(tmp_path / "new", save_original_format=False)
     for folder in ("old", "new"):
-        model, info = VideoNSAModel.from_pretrained(tmp_path / folder, output_loading_info=True)
+        loaded, info = base.from_pretrained(tmp_path / folder, output_loading_info=True)
         assert not info["missing_keys"]
         assert set(info["unexpected_keys"]) <= {"lm_head.weight"}
-        assert all(torch.equal(value, small.model.state_dict()[key]) for key, value in model.state_dict().items())
+        assert all(torch.equal(value, model.model.state_dict()[key]) for key, value in loaded.state_dict().items())
 
 
 @pytest.mark.parametrize("made", ["loaded", "from a configuration"])
 def test_new_gates_are_small_whatever_the_initializer_range(checkpoints, made):
-    folder = checkpoints["1 KV head"]
+    folder = checkpoints["Qwen2.5-VL"]
     if made == "loaded":
         model = VideoNSAForConditionalGeneration.from_pretrained(folder)
     else:
@@ -63,7 +68,7 @@ def test_new_gates_are_small_whatever_the_initializer_range(checkpoints, made):
 
 
 def test_gates_start_at_one_half(checkpoints):
-    model = VideoNSAForConditionalGeneration.from_pretrained(checkpoints["1 KV head"])
+    model = VideoNSAForConditionalGeneration.from_pretrained(checkpoints["Qwen2.5-VL"])
     gates = model.model.language_model.layers[0].self_attn.gates(torch.randn(50, 112))
     assert (gates - 0.5).abs().max() < 0.1
 
@@ -153,21 +158,25 @@ def test_a_stock_checkpoint_is_saved_with_the_variant_given(stock_checkpoint, tm
     assert VideoNSAConfig.from_pretrained(tmp_path).nsa_variant == "dense"
 
 
-def test_saved_model_loads_with_equal_logits_and_brings_its_code(model, tmp_path):
+def test_saved_model_loads_with_equal_logits_and_brings_its_code(backbone, model, tmp_path):
     model.save_pretrained(tmp_path)
-    loaded, info = VideoNSAForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    loaded, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     inputs = make_inputs(VIDEO, MIXED)
     assert torch.equal(logits(loaded.eval(), inputs), logits(model, inputs))
     assert all(torch.equal(loaded.state_dict()[key], model.state_dict()[key]) for key in GATES)
     of_the_processor = {"processing_videonsa.py", *(path.name for path in ROOT.glob("video_*.py"))}
-    names = {path.name for path in ROOT.glob("*.py")} - of_the_processor - {"__init__.py"}
+    of_qwen3 = {path.name for path in ROOT.glob("*_qwen3.py")}
+    others = of_qwen3 if backbone == "Qwen2.5-VL" else {"modeling_videonsa.py", "rope_positions.py"}
+    names = {path.name for path in ROOT.glob("*.py")} - of_the_processor - others - {"__init__.py"}
     assert {path.name for path in tmp_path.glob("*.py")} == names
     config = json.loads((tmp_path / "config.json").read_text())
-    assert (config["model_type"], config["architectures"]) == ("videonsa", ["VideoNSAForConditionalGeneration"])
+    assert (config["model_type"], config["architectures"]) == (TYPES[backbone], [type(model).__name__])
     keys = load_file(tmp_path / "model.safetensors").keys()
-    assert {key.replace("model.language_model.", "model.") for key in GATES} <= keys  # the public checkpoint's names
+    # Of Qwen2.5-VL, the names of the public checkpoint.
+    parts = ("model.language_model.", "model.") if backbone == "Qwen2.5-VL" else ("", "")
+    assert {key.replace(*parts) for key in GATES} <= keys
 
 
 def write_public_checkpoint(model, folder, published, style):
@@ -207,8 +216,8 @@ def write_public_checkpoint(model, folder, published, style):
 
 
 @pytest.mark.parametrize("style", ["flat", "text_config", "text_config, settings at the top", "both"])
-def test_checkpoint_in_the_public_layout_loads_whole(model, published_config, tmp_path, style):
-    write_public_checkpoint(model, tmp_path / "public", published_config, style)
+def test_checkpoint_in_the_public_layout_loads_whole(small, published_config, tmp_path, style):
+    write_public_checkpoint(small, tmp_path / "public", published_config, style)
     assert is_public(json.loads((tmp_path / "public" / "config.json").read_text()))
     same = {"nsa_variant": "paper", "gate_temperature": 1.0}
     loaded, info = VideoNSAForConditionalGeneration.from_pretrained(
@@ -219,7 +228,7 @@ def test_checkpoint_in_the_public_layout_loads_whole(model, published_config, tm
     assert not info["mismatched_keys"]
     assert loaded.dtype == torch.float32
     inputs = make_inputs(VIDEO, MIXED)
-    assert torch.equal(logits(loaded.eval(), inputs), logits(model, inputs))
+    assert torch.equal(logits(loaded.eval(), inputs), logits(small, inputs))
 
 
 def test_new_key_layout_loads_whole(small, tmp_path):
@@ -261,15 +270,15 @@ def test_low_precision_model_is_close_to_fp32(small):
 REMOTE = """if True:
     import sys, torch
     from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
-    folder, again = sys.argv[1:]
+    folder, again, name = sys.argv[1:]
     inputs = torch.load(folder + "/inputs.pt")
     expected = inputs.pop("expected")
-    assert type(AutoConfig.from_pretrained(folder, trust_remote_code=True)).__name__ == "VideoNSAConfig"
+    assert type(AutoConfig.from_pretrained(folder, trust_remote_code=True)).__name__ == name + "Config"
     for auto in (AutoModel, AutoModelForImageTextToText):
         model = auto.from_pretrained(folder, trust_remote_code=True).eval()
-        assert type(model).__name__ == "VideoNSAForConditionalGeneration"
+        assert type(model).__name__ == name + "ForConditionalGeneration"
         assert type(model).__module__.startswith("transformers_modules.")
-        assert type(model.config).__name__ == "VideoNSAConfig"
+        assert type(model.config).__name__ == name + "Config"
         assert not any(name.split(".")[0] == "videonsa" for name in sys.modules)
         with torch.no_grad():
             assert torch.equal(model(**inputs).logits, expected)
@@ -283,23 +292,25 @@ REMOTE = """if True:
 """
 
 
-def test_remote_code_loads_generates_and_saves_in_fresh_processes(small, tmp_path, run_fresh):
+def test_remote_code_loads_generates_and_saves_in_fresh_processes(backbone, model, tmp_path, run_fresh):
     inputs = make_inputs(VIDEO)
     folders = [tmp_path / name for name in ("first", "second", "third")]
-    small.save_pretrained(folders[0])
-    torch.save({**inputs, "expected": logits(small, inputs)}, folders[0] / "inputs.pt")
-    tokens = generate(small, inputs, 4).new_tokens[0].tolist()
+    folders = folders if backbone == "Qwen2.5-VL" else folders[:2]  # what a saved one saves does not depend on it
+    model.save_pretrained(folders[0])
+    torch.save({**inputs, "expected": logits(model, inputs)}, folders[0] / "inputs.pt")
+    tokens = generate(model, inputs, 4).new_tokens[0].tolist()
+    name = type(model).__name__.removesuffix("ForConditionalGeneration")
     for folder, again in pairwise(folders):
-        lines = run_fresh(REMOTE, folder, again).splitlines()
+        lines = run_fresh(REMOTE, folder, again, name).splitlines()
         assert lines == [f"AutoModel {tokens}", f"AutoModelForImageTextToText {tokens}"]
     files = [{path.name for path in folder.iterdir()} for folder in folders]
-    assert files[0] == files[1] == files[2]
+    assert files[1:] == files[:-1]
 
 
 def test_gates_survive_the_hooks_of_accelerate(checkpoints):
     from accelerate import dispatch_model
 
-    model = VideoNSAForConditionalGeneration.from_pretrained(checkpoints["1 KV head"]).eval()
+    model = VideoNSAForConditionalGeneration.from_pretrained(checkpoints["Qwen2.5-VL"]).eval()
     devices = dict.fromkeys(("model.visual", "model.language_model", "lm_head"), "cpu")
     dispatch_model(model, devices, force_hooks=True)
     assert len(model(**make_inputs(VIDEO), output_gates=True).gates) == len(model.model.language_model.layers)
@@ -335,7 +346,7 @@ BAD = {
 @pytest.mark.parametrize("given", ["to from_pretrained", "afterwards", "afterwards on the text config"])
 @pytest.mark.parametrize("name", BAD)
 def test_bad_settings_are_refused_when_a_model_is_made(checkpoints, name, given):
-    folder, message = checkpoints["1 KV head"], f"{name} must be .*{BAD[name]}"
+    folder, message = checkpoints["Qwen2.5-VL"], f"{name} must be .*{BAD[name]}"
     if given == "to from_pretrained":
         with pytest.raises(ValueError, match=message):
             VideoNSAForConditionalGeneration.from_pretrained(folder, **{name: BAD[name]})
@@ -360,7 +371,7 @@ def test_bad_settings_are_refused_when_a_model_is_made(checkpoints, name, given)
     ],
 )
 def test_unsuitable_architectures_are_refused_when_a_model_is_made(checkpoints, name, value, message):
-    config = VideoNSAConfig.from_pretrained(checkpoints["1 KV head"])
+    config = VideoNSAConfig.from_pretrained(checkpoints["Qwen2.5-VL"])
     setattr(config.text_config, name, value)
     with pytest.raises(ValueError, match=message):
         VideoNSAForConditionalGeneration(config)

@@ -110,7 +110,7 @@ SMALL_VIDEO = [3, video(6, 4, 8, seed=4), 20]
 
 
 @pytest.fixture
-def make_trainer(checkpoints, tmp_path):
+def make_trainer(backbone, checkpoints, tmp_path):
     """Trainers of all parameters on video, image and text samples, each from the same weights."""
 
     def make(name, **settings):
@@ -131,7 +131,7 @@ def make_trainer(checkpoints, tmp_path):
         )
         samples = [SMALL_VIDEO, IMAGE, TEXT, [*SMALL_VIDEO, 9], MIXED, [30]]
         return Trainer(
-            load(checkpoints["1 KV head"]),
+            load(checkpoints[backbone]),
             arguments,
             data_collator=lambda samples: with_labels(make_inputs(*samples)),
             train_dataset=samples,
@@ -154,6 +154,7 @@ def test_resumed_training_continues_as_if_uninterrupted(make_trainer, tmp_path):
         torch.testing.assert_close(weight, theirs[name], rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("backbone", ["Qwen2.5-VL"], indirect=True)
 def test_best_model_is_loaded_at_the_end_of_training(make_trainer):
     trainer = make_trainer(
         "best",

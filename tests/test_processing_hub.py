@@ -4,13 +4,14 @@ import json
 import logging
 from pathlib import Path
 
+import pytest
 from transformers import AutoProcessor, AutoVideoProcessor
 from transformers.dynamic_module_utils import check_imports, get_imports
 from videos import chat
 
 import videonsa.processing_videonsa as processing
 from lib import tiny
-from videonsa.processing_videonsa import VideoNSAProcessor, VideoNSAVideoProcessor
+from videonsa.processing_videonsa import VideoNSAProcessor, VideoNSAQwen3Processor, VideoNSAVideoProcessor
 
 
 class TestHub:
@@ -29,12 +30,15 @@ class TestHub:
         alone = AutoVideoProcessor.from_pretrained(tmp_path, trust_remote_code=True)
         assert alone(clips / "clip.mp4", num_frames=2)["video_grid_thw"].tolist() == [[1, 8, 8]]
 
-    def test_saving_it_again_changes_nothing(self, tiny_repository, tmp_path):
-        built = VideoNSAProcessor.from_pretrained(tiny_repository)
+    @pytest.mark.parametrize(
+        ("repository", "own"), [("tiny_repository", VideoNSAProcessor), ("qwen3_repository", VideoNSAQwen3Processor)]
+    )
+    def test_saving_it_again_changes_nothing(self, request, tmp_path, repository, own):
+        built = own.from_pretrained(request.getfixturevalue(repository))
         described = built.to_dict(), repr(built.image_processor), repr(built.video_processor)
         built.save_pretrained(tmp_path / "first")
         assert described == (built.to_dict(), repr(built.image_processor), repr(built.video_processor))
-        for load, folder in ((VideoNSAProcessor, "first"), (AutoProcessor, "second"), (AutoProcessor, "third")):
+        for load, folder in ((own, "first"), (AutoProcessor, "second"), (AutoProcessor, "third")):
             loaded = load.from_pretrained(tmp_path / folder, trust_remote_code=True)
             again = tmp_path / {"first": "second", "second": "third", "third": "fourth"}[folder]
             loaded.save_pretrained(again)
@@ -42,8 +46,8 @@ class TestHub:
             for path in (tmp_path / "first").iterdir():
                 assert (again / path.name).read_bytes() == path.read_bytes(), path.name
         saved = json.loads((tmp_path / "fourth/processor_config.json").read_text())
-        assert saved["processor_class"] == "VideoNSAProcessor"
-        assert saved["auto_map"] == {"AutoProcessor": "processing_videonsa.VideoNSAProcessor"}
+        assert saved["processor_class"] == own.__name__
+        assert saved["auto_map"] == {"AutoProcessor": f"processing_videonsa.{own.__name__}"}
         assert saved["video_processor"]["auto_map"] == {
             "AutoVideoProcessor": "processing_videonsa.VideoNSAVideoProcessor"
         }

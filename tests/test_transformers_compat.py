@@ -15,13 +15,13 @@ import pytest
 import torch
 from packaging.specifiers import SpecifierSet
 from safetensors.torch import load_file, save_file
-from transformers import DynamicCache, Qwen2_5_VLForConditionalGeneration
+from transformers import DynamicCache
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as stock
 
 from prompts import IMAGE, MIXED, TEXT, VIDEO, assert_close, embed, generate, is_vision, logits, make_inputs
 from videonsa import transformers_compat
-from videonsa.modeling_videonsa import VideoNSAForConditionalGeneration, VideoNSAModel, VideoNSATextModel
+from videonsa.modeling_videonsa import STOCK, VideoNSAForConditionalGeneration, VideoNSAModel, VideoNSATextModel
 from videonsa.transformers_compat import ATTENTION_IMPLEMENTATIONS, CACHE, CACHE_NAMES, TESTED, check_contract
 
 OTHER = next(name for name in CACHE_NAMES if name != CACHE)
@@ -105,13 +105,14 @@ def test_arguments_may_be_positional_as_in_stock(small):
     assert torch.equal(small.generate(ids, max_new_tokens=1), small.generate(input_ids=ids, max_new_tokens=1))
 
 
-def test_signatures_are_those_of_the_stock_class(small):
-    for ours, theirs in (
-        (small.forward, Qwen2_5_VLForConditionalGeneration.forward),
-        (small.model.forward, stock.Qwen2_5_VLModel.forward),
-        (small.model.language_model.forward, stock.Qwen2_5_VLTextModel.forward),
+def test_signatures_are_those_of_the_stock_class(both):
+    model, theirs = both
+    for ours, expected in (
+        (model.forward, type(theirs).forward),
+        (model.model.forward, type(theirs.model).forward),
+        (model.model.language_model.forward, type(theirs.model.language_model).forward),
     ):
-        assert list(inspect.signature(ours).parameters) == list(inspect.signature(theirs).parameters)[1:]
+        assert list(inspect.signature(ours).parameters) == list(inspect.signature(expected).parameters)[1:]
 
 
 @torch.no_grad()
@@ -166,6 +167,13 @@ def test_a_removed_method_that_we_override_is_an_error(small, monkeypatch, name)
         build(small)
 
 
+def test_an_argument_that_another_backbone_alone_has_is_checked_too(models, monkeypatch):
+    text_model = models["Qwen3-VL"].model.language_model
+    monkeypatch.setattr(text_model.stock.text_model, "forward", stock.Qwen2_5_VLTextModel.forward)
+    with pytest.raises(ImportError, match=r"Qwen3VLTextModel\.forward\(visual_pos_masks\)"):
+        type(text_model)(text_model.config)
+
+
 def test_a_renamed_argument_is_an_error_when_the_module_is_imported(run_fresh, tiny_repository):
     program = """
 import sys
@@ -184,7 +192,7 @@ except ImportError as error:
 def test_a_version_older_than_tested_is_an_error(monkeypatch):
     monkeypatch.setattr(transformers_compat, "VERSION", "5.16.3")
     with pytest.raises(ImportError, match=r"transformers 5\.16\.3 is too old.*5\.17 to"):
-        check_contract()
+        check_contract(STOCK)
 
 
 @pytest.mark.parametrize("version", ["5.25.0", "5.25.0.dev0", "6.0.0"])
@@ -192,7 +200,7 @@ def test_a_newer_version_that_keeps_the_contract_is_warned_of(monkeypatch, versi
     said = []
     monkeypatch.setattr(transformers_compat, "VERSION", version)
     monkeypatch.setattr(transformers_compat.logger, "warning_once", said.append)
-    check_contract()
+    check_contract(STOCK)
     assert len(said) == 1
     assert version in said[0] and f"({TESTED[0]} to {TESTED[1]})" in said[0]
 

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import string
 import threading
 import time
 from copy import deepcopy
@@ -43,6 +44,17 @@ def talker(repository):
     model, processor = load(str(repository), None, "cpu")
     config = model.generation_config
     config.suppress_tokens, config.eos_token_id = [*config.suppress_tokens, config.eos_token_id], 10**6
+    return VideoChat(model, processor)
+
+
+@pytest.fixture(scope="module")
+def qwen3_chat(qwen3_repository):
+    """An untrained model on Qwen3-VL, which says letters, of frames at 1 per second."""
+    model, processor = load(str(qwen3_repository), None, "cpu")
+    letters = processor.tokenizer.convert_tokens_to_ids(list(string.ascii_lowercase))
+    others = set(range(model.config.text_config.vocab_size)) - {*letters}
+    model.generation_config.suppress_tokens = sorted(others)
+    processor.video_processor.fps = 1
     return VideoChat(model, processor)
 
 
@@ -135,6 +147,34 @@ def test_a_video_is_added_later_and_both_are_seen(chats, samples, variant):
     assert asked_afresh(chat, conversation.messages[:-1])[1] == conversation.ids.tolist()
 
 
+def test_a_conversation_on_qwen3_has_the_tokens_of_the_whole_one(qwen3_chat, samples):
+    """Text stands between the patches of its videos: it is kept, read once, and belongs to no patch."""
+
+    def begin():
+        talk = qwen3_chat.open(samples[0]["video"])
+        for question in ("What was it?", "When?"):
+            talk.ask(question, max_new_tokens=3)
+        talk.add(samples[1]["video"], start=2)
+        return talk
+
+    talk = begin()
+    talk.ask("Aside?", max_new_tokens=3, save=False)
+    answer = talk.ask("Which came first?", max_new_tokens=3)
+    assert answer.timing["given"] < 80 and len(answer.shares) == 4 + 3
+
+    content = talk.messages[-2]["content"]
+    content[0] = {**content[0], "start": 2}
+    inputs = qwen3_chat.processor.apply_chat_template(
+        talk.messages[:-1], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    whole = qwen3_chat.model.generate(**inputs, max_new_tokens=3, do_sample=False)[0].tolist()
+    assert talk.ids.tolist() == whole
+    types = inputs["mm_token_type_ids"][0]
+    assert torch.cat([video.places for video in talk.videos]).tolist() == types.nonzero().squeeze(1).tolist()
+    talk.undo()
+    assert_asks_as_anew(talk, begin(), "Which?", max_new_tokens=3)
+
+
 def test_a_question_that_is_not_saved_leaves_everything_as_it_was(chat, sample, visual_calls):
     conversation = chat.open(sample["video"])
     questions, answers = ([item[name] for item in sample["questions"]] for name in ("question", "answer"))
@@ -182,9 +222,9 @@ def test_an_undone_question_leaves_no_trace_and_videos_stay_read(chats, samples,
     assert talk.ask(questions[0]) == first == asked_afresh(chat, talk.messages[:1])[0]
 
 
-def assert_asks_as_anew(conversation, anew, question: str) -> None:
+def assert_asks_as_anew(conversation, anew, question: str, **options) -> None:
     """A conversation goes on as one that has not been through anything, and its cache is that of its tokens."""
-    answer, expected = (talk.ask(question) for talk in (conversation, anew))
+    answer, expected = (talk.ask(question, **options) for talk in (conversation, anew))
     assert answer == expected and conversation.messages == anew.messages
     assert answer.shares == pytest.approx(expected.shares, abs=1e-5)
     assert [str(moment) for moment in answer.moments] == [str(moment) for moment in expected.moments]

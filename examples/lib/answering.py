@@ -56,7 +56,7 @@ class Prompts(Dataset):
         return len(self.samples)
 
     def __getitem__(self, index: int) -> list[tuple[Question, dict[str, torch.Tensor]]] | Drop:
-        prompts, known = [], (None, None)
+        prompts, known = [], (None,)  # media, their features, and the tokens of a prompt up to them
         for question in self.samples[index]:
             try:
                 media = media_parts(question.messages)
@@ -68,23 +68,21 @@ class Prompts(Dataset):
                         return_dict=True,
                         return_tensors="pt",
                     )
-                    known = media, {name: torch.as_tensor(inputs[name]) for name in MODEL_INPUTS if name in inputs}
-                prompts.append((question, {"input_ids": self.token_ids(question, known[1]), **known[1]}))
+                    features = {name: torch.as_tensor(inputs[name]) for name in MODEL_INPUTS if name in inputs}
+                    ids = inputs["input_ids"][0]
+                    known = media, features, ids[: len(ids) - len(self.last_ids(question))]
+                ids = torch.cat([known[2], self.last_ids(question)])
+                prompts.append((question, {"input_ids": ids, **known[1]}))
             except Exception as error:  # noqa: BLE001  one broken file must not end the run
                 return Drop(question.id, f"{type(error).__name__}: {error}")
         return prompts
 
-    def token_ids(self, question: Question, features) -> torch.Tensor:
-        """int64 [length]: what the processor makes of the question, with the placeholders that its media need."""
+    def last_ids(self, question: Question) -> torch.Tensor:
+        """int64 [length]: what the processor makes of what stands behind the media of a question, or of all of it."""
         text = self.processor.apply_chat_template(question.messages, add_generation_prompt=True, tokenize=False)
-        ids = self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
-        merge = self.processor.video_processor.merge_size**2
-        counts = {
-            getattr(self.processor, f"{kind}_token_id"): iter((features[f"{kind}_grid_thw"].prod(-1) // merge).tolist())
-            for kind in ("image", "video")
-            if f"{kind}_grid_thw" in features
-        }
-        return torch.tensor([id for id in ids for _ in range(next(counts[id]) if id in counts else 1)])
+        for token in (self.processor.image_token, self.processor.video_token):
+            text = text.rpartition(token)[2]
+        return torch.tensor(self.processor.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def answer(model, processor, batch: list[dict[str, torch.Tensor]], max_new_tokens: int) -> list[str]:

@@ -15,12 +15,43 @@ from .fields import MEANINGS, SIZES
 logger = logging.getLogger(__name__)
 
 VIDEO = "https://huggingface.co/datasets/raushan-testing-hf/videos-test/resolve/main/sample_demo_1.mp4"
+QWEN25 = """\
+@article{bai2025qwen25vl,
+  title   = {Qwen2.5-VL Technical Report},
+  author  = {Shuai Bai and Keqin Chen and Xuejing Liu and Jialin Wang and Wenbin Ge and Sibo Song and Kai Dang and
+             Peng Wang and Shijie Wang and Jun Tang and Humen Zhong and Yuanzhi Zhu and Mingkun Yang and Zhaohai Li and
+             Jianqiang Wan and Pengfei Wang and Wei Ding and Zheren Fu and Yiheng Xu and Jiabo Ye and Xi Zhang and
+             Tianbao Xie and Zesen Cheng and Hang Zhang and Zhibo Yang and Haiyang Xu and Junyang Lin},
+  journal = {arXiv preprint arXiv:2502.13923},
+  year    = {2025}
+}"""
+QWEN3 = """\
+@article{bai2025qwen3vl,
+  title   = {Qwen3-VL Technical Report},
+  author  = {Shuai Bai and Yuxuan Cai and Ruizhe Chen and Keqin Chen and Xionghui Chen and Zesen Cheng and Lianghao
+             Deng and Wei Ding and Chang Gao and Chunjiang Ge and Wenbin Ge and Zhifang Guo and Qidong Huang and Jie
+             Huang and Fei Huang and Binyuan Hui and Shutong Jiang and Zhaohai Li and Mingsheng Li and Mei Li and
+             Kaixin Li and Zicheng Lin and Junyang Lin and Xuejing Liu and Jiawei Liu and Chenglong Liu and Yang Liu
+             and Dayiheng Liu and Shixuan Liu and Dunjie Lu and Ruilin Luo and Chenxu Lv and Rui Men and Lingchen Meng
+             and Xuancheng Ren and Xingzhang Ren and Sibo Song and Yuchong Sun and Jun Tang and Jianhong Tu and
+             Jianqiang Wan and Peng Wang and Pengfei Wang and Qiuyue Wang and Yuxuan Wang and Tianbao Xie and Yiheng Xu
+             and Haiyang Xu and Jin Xu and Zhibo Yang and Mingkun Yang and Jianxin Yang and An Yang and Bowen Yu and
+             Fei Zhang and Hang Zhang and Xi Zhang and Bo Zheng and Humen Zhong and Jingren Zhou and Fan Zhou and Jing
+             Zhou and Yuanzhi Zhu and Ke Zhu},
+  journal = {arXiv preprint arXiv:2511.21631},
+  year    = {2025}
+}"""
+# By model_type: the backbone, and its report.
+BACKBONES = {
+    "videonsa": ("Qwen2.5-VL", QWEN25),
+    "videonsa_qwen3": ("Qwen3-VL", QWEN3),
+}
 # What `nsa_variant` offers; a card lists those that its checkpoint can run.
 VARIANTS = {
     "paper": "sparse attention as published: compression, selection and window, mixed by gates; needs trained gates",
     "released": "what the code computes that the public weights `Enxin/VideoNSA` were trained with; for these weights",
     "merged": "one softmax over earlier text and the chosen blocks, without gates; for weights without trained gates",
-    "dense": "stock attention of Qwen2.5-VL: the baseline",
+    "dense": "stock attention: the baseline",
 }
 NSA = """\
 through Native Sparse Attention: to the means of blocks of
@@ -37,7 +68,7 @@ CARD = """
 
 [VideoNSA](https://arxiv.org/abs/2510.02295) on the weights of {base}, for questions about long videos.
 In every layer of the language model, vision tokens attend {method}.
-Text tokens, and with them all that is generated, keep the dense attention of Qwen2.5-VL.
+Text tokens, and with them all that is generated, keep the dense attention of {backbone}.
 
 {note}
 
@@ -66,7 +97,7 @@ streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_toke
 output = model.generate(**inputs, max_new_tokens=128, streamer=streamer)
 ```
 
-By default a video gives up to 4 frames per second of at most 50,176 pixels, within 131,072 tokens; a longer one is
+By default a video gives up to 4 frames per second of at most {pixels:,} pixels, within 131,072 tokens; a longer one is
 sampled more sparsely. `processor_kwargs={{"fps": 1, "max_tokens": 32768}}` in `apply_chat_template` changes that.
 
 Several questions, for which the video is read once (`answer.moments` are the frames that an answer attended to most):
@@ -145,15 +176,7 @@ transformers 5.23; `benchmarks/video.py` of the project).
   year    = {{2025}}
 }}
 
-@article{{bai2025qwen25vl,
-  title   = {{Qwen2.5-VL Technical Report}},
-  author  = {{Shuai Bai and Keqin Chen and Xuejing Liu and Jialin Wang and Wenbin Ge and Sibo Song and Kai Dang and
-             Peng Wang and Shijie Wang and Jun Tang and Humen Zhong and Yuanzhi Zhu and Mingkun Yang and Zhaohai Li and
-             Jianqiang Wan and Pengfei Wang and Wei Ding and Zheren Fu and Yiheng Xu and Jiabo Ye and Xi Zhang and
-             Tianbao Xie and Zesen Cheng and Hang Zhang and Zhibo Yang and Haiyang Xu and Junyang Lin}},
-  journal = {{arXiv preprint arXiv:2502.13923}},
-  year    = {{2025}}
-}}
+{citation}
 ```
 """
 
@@ -205,14 +228,16 @@ def write_card(source: str | Path, folder: Path, config, *, base: str, name: str
     Args:
         source: folder or Hub id of the checkpoint it was made from, whose card states the licence.
         folder: of the repository; its weights are counted.
-        config: its `VideoNSAConfig`.
+        config: its configuration.
         base: folder or Hub id to name as the base model. A folder stands for the base model of its own card.
         name: of the model, its Hub id where it has one.
         note: a paragraph about its training.
         **options: for `from_pretrained` in the snippets, beside dtype and device_map.
     """
     data = _data(source, base, library_name="transformers", tags=["custom_code"])
-    text, dtype = config.text_config, str(config.dtype or "float32").removeprefix("torch.")
+    backbone, citation = BACKBONES[config.model_type]
+    vision, text = config.vision_config, config.text_config
+    dtype = str(config.dtype or "float32").removeprefix("torch.")
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     itemsize = 4 if dtype == "float32" else 2
     per_token = 2 * text.num_hidden_layers * text.num_key_value_heads * head_dim * itemsize
@@ -226,6 +251,9 @@ def write_card(source: str | Path, folder: Path, config, *, base: str, name: str
         name=name,
         install=install_line(),
         base=_base_name(base),
+        backbone=backbone,
+        pixels=(8 * vision.patch_size * vision.spatial_merge_size) ** 2,
+        citation=citation,
         note=note,
         video=VIDEO,
         options=_arguments({"dtype": "auto", "device_map": "auto", **options}),

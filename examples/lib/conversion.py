@@ -1,4 +1,4 @@
-"""Turns a checkpoint of Qwen2.5-VL, or of VideoNSA, into a VideoNSA repository: what `convert.py` does."""
+"""Turns a checkpoint of Qwen2.5-VL, Qwen3-VL or VideoNSA into a VideoNSA repository: what `convert.py` does."""
 
 import json
 import re
@@ -10,20 +10,25 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
-from transformers import Qwen2_5_VLProcessor
+from transformers import Qwen2_5_VLProcessor, Qwen3VLProcessor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
-from videonsa import modeling_videonsa
+from videonsa import config_class, model_class, modeling_videonsa
 from videonsa.configuration_videonsa import VideoNSAConfig
 from videonsa.nsa_checks import BRANCHES
-from videonsa.processing_videonsa import VideoNSAProcessor, VideoNSAVideoProcessor
+from videonsa.processing_videonsa import VideoNSAProcessor, VideoNSAQwen3Processor, VideoNSAVideoProcessor
 from videonsa.vision_attention import GATE_STD, spreads_as_made
 
 from .card import write_card
 from .folders import check_new, check_source, new_folder
 
 SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "README.md", "LICENSE*"]
-SOURCES = ("qwen2_5_vl", VideoNSAConfig.model_type)
+# By the model_type of config.json: of what can be converted, the stock processor and ours; of repositories, ours.
+STOCK = {
+    "qwen2_5_vl": (Qwen2_5_VLProcessor, VideoNSAProcessor),
+    "qwen3_vl": (Qwen3VLProcessor, VideoNSAQwen3Processor),
+}
+OURS = {"videonsa": VideoNSAProcessor, "videonsa_qwen3": VideoNSAQwen3Processor}
 PICKLES = re.compile(r"\.(bin|pt|pth|ckpt)(\.index\.json)?$")
 QUERY_WEIGHT = ".self_attn.q_proj.weight"
 GATES = re.compile(r"\.g_proj_[12]\.(weight|bias)$")
@@ -55,13 +60,13 @@ def convert(
     """Write a VideoNSA repository to the folder `output` and return it.
 
     Args:
-        source: folder, or id of a Hub repository, of a Qwen2.5-VL checkpoint (3B, 7B, 32B, 72B) in safetensors, or of
-            a VideoNSA repository, which keeps its fields and the settings of its processor.
+        source: folder, or id of a Hub repository, of a Qwen2.5-VL or dense Qwen3-VL checkpoint in safetensors, or of a
+            VideoNSA repository, which keeps its fields and the settings of its processor.
         output: folder to make; it appears only when complete.
         revision: branch, tag or commit of the Hub repository.
         seed: of the new gates, N(0, 0.02) with zero bias.
         name: what the model card calls the model; default: the folder's name.
-        **nsa_fields: fields of `VideoNSATextConfig`, such as `block_size`.
+        **nsa_fields: fields of `SparseTextConfig`, such as `block_size`.
 
     Raises:
         FileExistsError: `output` exists and is not an empty folder.
@@ -70,7 +75,7 @@ def convert(
     output = check_new(output)
     VideoNSAConfig(**nsa_fields)  # raises for bad ones before anything is downloaded
     origin, source = str(source), fetch_source(source, revision)
-    config = VideoNSAConfig.from_pretrained(source, **nsa_fields)
+    config = config_class(read_config(source)["model_type"]).from_pretrained(source, **nsa_fields)
     if config.nsa_variant == "merged":
         config.text_config.validate_variant()  # raises where other fields do not fit it
     shards = find_shards(source)
@@ -78,7 +83,7 @@ def convert(
     with new_folder(output) as partial:
         trained_gates, dtype = write_weights(shards, partial, config.text_config, seed)
         merged = config.nsa_variant == "merged"
-        config.architectures = ["VideoNSAForConditionalGeneration"]
+        config.architectures = [model_class(config.model_type).__name__]
         config.dtype = dtype
         config.save_pretrained(partial)
         load_processor(source).save_pretrained(partial)
@@ -114,10 +119,13 @@ def fetch_source(source: str | Path, revision: str | None) -> Path:
     hub = not folder.is_dir()
     if hub:
         folder = Path(snapshot_download(str(source), revision=revision, allow_patterns=SMALL_FILES))
-    config = json.loads((folder / "config.json").read_text()) if (folder / "config.json").is_file() else {}
-    if config.get("model_type") not in SOURCES:
-        kind = config.get("model_type")
-        raise ValueError(f"source {source} must be a Qwen2.5-VL checkpoint (model_type qwen2_5_vl), got {kind}")
+    config = read_config(folder)
+    kind = config.get("model_type")
+    if kind not in (*STOCK, *OURS):
+        raise ValueError(
+            f"source {source} must be a checkpoint of Qwen2.5-VL or of dense Qwen3-VL (model_type "
+            f"{' or '.join(STOCK)}), got {kind}"
+        )
     if "quantization_config" in config:
         raise ValueError(f"source {source} is quantized; convert the original checkpoint and quantize the result")
     if hub:
@@ -127,10 +135,16 @@ def fetch_source(source: str | Path, revision: str | None) -> Path:
         found = f"only {', '.join(pickles)}" if pickles else "no weights in safetensors"
         raise ValueError(
             f"source {source} holds {found}; safetensors are needed. Rewrite a pickle checkpoint that you trust by "
-            f"Qwen2_5_VLForConditionalGeneration.from_pretrained({str(source)!r}, use_safetensors=False)"
+            f"AutoModelForImageTextToText.from_pretrained({str(source)!r}, use_safetensors=False)"
             ".save_pretrained(folder) and convert that folder"
         )
     return folder
+
+
+def read_config(folder: str | Path) -> dict:
+    """The content of config.json; empty where there is none."""
+    path = Path(folder) / "config.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def find_shards(source: Path) -> dict[Path, dict[str, torch.Size]]:
@@ -231,17 +245,20 @@ def has_trained_gates(shards) -> bool:
     return False
 
 
-def load_processor(source: str | Path) -> VideoNSAProcessor:
+def load_processor(source: str | Path) -> VideoNSAProcessor | VideoNSAQwen3Processor:
     """The source's tokenizer, chat template and image processor with VideoNSA's video processor."""
-    config = json.loads((Path(source) / "config.json").read_text()) if Path(source).is_dir() else {}
-    if config.get("model_type") == VideoNSAConfig.model_type:
-        return VideoNSAProcessor.from_pretrained(source, trust_remote_code=False)  # by the code of this project
-    stock = Qwen2_5_VLProcessor.from_pretrained(source)
+    kind = read_config(source).get("model_type", "qwen2_5_vl")
+    if kind in OURS:
+        return OURS[kind].from_pretrained(source, trust_remote_code=False)  # by the code of this project
+    stock_class, own_class = STOCK[kind]
+    stock = stock_class.from_pretrained(source)
     video = stock.video_processor
     kept = ("patch_size", "temporal_patch_size", "merge_size", "image_mean", "image_std", "resample")
-    return VideoNSAProcessor(
+    side = video.patch_size * video.merge_size
+    size = {"shortest_edge": side**2, "longest_edge": (8 * side) ** 2}  # at most 64 tokens per two frames
+    return own_class(
         image_processor=stock.image_processor,
         tokenizer=stock.tokenizer,
-        video_processor=VideoNSAVideoProcessor(**{key: getattr(video, key) for key in kept}),
+        video_processor=VideoNSAVideoProcessor(size=size, **{key: getattr(video, key) for key in kept}),
         chat_template=stock.chat_template,
     )

@@ -222,8 +222,9 @@ def check_record(
     found = len(answer_spans(ids, processor.tokenizer))
     if found != answers:
         raise BadSample(f"the chat template writes {found} of {answers} assistant turns")
-    vision = [count_tokens(part, processor, frames) for part in media_parts(messages)]
-    return Sample(name, messages, entry.record, len(ids) - len(vision) + sum(vision), sum(vision))
+    counts = [count_tokens(part, processor, frames) for part in media_parts(messages)]
+    tokens = len(ids) + sum(total - 1 for total, _ in counts)
+    return Sample(name, messages, entry.record, tokens, sum(vision for _, vision in counts))
 
 
 def to_messages(record, root: Path, beside: dict[str, list[Media]] | None = None) -> list[dict]:
@@ -385,16 +386,18 @@ def resolve(path, root: Path, source: str | None, beside: Sequence[Media] = ()):
     raise BadSample(f"missing file: {path} (in {' and '.join(map(str, folders))})")
 
 
-def count_tokens(part: dict, processor, frames: tuple[int, int] | None) -> int:
-    """Vision tokens that the processor will make of an image or video, told by its header; 0 for a URL."""
+def count_tokens(part: dict, processor, frames: tuple[int, int] | None) -> tuple[int, int]:
+    """The most tokens that the processor will make of an image or video, and those of them that are vision, told by its
+    header; 0 for a URL."""
     kind, path = part["type"], part[part["type"]]
     if isinstance(path, str) and "://" in path or str(path).startswith("data:"):
-        return 0
+        return 0, 0
     try:
         if kind == "image":
             width, height = image_size(path)
             patches = processor.image_processor.get_number_of_image_patches(height, width, {})
-            return patches // processor.image_processor.merge_size**2
+            tokens = patches // processor.image_processor.merge_size**2
+            return tokens, tokens
         settings = {CLIP_KEYS[key]: value for key, value in part.items() if key in CLIP_KEYS and value is not None}
         plan = processor.video_processor.plan(frame_images(path) or video_header(path), **settings)
     except (OSError, ValueError, av.FFmpegError, SyntaxError) as error:  # SyntaxError: a broken PNG
@@ -402,7 +405,7 @@ def count_tokens(part: dict, processor, frames: tuple[int, int] | None) -> int:
         raise BadSample(f"broken {kind}: {where}{error}") from None
     if frames and not frames[0] <= plan.num_frames <= frames[1]:
         raise Unwanted(f"outside --clip_frames: {plan.num_frames} frames, of {frames[0]} to {frames[1]}: {path}")
-    return plan.tokens
+    return plan.prompt_tokens, plan.tokens
 
 
 def frame_images(video) -> list | None:
@@ -595,7 +598,7 @@ class Collator:
             dtype = next((f[name] for f in features for name in f if name.startswith("pixel")), torch.zeros(())).dtype
             last[pixels] = torch.zeros(merge**2, 3 * part.temporal_patch_size * part.patch_size**2, dtype=dtype)
             last[grid] = torch.tensor([[1, merge, merge]])
-            if kind == "video":
+            if kind == "video" and "second_per_grid_ts" in self.processor.model_input_names:
                 last["second_per_grid_ts"] = torch.ones(1)
 
 
@@ -609,7 +612,7 @@ def packed_positions(batch: dict[str, torch.Tensor], get_rope_index: Callable) -
     lengths = batch["lengths"].tolist()
     rows = pad_sequence(batch["input_ids"][0].split(lengths), batch_first=True)
     mask = pad_sequence([torch.ones(n, dtype=torch.long, device=rows.device) for n in lengths], batch_first=True)
-    grids = {name: batch.get(name) for name in ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")}
+    grids = {name: x for name, x in batch.items() if name in MODEL_INPUTS and not name.startswith("pixel")}
     rotary, _ = get_rope_index(rows, attention_mask=mask, **grids)
     text = torch.cat([torch.arange(n, device=rows.device) for n in lengths])
     return torch.cat([text[None], rotary[:, mask.bool()]])[:, None]

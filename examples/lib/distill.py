@@ -18,7 +18,6 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLAttention
 
 from videonsa.transformers_compat import Substitute
 from videonsa.video_moments import branch_functions
@@ -115,10 +114,12 @@ class DenseLayer:
 
     def project(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """q [batch, H, length, D], k and v [batch, G, length, D], after the rotary."""
-        config = Substitute(self.attention.config, _attn_implementation=KEYS_ONLY)
-        reader = Substitute(self.attention, config=config, o_proj=nn.Identity())
-        q, (k, v) = Qwen2_5_VLAttention.forward(
-            reader, self.hidden_states, position_embeddings=self.position_embeddings
+        q, (k, v) = self.attention.stock_forward(
+            KEYS_ONLY,
+            self.hidden_states,
+            {"o_proj": nn.Identity()},
+            position_embeddings=self.position_embeddings,
+            attention_mask=None,
         )
         return q.unflatten(-1, (-1, self.attention.head_dim)).transpose(1, 2), k, v
 
@@ -161,7 +162,7 @@ def dense_layers(model, inputs: dict, see: Callable[[DenseLayer], None], observe
     them.
 
     Args:
-        observe: of the layout; see `VideoNSAModel.forward`.
+        observe: of the layout; see `SparseModel.forward`.
     """
     decoder, with_gradients = model.model.language_model, torch.is_grad_enabled()
     vision = model.model.token_types(inputs["input_ids"]) > 0

@@ -10,7 +10,7 @@ from typing import get_args
 
 from transformers.hf_argparser import string_to_bool
 
-from videonsa.configuration_videonsa import NSA_VARIANTS, VideoNSATextConfig
+from videonsa.configuration_videonsa import NSA_VARIANTS, SparseTextConfig
 
 MEANINGS = {
     "nsa_variant": f"what vision tokens compute: {', '.join(NSA_VARIANTS[:-1])} or {NSA_VARIANTS[-1]}",
@@ -31,7 +31,7 @@ SIZES = ("block_size", "block_count", "window_size")
 
 def field_type(name: str) -> type:
     """What a value of a field is, other than None."""
-    hint = VideoNSATextConfig.__annotations__[name]
+    hint = SparseTextConfig.__annotations__[name]
     # bool, of `bool | None`.
     return next(iter(get_args(hint)), hint)
 
@@ -43,7 +43,7 @@ def add_fields(parser: argparse.ArgumentParser, *names: str, default: str = "the
         parser.add_argument(
             f"--{name}",
             type=string_to_bool if kind is bool else kind,
-            help=f"{MEANINGS[name]} (default: {default.format(getattr(VideoNSATextConfig, name))})",
+            help=f"{MEANINGS[name]} (default: {default.format(getattr(SparseTextConfig, name))})",
         )
 
 

@@ -17,7 +17,7 @@ from videonsa.configuration_videonsa import is_public
 from videonsa.modeling_videonsa import VideoNSAForConditionalGeneration
 from videonsa.video_chat import cache_bytes
 
-from .conversion import QUIETLY, load_processor
+from .conversion import OURS, QUIETLY, load_processor
 from .folders import TINY, check_source
 from .needles import Settings
 from .tiny import UNKNOWN
@@ -115,7 +115,7 @@ def naming(model: str):
 
 def check_repository(model: str, config) -> None:
     """Raise a ValueError if a configuration is not that of a VideoNSA repository."""
-    if config.model_type != "videonsa":
+    if config.model_type not in OURS:
         raise ValueError(
             f"--model {model} is a {config.model_type} checkpoint, not a VideoNSA repository; "
             f"make one with: python examples/convert.py {model} OUTPUT"

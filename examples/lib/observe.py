@@ -1,7 +1,7 @@
 """What layers of a model attend with, observed, and what follows from it: attention received, sinks, choices of blocks.
 
 `watch` and `watch_dense` run a prompt and hand on what each layer attends with, through the one hook that the model has
-(`VideoNSAModel.forward`) and that of transformers for stock attention. The branches are computed again from that by the
+(`SparseModel.forward`) and that of transformers for stock attention. The branches are computed again from that by the
 model's own functions. Shapes: N vision tokens of L tokens in all, H query heads, G KV heads, m keys of a branch, head
 dimension D. `analyze.py` measures with it.
 """

@@ -103,7 +103,7 @@ class Sampling:
         with gr.Accordion("Sampling", open=False, visible=False, elem_id="sampling") as box:
             with gr.Row():
                 fps = gr.Number(0, label="Frames per second (0: up to 4)", minimum=0, min_width=140)
-                pixels = gr.Number(0, label="Pixels per frame (0: up to 50,176)", precision=0, min_width=140)
+                pixels = gr.Number(0, label="Pixels per frame (0: the default)", precision=0, min_width=140)
             with gr.Row():
                 start = gr.Textbox(label="Start (m:ss)", placeholder="0:00", min_width=140, elem_id="start")
                 end = gr.Textbox(label="End (m:ss)", placeholder="end of the video", min_width=140, elem_id="end")

@@ -1,12 +1,14 @@
-"""A miniature Qwen2.5-VL checkpoint and a short clip, made on the spot: what tests and the tiny VideoNSA begin with.
+"""A miniature checkpoint of a backbone and a short clip, made on the spot: what tests and the tiny VideoNSA begin with.
 
-The checkpoint has the real architecture (vision tower with windows, multimodal rotary, grouped-query attention with a
-group of 7), a tokenizer with Qwen's special tokens and a chat template of the same format, all saved by the stock
-classes. Its weights are random: `convert.py` turns it into VideoNSA exactly as it would the 7B.
+The checkpoint has the real architecture (of Qwen2.5-VL: vision tower with windows, multimodal rotary, grouped-query
+attention with a group of 7; of Qwen3-VL: deepstack, normalised heads, a group of 4), a tokenizer with Qwen's special
+tokens and a chat template of the same format, all saved by the stock classes. Its weights are random: `convert.py`
+turns it into VideoNSA exactly as it would the 7B.
 """
 
 import math
 import re
+import string
 from pathlib import Path
 
 import av
@@ -21,6 +23,10 @@ from transformers import (
     Qwen2_5_VLProcessor,
     Qwen2VLImageProcessor,
     Qwen2VLVideoProcessor,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLProcessor,
+    Qwen3VLVideoProcessor,
 )
 
 from .needles import COLOURS, COUNTS, PLACES, SHAPES, TIMES
@@ -65,12 +71,18 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def make_word_tokenizer() -> PreTrainedTokenizerFast:
-    """One token for each word, in lower case, of the chat template and of the questions and answers about needles."""
+def make_word_tokenizer(times: bool = False) -> PreTrainedTokenizerFast:
+    """One token for each word, in lower case, of the chat template and of the questions and answers about needles.
+
+    times: and for those of Qwen3-VL's times, such as "<0.2 seconds>", with a token for each digit.
+    """
     chat = "system user assistant You are a helpful assistant. What How often When Where Which did was the"
     words = f"{chat} colour shape appear appeared came first, or? \n".lower()
     answers = " ".join([*COLOURS, *SHAPES, *PLACES, *TIMES, *COUNTS])
     pattern = r"\n|\w+|[^\w\s]"  # a word or a sign
+    if times:
+        pattern = rf"\d|{pattern}"
+        answers += f" <0.1 seconds> {string.digits}"
     vocab = {word: i for i, word in enumerate(dict.fromkeys(re.findall(pattern, f"{words} {answers}")))}
     vocab[UNKNOWN] = len(vocab)
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token=UNKNOWN))
@@ -85,6 +97,12 @@ def make_word_tokenizer() -> PreTrainedTokenizerFast:
         pad_token="<|endoftext|>",
         padding_side="left",
     )
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerFast) -> dict:
+    """The fields of a configuration that name the tokens of images and videos."""
+    names = {"image": "image_pad", "video": "video_pad", "vision_start": "vision_start", "vision_end": "vision_end"}
+    return {f"{key}_token_id": tokenizer.convert_tokens_to_ids(f"<|{name}|>") for key, name in names.items()}
 
 
 def make_config(
@@ -128,24 +146,73 @@ def make_config(
             "out_hidden_size": hidden_size,
             "tokens_per_second": 2,
         },
-        image_token_id=token_id("<|image_pad|>"),
-        video_token_id=token_id("<|video_pad|>"),
-        vision_start_token_id=token_id("<|vision_start|>"),
-        vision_end_token_id=token_id("<|vision_end|>"),
         tie_word_embeddings=True,
+        **special_tokens(tokenizer),
     )
 
 
-def make_stock_checkpoint(folder: str | Path, *, seed: int = 0, words: bool = False, **config_kwargs) -> Path:
-    """Write a random-weight stock Qwen2.5-VL repository (weights, tokenizer, processor) to `folder` and return it.
+def make_qwen3_config(
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    hidden_size: int = 224,
+    num_hidden_layers: int = 4,
+    num_attention_heads: int = 8,
+    num_key_value_heads: int = 2,
+    head_dim: int = 32,
+    vision_hidden_size: int = 96,
+) -> Qwen3VLConfig:
+    """Stock configuration of a few million parameters; as in real ones, heads need not add up to the hidden size."""
+    third = head_dim // 6  # of the frequencies, which rows and columns get
+    return Qwen3VLConfig(
+        text_config={
+            "vocab_size": 8 * math.ceil(len(tokenizer) / 8),
+            "hidden_size": hidden_size,
+            "intermediate_size": 2 * hidden_size,
+            "num_hidden_layers": num_hidden_layers,
+            "num_attention_heads": num_attention_heads,
+            "num_key_value_heads": num_key_value_heads,
+            "head_dim": head_dim,
+            "max_position_embeddings": 131072,
+            "initializer_range": 0.06,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1000.0,
+                "mrope_section": [head_dim // 2 - 2 * third, third, third],
+                "mrope_interleaved": True,
+            },
+            "pad_token_id": tokenizer.convert_tokens_to_ids("<|endoftext|>"),
+        },
+        vision_config={
+            "depth": 2,
+            "hidden_size": vision_hidden_size,
+            "intermediate_size": 2 * vision_hidden_size,
+            "num_heads": 4,
+            "out_hidden_size": hidden_size,
+            "num_position_embeddings": 256,
+            "deepstack_visual_indexes": [0],
+        },
+        tie_word_embeddings=True,
+        **special_tokens(tokenizer),
+    )
+
+
+def make_stock_checkpoint(
+    folder: str | Path, *, seed: int = 0, words: bool = False, backbone: str = "qwen2_5_vl", **config_kwargs
+) -> Path:
+    """Write a random-weight stock repository (weights, tokenizer, processor) to `folder` and return it.
 
     words: a token per word of the needle questions, in place of one per byte.
+    backbone: the model_type of the stock model, "qwen2_5_vl" or "qwen3_vl".
     """
     folder = Path(folder)
-    tokenizer = make_word_tokenizer() if words else make_tokenizer()
-    config = make_config(tokenizer, **config_kwargs)
+    tokenizer = make_word_tokenizer(times=backbone == "qwen3_vl") if words else make_tokenizer()
+    make, model_class = {
+        "qwen2_5_vl": (make_config, Qwen2_5_VLForConditionalGeneration),
+        "qwen3_vl": (make_qwen3_config, Qwen3VLForConditionalGeneration),
+    }[backbone]
+    config = make(tokenizer, **config_kwargs)
     torch.manual_seed(seed)
-    model = Qwen2_5_VLForConditionalGeneration(config)
+    model = model_class(config)
     # An untrained model would sample placeholders, which no image or video stands behind.
     model.generation_config = GenerationConfig(
         eos_token_id=tokenizer.eos_token_id,
@@ -153,12 +220,14 @@ def make_stock_checkpoint(folder: str | Path, *, seed: int = 0, words: bool = Fa
         suppress_tokens=[config.image_token_id, config.video_token_id],
     )
     model.save_pretrained(folder)
-    Qwen2_5_VLProcessor(
-        image_processor=Qwen2VLImageProcessor(),
-        tokenizer=tokenizer,
-        video_processor=Qwen2VLVideoProcessor(),
-        chat_template=CHAT_TEMPLATE,
-    ).save_pretrained(folder)
+    if backbone == "qwen2_5_vl":
+        processor = Qwen2_5_VLProcessor(Qwen2VLImageProcessor(), tokenizer, Qwen2VLVideoProcessor(), CHAT_TEMPLATE)
+    else:
+        # What differs from the defaults of the image processor stands in the configuration of a published one.
+        norms = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+        images = Qwen2VLImageProcessor(patch_size=16, **norms)
+        processor = Qwen3VLProcessor(images, tokenizer, Qwen3VLVideoProcessor(), chat_template=CHAT_TEMPLATE)
+    processor.save_pretrained(folder)
     return folder
 
 

@@ -294,5 +294,5 @@ def part_of(name: str) -> str:
     if ".g_proj_" in name:
         return "gates"
     if "visual." in name:
-        return "merger" if "visual.merger." in name else "vision"
+        return "merger" if "merger" in name else "vision"  # Qwen3-VL has further ones, deepstack_merger_list
     return "language"

@@ -7,10 +7,10 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from videonsa.configuration_videonsa import VideoNSAConfig
+from videonsa import config_class
 
 from .card import install_line
-from .conversion import code_files
+from .conversion import OURS, code_files, read_config
 
 # The line of a card that asks for versions.
 INSTALL = re.compile(r'^pip install .*"transformers[^\n]*$', re.MULTILINE)
@@ -28,7 +28,8 @@ def update_code(folder: str | Path) -> tuple[list[str], list[str]]:
     """
     folder = Path(folder)
     check_repository_folder(folder)
-    VideoNSAConfig.from_pretrained(folder)  # raises for fields that there are no longer
+    # Raises for fields that there are no longer.
+    config_class(read_config(folder)["model_type"]).from_pretrained(folder)
     wanted = {path.name: path.read_bytes() for path in code_files()}
     old = imported_files(folder)
     wanted |= {name: text.encode() for name, text in updated_texts(folder).items()}
@@ -43,16 +44,15 @@ def update_code(folder: str | Path) -> tuple[list[str], list[str]]:
 def check_repository_folder(folder: Path) -> None:
     if not folder.is_dir():
         raise ValueError(f"--update_code must be a folder, got {folder}; download a Hub repository first (hf download)")
-    path = folder / "config.json"
-    config = json.loads(path.read_text()) if path.is_file() else {}
-    if not isinstance(config, dict) or config.get("model_type") != "videonsa" or "auto_map" not in config:
+    config = read_config(folder)
+    if not isinstance(config, dict) or config.get("model_type") not in OURS or "auto_map" not in config:
         raise ValueError(f"--update_code {folder} is no VideoNSA repository: its config.json does not say so")
 
 
 def imported_files(folder: Path) -> set[str]:
     """Names of the Python files that load a repository: those that config.json names, the processor's, and what these
     import."""
-    auto_map = json.loads((folder / "config.json").read_text())["auto_map"]
+    auto_map = read_config(folder)["auto_map"]
     seen, left = set(), {"processing_videonsa", *map(module_of, auto_map.values())}
     while left:
         path = folder / f"{left.pop()}.py"
@@ -73,10 +73,10 @@ def is_relative(node: ast.AST) -> bool:
 
 def updated_texts(folder: Path) -> dict[str, str]:
     """New texts of config.json and of the card. Only what depends on the code changes."""
-    config = json.loads((folder / "config.json").read_text())
+    config = read_config(folder)
     code = {path.stem for path in code_files()}
     kept = {name: x for name, x in config["auto_map"].items() if "--" in x or module_of(x) in code}
-    auto_map = {**kept, **VideoNSAConfig().auto_map}
+    auto_map = {**kept, **config_class(config["model_type"])().auto_map}
     texts = {}
     if config["auto_map"] != auto_map:
         texts["config.json"] = json.dumps({**config, "auto_map": auto_map}, indent=2) + "\n"

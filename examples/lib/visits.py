@@ -183,10 +183,10 @@ class App:
         settings, whole = self._settings(settings), found.metadata.duration
         plan = self.chat.processor.video_processor.plan(found.metadata, **settings)
         cache, pixels = self.chat.memory(plan)
-        wait = f"; {self._wait(plan.tokens)} to the first word" if self.forecast.measured else ""
+        wait = f"; {self._wait(plan.prompt_tokens)} to the first word" if self.forecast.measured else ""
         return {
             "Frames": f"{plan.num_frames:,} of {plan.width} × {plan.height}, {plan.fps:.3g} per second",
-            "Tokens": f"{plan.tokens:,} of {plan.budget:,}",
+            "Tokens": f"{plan.prompt_tokens:,} of {plan.budget:,}",
             "Time": f"{clock(plan.start)} to {clock(plan.end)} of {clock(whole)}{wait}",
             "Memory": f"{size(cache)} of cache, {size(pixels)} of pixels",
             "Attention": f"{self.chat.model.config.attention_budget(plan.tokens):.1%} of the pairs of dense attention",
@@ -352,7 +352,7 @@ class App:
     def _reading_seconds(self, found: Visitor, settings: dict) -> float | None:
         """What the next answer is expected to take until its first word."""
         plan = self.chat.processor.video_processor.plan(found.metadata, **settings)
-        expected = self.forecast.between(plan.tokens)
+        expected = self.forecast.between(plan.prompt_tokens)
         return None if expected is None else sum(expected) / 2
 
     def _wait(self, tokens: int) -> str:

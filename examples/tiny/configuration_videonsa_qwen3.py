@@ -1,0 +1,1 @@
+../../configuration_videonsa_qwen3.py

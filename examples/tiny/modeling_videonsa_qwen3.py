@@ -1,0 +1,1 @@
+../../modeling_videonsa_qwen3.py
