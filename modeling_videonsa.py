@@ -39,6 +39,7 @@ register_key_layouts("VideoNSAForConditionalGeneration", "VideoNSAModel")
 class VideoNSAAttention(SparseAttention, Qwen2_5_VLAttention):
     """Attention of a decoder layer of Qwen2.5-VL, sparse for vision queries."""
 
+    stock_class = Qwen2_5_VLAttention
     forward = named_arguments(Qwen2_5_VLAttention.forward)(SparseAttention.forward)
 
 

@@ -42,6 +42,7 @@ check_contract(STOCK)
 class VideoNSAQwen3Attention(SparseAttention, Qwen3VLTextAttention):
     """Attention of a decoder layer of Qwen3-VL, sparse for vision queries."""
 
+    stock_class = Qwen3VLTextAttention
     forward = named_arguments(Qwen3VLTextAttention.forward)(SparseAttention.forward)
 
 

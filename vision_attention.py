@@ -33,8 +33,10 @@ class GateLinear(nn.Linear):
 class SparseAttention(nn.Module):
     """Attention of a decoder layer: sparse for vision queries, dense for text queries, stock without vision queries.
 
-    Comes before the class of transformers among the bases of an attention module.
+    Comes before the class of transformers, `stock_class`, among the bases of an attention module.
     """
+
+    stock_class: type[nn.Module]
 
     def __init__(self, config: SparseTextConfig, layer_idx: int):
         super().__init__(config, layer_idx)
@@ -100,7 +102,7 @@ class SparseAttention(nn.Module):
         of its own layers."""
         config = Substitute(self.config, _attn_implementation=function)
         substitute = Substitute(self, config=config, **(parts or {}))
-        return super(SparseAttention, type(self)).forward(substitute, hidden_states, **kwargs)
+        return self.stock_class.forward(substitute, hidden_states, **kwargs)
 
     @staticmethod
     def check_called(done: bool) -> None:

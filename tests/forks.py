@@ -14,7 +14,7 @@ import threading
 from pathlib import Path
 
 # Libraries read these when they are imported: processes that differ in them are forked from different ones.
-IMPORTED = ("CUDA_", "HF_", "OMP_", "TRANSFORMERS_")
+IMPORTED = ("HF_HOME", "HF_HUB_OFFLINE", "HF_MODULES_CACHE", "OMP_", "TRANSFORMERS_")
 
 _servers = {}  # by the values of these
 

@@ -416,7 +416,7 @@ def test_convert_converts_nothing_for_a_hub_repository_that_exists(stock, tmp_pa
 def test_convert_leaves_no_empty_hub_repository_when_it_fails(tmp_path, monkeypatch):
     hub = Hub()
     (tmp_path / "empty").mkdir()
-    with pytest.raises(SystemExit, match="must be a Qwen2.5-VL checkpoint"):
+    with pytest.raises(SystemExit, match="must be a checkpoint of Qwen2.5-VL or of dense Qwen3-VL"):
         run_convert(monkeypatch, hub, tmp_path / "empty", tmp_path / "out", "--push_to_hub", "new")
     assert hub.calls[-1] == ("delete", "me/new")
 
@@ -475,14 +475,11 @@ print(json.dumps([logits[0].double().sum().item(), answer.tolist(), inputs["vide
 @pytest.mark.parametrize(
     ("source", "times", "grid"), [("repository", 2, [8, 16, 16]), ("qwen3_repository", 1, [8, 14, 14])]
 )
-def test_a_repository_loads_in_fresh_processes_saves_and_loads_again(request, tmp_path, source, times, grid):
+def test_a_repository_loads_in_fresh_processes_saves_and_loads_again(request, tmp_path, run_fresh, source, times, grid):
     clip = tiny.make_clip(tmp_path / "clip.mp4", seconds=4)
     results = []
     for i, folder in enumerate([request.getfixturevalue(source), tmp_path / "again-0"][:times]):
-        env = {"HF_MODULES_CACHE": str(tmp_path / f"modules-{i}"), "PYTHONPATH": ""}
-        done = run(FRESH, folder, clip, tmp_path / f"again-{i}", cwd=tmp_path, **env)
-        assert done.returncode == 0, done.stderr
-        results.append(json.loads(done.stdout))
+        results.append(json.loads(run_fresh(FRESH, folder, clip, tmp_path / f"again-{i}")))
     assert results[0] == results[-1]
     assert results[0][2] == [grid]
 

@@ -46,6 +46,7 @@ def write_space(folder: str | Path) -> Path:
             shutil.copytree(EXAMPLES / name, partial_folder / name, ignore=shutil.ignore_patterns("__pycache__"))
         (partial_folder / "videonsa").mkdir()
         copy_code(partial_folder / "videonsa")
+        shutil.copyfile(EXAMPLES.parent / "__init__.py", partial_folder / "videonsa/__init__.py")
         shutil.copyfile(EXAMPLES.parent / "LICENSE", partial_folder / "LICENSE")
         (partial_folder / "README.md").write_text(SPACE.format(gradio=importlib.metadata.version("gradio")))
         # The Space installs Gradio itself, by `sdk_version`.
