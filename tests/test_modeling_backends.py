@@ -82,13 +82,6 @@ def test_auto_backend_is_torch_on_cpu(small):
     assert torch.equal(logits(small, make_inputs(VIDEO)), expected)
 
 
-def test_a_prompt_compiles_in_several_graphs(small):
-    """With breaks, such as where vision tokens are counted."""
-    torch.compiler.reset()
-    expected = logits(small, make_inputs(VIDEO))
-    assert_close(logits(torch.compile(small, backend="eager"), make_inputs(VIDEO)), expected)
-
-
 def test_decoding_step_compiles_in_one_graph(small):
     inputs = make_inputs(VIDEO)
     cache = transformers.StaticCache(config=small.config.text_config, max_cache_len=256)

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from videonsa import vision_layout
-from videonsa.vision_attention import VideoNSAAttention
+from videonsa.modeling_videonsa import VideoNSAAttention
 from videonsa.vision_layout import TextChunk, VisionLayout
 
 
