@@ -22,7 +22,7 @@ help:
 	@echo "make demo         the tiny trained model answers questions about an unseen clip"
 	@echo "make tiny         train the tiny VideoNSA and its dense twin on 2 cores, and measure both"
 	@echo "make distilled    give two dense twins gates that learn from their own attention, and measure them"
-	@echo "make tiny-qwen3   train a tiny model on Qwen3-VL's architecture, for a quarter of an hour, and measure it"
+	@echo "make tiny-qwen3   train a tiny model on Qwen3-VL's architecture, and measure it"
 	@echo "make test         all tests, on the newest tested versions (constraints/tested.txt)"
 	@echo "make test-oldest  all tests, on the oldest supported ones (constraints/oldest.txt)"
 	@echo "make test-newest  all tests, on the newest versions that there are, tested or not"

@@ -310,12 +310,23 @@ class VideoNSAConfig(SparseConfig, Qwen2_5_VLConfig):
 
     @classmethod
     def get_config_dict(cls, *args, **kwargs):
+        """As in transformers.
+
+        Raises:
+            ValueError: the checkpoint is of another backbone.
+        """
         config_dict, kwargs = super().get_config_dict(*args, **kwargs)
         if is_public(config_dict):
             legacy = ("block_counts", "window_size")  # may be null, for the default
             config_dict = {k: v for k, v in config_dict.items() if k not in legacy or v is not None}
             config_dict = {"nsa_variant": "released", "gate_temperature": 0.3, **config_dict}
-        if config_dict.get("model_type") == Qwen2_5_VLConfig.model_type:
+        kind = config_dict.get("model_type")
+        if str(kind).startswith(("qwen3_vl", "videonsa_qwen3")):
+            raise ValueError(
+                f"model_type must be {cls.model_type} or {Qwen2_5_VLConfig.model_type}, got {kind}: load it by AutoModel "
+                "or videonsa.model_class(model_type)"
+            )
+        if kind == Qwen2_5_VLConfig.model_type:
             config_dict["model_type"] = cls.model_type  # meant to load; the warning about other types would mislead
         return config_dict, kwargs
 

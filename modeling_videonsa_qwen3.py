@@ -72,8 +72,7 @@ class VideoNSAQwen3Model(SparseModel, Qwen3VLModel):
         if mask is not None and not self._has_features(kwargs, embedded=False):
             raise ValueError(
                 "inputs_embeds with the features of images or video lack those of deepstack, which Qwen3-VL adds after "
-                "its first layers: pass input_ids with pixel_values or pixel_values_videos, or load the model with "
-                'nsa_variant="dense"'
+                "its first layers: pass input_ids with pixel_values or pixel_values_videos"
             )
         return mask
 

@@ -94,7 +94,7 @@ class AnyVideo:
         # By itself AutoTokenizer reads the configuration as one of remote code. Where that must not run, or is not in
         # the folder (an adapter's), it warns of the model's type.
         config, _ = PreTrainedConfig.get_config_dict(source, **kwargs)
-        is_ours = config.get("model_type", "").startswith("videonsa")
+        is_ours = (config.get("model_type") or "").startswith("videonsa")
         return {"config": PreTrainedConfig.from_dict(config)} if is_ours else {}
 
     def save_pretrained(self, save_directory, *args, **kwargs):

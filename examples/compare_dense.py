@@ -122,7 +122,8 @@ def score(kept, task: str, metric: str) -> float:
 def format_task(task: str, row: dict, variants: dict[str, str]) -> str:
     lines = [f"{task}, {row['metric']}, {row['questions']:,} questions"]
     for run, variant in variants.items():
-        each = f", {throughput['avg_latency']:.3g} s a question" if (throughput := row[run]["throughput"]) else ""
+        speed = row[run]["throughput"]
+        each = f", {speed['avg_latency']:.3g} s of generation a question" if speed else ""
         lines.append(f"  {variant:<9}{100 * row[run]['score']:5.1f} %{each}")
     test = {name: 100 * row["difference"][name] for name in ("mean_diff", "ci_lower", "ci_upper")}
     return "\n".join([

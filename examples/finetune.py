@@ -277,6 +277,8 @@ def check_distillation(arguments: ModelArguments, config) -> None:
         raise ValueError(f"--distill needs --nsa_variant paper, whose gates it trains, got {config.nsa_variant}")
     if arguments.train_vision:
         raise ValueError("--distill trains attention of the language model: leave out --train_vision")
+    if arguments.method == "lora" and not arguments.train_language:
+        raise ValueError("--distill --method lora adapts the language model: leave out --train_language false")
     if arguments.load_in_4bit:
         raise ValueError("--distill needs the dense attention of weights with all their bits: leave out --load_in_4bit")
     if arguments.start_samples < 0:
@@ -450,7 +452,8 @@ def describe(arguments: ModelArguments, trainer: VideoTrainer, amount: str) -> s
     else:
         note += ' With `nsa_variant="dense"`, the model computes what the above does.'
     if losses:
-        note += f" Relative squared error of the sparse attention at the end: {losses[-1]:.3f}."
+        what = "errors of vision and of text, added up" if arguments.method == "lora" else "error"
+        note += f" Relative squared {what}, of the sparse attention at the end: {losses[-1]:.3f}."
     return note
 
 

@@ -126,7 +126,7 @@ def measure(args) -> dict:
     samples = [sample for found in by_length.values() for sample in found[: args.clips]]
     result = {
         "model": Path(args.model).name,
-        "data": Path(args.data).parent.name,
+        "data": Path(args.data).parent.name if Path(args.data).is_file() else Path(args.data).name,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "device": torch.cuda.get_device_name() if args.device.startswith("cuda") else args.device,
         "rows": measure_layers(model, processor, samples),

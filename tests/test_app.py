@@ -349,8 +349,10 @@ def test_private_addresses_are_refused(app, server, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     refuse_private_addresses()
     for url in (f"{server}/clip.mp4", server.replace("127.0.0.1", "localhost")):
-        with pytest.raises(ValueError, match="in a private network, which this app does not read from"):
+        with pytest.raises(ValueError, match="in a private network, which this server does not read from"):
             app.fetch("a", url)
+    with pytest.raises(ValueError, match="127.0.0.1: an address redirects to ftp, which is not read"):
+        urllib.request.urlopen("ftp://127.0.0.1/clip.mp4")
     assert not list(app.files.iterdir())
 
 

@@ -270,3 +270,10 @@ def test_heads_that_do_not_fill_the_padding_of_the_released_variant_are_refused_
     config = VideoNSATextConfig(nsa_variant="released", num_attention_heads=heads, num_key_value_heads=2)
     with pytest.raises(ValueError, match=f"num_attention_heads must be in 9 ... 16.*got {heads}"):
         config.validate_variant()
+
+
+def test_a_configuration_of_another_backbone_names_what_loads_it(tmp_path):
+    for kind in ("qwen3_vl", "qwen3_vl_moe", "videonsa_qwen3"):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+        with pytest.raises(ValueError, match=f"got {kind}: load it by AutoModel or videonsa.model_class"):
+            VideoNSAConfig.from_pretrained(tmp_path)

@@ -23,7 +23,8 @@ from lib.needles import make_sample
 from lib.network import refuse_private_addresses
 
 NEEDS = 'serve.py needs it: pip install -e ".[serve]"'
-openai, uvicorn, serving = (pytest.importorskip(name, reason=NEEDS) for name in ("openai", "uvicorn", "lib.serving"))
+openai, uvicorn, _ = (pytest.importorskip(name, reason=NEEDS) for name in ("openai", "uvicorn", "fastapi"))
+from lib import serving  # noqa: E402
 
 pytestmark = pytest.mark.needs("fastapi", "openai", "uvicorn")
 ROOT = Path(__file__).resolve().parents[1]
@@ -161,6 +162,10 @@ def refusals(sample, folder):
     yield {"kind": "audio_url", "video": "a"}, 400, "must be of type text, image_url, video_url"
     yield {"messages": [{"role": "user", "content": [{"type": "text"}]}]}, 400, '"text": "..."'
     yield {"messages": []}, 400, "messages must be a list of messages"
+    for image in ("data:image/png;base64,AAAA", "data:image/png;base64,?"):
+        yield {"kind": "image_url", "video": image}, 400, "data:image/png;base64"
+    yield {"question": "word " * 9000}, 400, "tokens, more than this server's limit of 8,192"
+    yield {"n": 2}, 422, "does not carry out: n"
     yield {"model": "gpt"}, 404, "this server has the model 'tiny', not 'gpt'"
     yield {"extra_body": {"fps": 4}}, 422, "Unexpected fields in the request: {'fps'}"
     for settings in ({"chat_template": "{{ 1 }}"}, {"images": "/etc/hostname"}, 3):

@@ -245,7 +245,10 @@ def write_card(source: str | Path, folder: Path, config, *, base: str, name: str
     model_options = {key: value for key, value in options.items() if key not in ("dtype", "device_map")}
     sizes = {key: getattr(config, key) for key in SIZES}
     merged = config.nsa_variant == "merged"
-    fields = [f"| `{key}` | {json.dumps(getattr(config, key))} | {text} |" for key, text in MEANINGS.items()]
+    # Of "released" alone, which not every backbone has.
+    others = () if "released" in text.variants else ("block_causal", "truncate_seconds")
+    meanings = {key: meaning for key, meaning in MEANINGS.items() if key not in others}
+    fields = [f"| `{key}` | {json.dumps(getattr(config, key))} | {meaning} |" for key, meaning in meanings.items()]
     runs = [key for key in VARIANTS if _runs(text, key) and (not merged or key in ("merged", "dense"))]  # no gates
     card = CARD.format(
         name=name,

@@ -73,7 +73,7 @@ def convert(
         ValueError: the source is neither in safetensors, or a shard or a field is wrong.
     """
     output = check_new(output)
-    VideoNSAConfig(**nsa_fields)  # raises for bad ones before anything is downloaded
+    VideoNSAConfig(**nsa_fields)  # raises for most bad ones before anything is downloaded
     origin, source = str(source), fetch_source(source, revision)
     config = config_class(read_config(source)["model_type"]).from_pretrained(source, **nsa_fields)
     if config.nsa_variant == "merged":

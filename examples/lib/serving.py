@@ -8,12 +8,14 @@ read beside an answer that is being generated; and an end to answers whose clien
 import asyncio
 import base64
 import contextlib
+import io
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.responses import JSONResponse
+from PIL import Image
 from transformers import BatchFeature
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.utils import GenerateManager, GenerationState, Modality
@@ -29,6 +31,9 @@ SETTINGS = ("fps", "num_frames", "min_frames", "max_frames", "max_pixels", "fram
 SETTINGS += ("start", "end")
 PARTS = ("text", "image_url", "video_url")
 IMAGE_TIMEOUT = 30.0  # seconds that a server may take, as for videos
+IMAGE_BYTES = 2**26
+# Fields that transformers takes and leaves aside; a request that sets one asks for what it would not get.
+UNSUPPORTED = ("logit_bias", "logprobs", "presence_penalty", "tools")
 PATIENCE = 0.1  # seconds between two looks whether a client is still there
 CLIENT_LEFT = 499  # nobody reads this status
 
@@ -95,6 +100,11 @@ class Handler(ChatCompletionHandler):
         self._validate_request(body)
         if body.get("model") not in (None, self.name):
             raise HTTPException(404, f"this server has the model {self.name!r}, not {body['model']!r}")
+        ignored = [name for name in UNSUPPORTED if body.get(name)] + ["n"] * (body.get("n") not in (None, 1))
+        if ignored:
+            raise HTTPException(422, f"this server does not carry out: {', '.join(ignored)}")
+        if (most := body.pop("max_completion_tokens", None)) is not None:
+            body.setdefault("max_tokens", most)
         inputs = await asyncio.get_running_loop().run_in_executor(self.reader, self.read, body)
         config = self._build_generation_config(body, self.model.generation_config)
         what = (request_id, self.model, self.processor, self.name, inputs, config)
@@ -114,13 +124,15 @@ class Handler(ChatCompletionHandler):
         messages = with_allowed_sources(body.get("messages"), self.folder)
         inputs = self.processor.apply_chat_template(
             self.get_processor_inputs_from_messages(messages, Modality.VLM),
-            tools=body.get("tools"),
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
             processor_kwargs={**settings, "max_tokens": limit},
         )
+        length = inputs["input_ids"].shape[1]
+        if length > self.max_tokens:
+            raise ValueError(f"the prompt has {length:,} tokens, more than this server's limit of {self.max_tokens:,}")
         return inputs.to(self.model.device)
 
 
@@ -187,15 +199,24 @@ def with_allowed_source(part, folder: Path | None) -> dict:
     if not isinstance(value if kind == "text" else url, str):
         form = '"..."' if kind == "text" else '{"url": "..."}'
         raise ValueError(f'a part of type {kind} must have "{kind}": {form}, got {shorten(part)}')
-    if kind == "text" or is_data_url(url):
+    if kind == "text":
         return part
-    if not url.lower().startswith(("http://", "https://")):
+    if not is_data_url(url) and not url.lower().startswith(("http://", "https://")):
         url = allowed_file(local_path(url), folder)
-    elif kind == "image_url":
-        # By our own reader: that of transformers would go to private addresses.
-        with contextlib.closing(open_source(url, IMAGE_TIMEOUT, keep=False)) as image, opened(image.file) as file:
-            url = f"data:image/any;base64,{base64.b64encode(file.read()).decode()}"
-    return {"type": kind, kind: {"url": url}}
+    return {"type": kind, kind: {"url": read_image(url) if kind == "image_url" else url}}
+
+
+def read_image(url: str) -> str:
+    """An image as a `data:` URL. Read here, since transformers would go to private addresses, and quote bad data."""
+    with contextlib.closing(open_source(url, IMAGE_TIMEOUT, keep=False)) as source, opened(source.file) as file:
+        data = file.read(IMAGE_BYTES + 1)
+    if len(data) > IMAGE_BYTES:
+        raise ValueError(f"{shorten(url)}: an image of more than {IMAGE_BYTES:,} bytes")
+    try:
+        Image.open(io.BytesIO(data)).verify()
+    except Exception as error:  # of many kinds, by the format that it seems to have
+        raise ValueError(f"{shorten(url)}: not an image that can be read") from error
+    return f"data:image/any;base64,{base64.b64encode(data).decode()}"
 
 
 def allowed_file(path: str, folder: Path | None) -> str:
