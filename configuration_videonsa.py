@@ -323,8 +323,8 @@ class VideoNSAConfig(SparseConfig, Qwen2_5_VLConfig):
         kind = config_dict.get("model_type")
         if str(kind).startswith(("qwen3_vl", "videonsa_qwen3")):
             raise ValueError(
-                f"model_type must be {cls.model_type} or {Qwen2_5_VLConfig.model_type}, got {kind}: load it by AutoModel "
-                "or videonsa.model_class(model_type)"
+                f"model_type must be {cls.model_type} or {Qwen2_5_VLConfig.model_type}, got {kind}: "
+                "load it by AutoModel or videonsa.model_class(model_type)"
             )
         if kind == Qwen2_5_VLConfig.model_type:
             config_dict["model_type"] = cls.model_type  # meant to load; the warning about other types would mislead

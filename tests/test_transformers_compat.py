@@ -186,7 +186,7 @@ try:
 except ImportError as error:
     print(error)
 """
-    assert "Qwen2_5_VLTextModel.forward(cache)" in run_fresh(program, tiny_repository)
+    assert f"Qwen2_5_VLTextModel.forward({CACHE})" in run_fresh(program, tiny_repository)
 
 
 def test_a_version_older_than_tested_is_an_error(monkeypatch):
