@@ -452,8 +452,8 @@ def describe(arguments: ModelArguments, trainer: VideoTrainer, amount: str) -> s
     else:
         note += ' With `nsa_variant="dense"`, the model computes what the above does.'
     if losses:
-        what = "errors of vision and of text, added up" if arguments.method == "lora" else "error"
-        note += f" Relative squared {what}, of the sparse attention at the end: {losses[-1]:.3f}."
+        what = "errors of vision and of text, added up," if arguments.method == "lora" else "error"
+        note += f" Relative squared {what} of the sparse attention at the end: {losses[-1]:.3f}."
     return note
 
 
