@@ -36,7 +36,7 @@ def test_adapters_learn_over_4_bits_and_are_merged_into_the_model_with_all_bits(
     adapter = weights(folder / "adapter")
     (down,) = (x for name, x in adapter.items() if name.endswith("layers.0.self_attn.q_proj.lora_A.weight"))
     (up,) = (x for name, x in adapter.items() if name.endswith("layers.0.self_attn.q_proj.lora_B.weight"))
-    (name,) = (name for name in before if name.endswith("language_model.layers.0.self_attn.q_proj.weight"))
+    (name,) = (name for name in before if name.endswith("layers.0.self_attn.q_proj.weight"))
     torch.testing.assert_close(after[name] - before[name], 2 * up @ down, rtol=1e-3, atol=1e-6)
 
 
