@@ -72,8 +72,8 @@ class VideoNSA(lmms):
         device, dtype: where the model is, and in what numbers; with several processes, each takes its own GPU.
         system_prompt: put before conversations that have none; by default the chat template's own.
         attn_implementation: as transformers takes it; for decoding, text and the vision tower.
-        settings: fields of the configuration, and settings of the processor for videos (of which `block_size` is called
-            `fill_blocks` here).
+        settings: fields of the configuration, and settings of the processor for videos. The processor's `block_size` is
+            called `fill_blocks` here.
 
     Raises:
         ValueError: a setting is neither, or `pretrained` is no VideoNSA repository.

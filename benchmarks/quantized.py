@@ -36,6 +36,7 @@ from common import (
 from transformers import AutoProcessor, BitsAndBytesConfig, StaticCache, TorchAoConfig
 from transformers.utils import logging
 
+from lib.answering import answer
 from lib.loading import CLIP, UNSEEN, read
 from lib.needles import make_sample
 from videonsa.modeling_videonsa import VideoNSAForConditionalGeneration
@@ -146,7 +147,7 @@ class Run:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Any token: random weights might choose a placeholder."""
+        """Decode token 0: random weights might choose one that stands for an image or a video."""
         self.one_step(
             input_ids=torch.zeros(1, 1, dtype=torch.long),
             position_ids=torch.full((3, 1, 1), self.past),
@@ -175,18 +176,13 @@ def first_question(source: Path, clip: dict) -> dict:
 
 def right_answers(model, source: Path, clips: list[dict]) -> str:
     """Such as "19 of 20"."""
-    right = [
-        answer(model, load_processor(source), clip["video"], asked["question"]) == asked["answer"]
-        for clip in clips
-        for asked in clip["questions"]
-    ]
+    processor, right = load_processor(source), []
+    for clip in clips:
+        for asked in clip["questions"]:
+            prompt, _ = read(processor, clip["video"], asked["question"])
+            prompt = {**prompt, "input_ids": prompt["input_ids"][0]}
+            right.append(answer(model, processor, [prompt], max_new_tokens=12)[0].strip() == asked["answer"])
     return f"{sum(right)} of {len(right)}"
-
-
-def answer(model, processor, video: str, question: str) -> str:
-    inputs = read(processor, video, question)[0]
-    output = model.generate(**inputs, max_new_tokens=12, do_sample=False)
-    return processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
 
 def language_bytes(model) -> int:

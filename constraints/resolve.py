@@ -3,9 +3,9 @@
     python3.11 constraints/resolve.py        # `make constraints`: writes the files beside this one
     python constraints/resolve.py --newest   # for `make test-newest`: prints the requirements without upper bounds
 
-`tested.txt` has the newest versions in the ranges, `oldest.txt` those at which the ranges begin, and `extras.txt` those
-of `tested.txt` but for what lmms-eval holds back. All name what comes with them, too. This script needs nothing but
-Python and pip, and installs nothing.
+`tested.txt` has the newest versions in the ranges, and `oldest.txt` those at which the ranges begin. `extras.txt` has
+those of `tested.txt`, or older ones if lmms-eval needs them. Each file also names what its packages need. This script
+needs Python and pip alone, and installs nothing.
 """
 
 import argparse

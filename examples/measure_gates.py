@@ -68,11 +68,8 @@ def bucket(tokens: int) -> int:
 
 
 @torch.no_grad()
-def measure_layers(model, processor, samples: list[Sample]) -> list[dict]:
-    """Rows of length, number of videos, and the errors of each layer."""
-    lengths = defaultdict(list)
-    for sample in samples:
-        lengths[bucket(sample.vision_tokens)].append(sample)
+def measure_layers(model, processor, lengths: dict[int, list[Sample]]) -> list[dict]:
+    """Rows of length, number of videos, and the errors of each layer, of samples by their length."""
     collate, rows = Collator(processor), []
     merged = allows(model, "merged")
     for length, found in sorted(lengths.items()):
@@ -120,19 +117,19 @@ def measure(args) -> dict:
     samples, drops = load_samples([args.data], processor, require_answer=False, require_media=True)
     if not samples:
         raise ValueError(f"data {args.data}: no sample can be used; {len(drops):,} are dropped")
-    by_length = defaultdict(list)
+    lengths = defaultdict(list)
     for sample in samples:
-        by_length[bucket(sample.vision_tokens)].append(sample)
-    samples = [sample for found in by_length.values() for sample in found[: args.clips]]
+        lengths[bucket(sample.vision_tokens)].append(sample)
+    lengths = {length: found[: args.clips] for length, found in lengths.items()}
     result = {
         "model": Path(args.model).name,
         "data": Path(args.data).parent.name if Path(args.data).is_file() else Path(args.data).name,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "device": torch.cuda.get_device_name() if args.device.startswith("cuda") else args.device,
-        "rows": measure_layers(model, processor, samples),
+        "rows": measure_layers(model, processor, lengths),
     }
     if args.answers:
-        result["answers"] = compare_answers(model, processor, samples, args)
+        result["answers"] = compare_answers(model, processor, [x for found in lengths.values() for x in found], args)
     Path(args.output).write_text(json.dumps(result, indent=1) + "\n")
     return result
 

@@ -78,7 +78,7 @@ class Prompts(Dataset):
         return prompts
 
     def last_ids(self, question: Question) -> torch.Tensor:
-        """int64 [length]: what the processor makes of what stands behind the media of a question, or of all of it."""
+        """int64 [length]: the tokens after the last image or video of a question; all, if it has none."""
         text = self.processor.apply_chat_template(question.messages, add_generation_prompt=True, tokenize=False)
         for token in (self.processor.image_token, self.processor.video_token):
             text = text.rpartition(token)[2]

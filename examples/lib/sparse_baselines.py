@@ -39,7 +39,7 @@ def most(scores: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def by_block(x: torch.Tensor, size: int) -> torch.Tensor:
-    """[..., n] -> [..., blocks]: sums over blocks of the last dimension, the last of which may be shorter."""
+    """[..., n] -> [..., blocks]: sums over blocks of the last dimension. The last block may be shorter."""
     return torch.nn.functional.pad(x, (0, -x.shape[-1] % size)).unflatten(-1, (-1, size)).sum(-1)
 
 

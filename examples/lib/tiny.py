@@ -105,6 +105,32 @@ def special_tokens(tokenizer: PreTrainedTokenizerFast) -> dict:
     return {f"{key}_token_id": tokenizer.convert_tokens_to_ids(f"<|{name}|>") for key, name in names.items()}
 
 
+def text_sizes(tokenizer: PreTrainedTokenizerFast, hidden_size: int, layers: int, heads: int, kv_heads: int) -> dict:
+    """The fields of a text decoder that all backbones have."""
+    return {
+        "vocab_size": 8 * math.ceil(len(tokenizer) / 8),
+        "hidden_size": hidden_size,
+        "intermediate_size": 2 * hidden_size,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "max_position_embeddings": 131072,
+        "initializer_range": 0.06,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+
+
+def vision_sizes(hidden_size: int, out_hidden_size: int) -> dict:
+    """The same of a vision tower."""
+    return {
+        "depth": 2,
+        "hidden_size": hidden_size,
+        "intermediate_size": 2 * hidden_size,
+        "num_heads": 4,
+        "out_hidden_size": out_hidden_size,
+    }
+
+
 def make_config(
     tokenizer: PreTrainedTokenizerFast,
     *,
@@ -116,34 +142,21 @@ def make_config(
 ) -> Qwen2_5_VLConfig:
     """Stock configuration of a few million parameters; the head dimension must be a multiple of 16."""
     half = hidden_size // num_attention_heads // 2
-    token_id = tokenizer.convert_tokens_to_ids
     return Qwen2_5_VLConfig(
         text_config={
-            "vocab_size": 8 * math.ceil(len(tokenizer) / 8),
-            "hidden_size": hidden_size,
-            "intermediate_size": 2 * hidden_size,
-            "num_hidden_layers": num_hidden_layers,
-            "num_attention_heads": num_attention_heads,
-            "num_key_value_heads": num_key_value_heads,
-            "max_position_embeddings": 131072,
-            "initializer_range": 0.06,
+            **text_sizes(tokenizer, hidden_size, num_hidden_layers, num_attention_heads, num_key_value_heads),
             "rope_parameters": {
                 "rope_type": "default",
                 "rope_theta": 1000.0,
                 "mrope_section": [half // 8, half // 8, half - 2 * (half // 8)],
             },
             "bos_token_id": None,
-            "eos_token_id": token_id("<|im_end|>"),
-            "pad_token_id": token_id("<|endoftext|>"),
+            "eos_token_id": tokenizer.eos_token_id,
         },
         vision_config={
-            "depth": 2,
-            "hidden_size": vision_hidden_size,
-            "intermediate_size": 2 * vision_hidden_size,
-            "num_heads": 4,
+            **vision_sizes(vision_hidden_size, hidden_size),
             "window_size": 112,
             "fullatt_block_indexes": [1],
-            "out_hidden_size": hidden_size,
             "tokens_per_second": 2,
         },
         tie_word_embeddings=True,
@@ -165,29 +178,17 @@ def make_qwen3_config(
     third = head_dim // 6  # of the frequencies, which rows and columns get
     return Qwen3VLConfig(
         text_config={
-            "vocab_size": 8 * math.ceil(len(tokenizer) / 8),
-            "hidden_size": hidden_size,
-            "intermediate_size": 2 * hidden_size,
-            "num_hidden_layers": num_hidden_layers,
-            "num_attention_heads": num_attention_heads,
-            "num_key_value_heads": num_key_value_heads,
+            **text_sizes(tokenizer, hidden_size, num_hidden_layers, num_attention_heads, num_key_value_heads),
             "head_dim": head_dim,
-            "max_position_embeddings": 131072,
-            "initializer_range": 0.06,
             "rope_parameters": {
                 "rope_type": "default",
                 "rope_theta": 1000.0,
                 "mrope_section": [head_dim // 2 - 2 * third, third, third],
                 "mrope_interleaved": True,
             },
-            "pad_token_id": tokenizer.convert_tokens_to_ids("<|endoftext|>"),
         },
         vision_config={
-            "depth": 2,
-            "hidden_size": vision_hidden_size,
-            "intermediate_size": 2 * vision_hidden_size,
-            "num_heads": 4,
-            "out_hidden_size": hidden_size,
+            **vision_sizes(vision_hidden_size, hidden_size),
             "num_position_embeddings": 256,
             "deepstack_visual_indexes": [0],
         },
