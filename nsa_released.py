@@ -12,15 +12,10 @@ import torch
 from torch.nn.functional import embedding_bag, pad
 
 from .nsa_checks import check_arguments
-from .nsa_softmax import accumulate
-from .nsa_torch import see_means
-from .nsa_torch import select_blocks as select_blocks_torch
-from .nsa_torch import selected_attention as selected_attention_torch
-from .nsa_torch import window_attention as window_attention_torch
+from .nsa_softmax import accumulate, bands, by_pieces
+from .nsa_torch import see_chosen, see_means
 from .nsa_triton import pooled_attention as pooled_attention_triton
-from .nsa_triton import select_blocks as select_blocks_triton
-from .nsa_triton import selected_attention as selected_attention_triton
-from .nsa_triton import window_attention as window_attention_triton
+from .nsa_triton import select_blocks, selected_attention, window_attention
 
 # The public kernels need a multiple of this number of query heads per KV head.
 PADDED = 16
@@ -84,7 +79,7 @@ def released_attention(
     Returns:
         [n, H, D] in the dtype of q; differentiable in q, k, v and gates.
     """
-    attend_pooled, *branches = TRITON if triton else TORCH
+    attend_pooled, chosen_and_near = TRITON if triton else TORCH
     n, heads, dim = q.shape
     length, groups, _ = k.shape
     first = length - n
@@ -112,8 +107,8 @@ def released_attention(
     sizes = {"block_size": block_size, "block_count": block_count, "window_size": window_size, "scale": scale}
     for (start, stop), o in zip(stream.runs, compressed, strict=True):
         run, keys = slice(start, stop), slice(0, first + stop)
-        choosing = (rounded[run], k[keys], lse[run], own_importance[:, run])
-        selected, window = _chosen_and_near(branches, q[run], k[keys], v[keys], choosing, **sizes)
+        choosing = (rounded[run], lse[run], own_importance[:, run])
+        selected, window = chosen_and_near(q[run], k[keys], v[keys], choosing, **sizes)
 
         g_cmp, g_slc, g_win = (gate[run] for gate in gates)
         o = torch.addcmul(g_cmp * o, g_slc, _with_copies(selected, heads))
@@ -166,24 +161,34 @@ def _compressed_runs(attend_pooled, q, k_means, v_means, stream, heads, first, b
     return compressed, lse
 
 
-def _chosen_and_near(branches, q, k, v, choosing, *, block_size, block_count, window_size, scale):
-    """The selection and window branches of one run; `choosing` has q, scaled, k, lse and the own blocks' importance."""
-    select_blocks, selected_attention, window_attention = branches
-    *scored, own_importance = choosing
-    ends = torch.arange(2, dtype=torch.int32, device=q.device)
-    lengths = {"cu_seqlens": ends * len(q), "cu_seqlens_k": ends * len(k)}
+def _chosen_and_near_torch(q, k, v, choosing, *, block_size, block_count, window_size, scale):
+    """The selection and window branches of one run; `choosing` has q, scaled, lse and the own blocks' importance."""
+    sizes = {"block_size": block_size, "block_count": block_count, "scale": scale}
 
-    blocks = select_blocks(
-        *scored,
-        block_size=block_size,
-        block_count=block_count,
-        own_importance=own_importance,
-        scale=1.0,
-        **lengths,
-    )
+    def attend(q, k, v, *choosing):
+        selected = see_chosen(q, k, v, choosing, **sizes, choosing_scale=1.0)
+        return selected, bands(q, k, v, window_size, scale).to(q.dtype)
+
+    scored, lse, own_importance = choosing
+    per_query = (scored, lse, own_importance.T)
+    return by_pieces(attend, (), q, k, v, *_ends(q, k).values(), *per_query, cut=block_count * block_size)
+
+
+def _chosen_and_near_triton(q, k, v, choosing, *, block_size, block_count, window_size, scale):
+    """The same by the kernels."""
+    scored, lse, own_importance = choosing
+    lengths = _ends(q, k)
+    choice = {"block_size": block_size, "block_count": block_count, "own_importance": own_importance, "scale": 1.0}
+    blocks = select_blocks(scored, k, lse, **choice, **lengths)
     selected, _ = selected_attention(q, k, v, blocks, block_size=block_size, scale=scale, **lengths)
     window, _ = window_attention(q, k, v, window_size=window_size, scale=scale, **lengths)
     return selected, window
+
+
+def _ends(q, k) -> dict[str, torch.Tensor]:
+    """One sample of all queries and keys."""
+    ends = torch.arange(2, dtype=torch.int32, device=q.device)
+    return {"cu_seqlens": ends * len(q), "cu_seqlens_k": ends * len(k)}
 
 
 def pooled_attention(
@@ -216,8 +221,8 @@ def pooled_attention(
     return (o.flip(0).to(dtype), lse.flip(0)) if reverse else (o.to(dtype), lse)
 
 
-TORCH = (pooled_attention, select_blocks_torch, selected_attention_torch, window_attention_torch)
-TRITON = (pooled_attention_triton, select_blocks_triton, selected_attention_triton, window_attention_triton)
+TORCH = (pooled_attention, _chosen_and_near_torch)
+TRITON = (pooled_attention_triton, _chosen_and_near_triton)
 
 
 def _text_means(v, v_means, at, ties, rank, *, block_size, window_size, block_causal) -> torch.Tensor:

@@ -82,12 +82,7 @@ def nsa_attention(
         means = block_means(k, block_size), block_means(v, block_size)
         out = compression * staircase(accumulate(q), *means, scale, len(k) - len(q), block_size)
 
-        if len(k) <= block_count * block_size:
-            # All blocks are chosen.
-            o = causal(q, k, v, scale)
-        else:
-            chosen = choose(q, k, block_size=block_size, block_count=block_count, scale=scale)
-            o, _ = _selected(q, k, v, chosen, block_size, scale, with_lse=False)
+        o = see_chosen(q, k, v, (q,), block_size=block_size, block_count=block_count, scale=scale)
         out = torch.addcmul(out, selection, o)
 
         return (torch.addcmul(out, window, bands(q, k, v, window_size, scale)),)
@@ -317,6 +312,17 @@ def _selected(q, k, v, chosen, block_size, scale, with_lse=True):
 
     keys = len(k) if q.device.type != "cpu" else block_size * chosen.sum().item() / chosen.numel()
     return softmax_over(q, k, v, scale, parts, keys)
+
+
+def see_chosen(q, k, v, choosing, *, block_size, block_count, scale, choosing_scale=None):
+    """o of the selection branch; `choosing` are the arguments of `choose` other than k: q, lse and own importance."""
+    if len(k) <= block_count * block_size:
+        # All blocks are chosen.
+        return causal(q, k, v, scale)
+    q_scored, *others = choosing
+    choosing_scale = scale if choosing_scale is None else choosing_scale
+    chosen = choose(q_scored, k, *others, block_size=block_size, block_count=block_count, scale=choosing_scale)
+    return _selected(q, k, v, chosen, block_size, scale, with_lse=False)[0]
 
 
 def block_means(x: torch.Tensor, block_size: int) -> torch.Tensor:
