@@ -8,6 +8,7 @@ import torch
 import transformers
 
 from prompts import KERNEL_DEVICE, VIDEO, assert_close, logits, make_inputs, text_model, video
+from videonsa import nsa_torch
 from videonsa.transformers_compat import CACHE
 
 pytestmark = pytest.mark.usefixtures("larger_tiles")
@@ -80,6 +81,24 @@ def test_auto_backend_is_torch_on_cpu(small):
     expected = logits(small, make_inputs(VIDEO))
     small.config.nsa_backend = "torch"
     assert torch.equal(logits(small, make_inputs(VIDEO)), expected)
+
+
+@pytest.mark.parametrize("variant", ["paper", "merged"])
+def test_a_compiled_prompt_leaves_the_pytorch_attention_to_python(small, variant, monkeypatch):
+    seen = []
+
+    def block_means(x, block_size):
+        seen.append(torch.compiler.is_compiling())
+        return means(x, block_size)
+
+    means = nsa_torch.block_means
+    monkeypatch.setattr(nsa_torch, "block_means", block_means)
+    small.config.nsa_variant = small.config.text_config.nsa_variant = variant
+    inputs = make_inputs([5, video(6, 4, 16), 6])
+    expected = logits(small, inputs)
+    torch.compiler.reset()
+    assert_close(logits(torch.compile(small, backend="eager"), inputs), expected)
+    assert seen and not any(seen)
 
 
 def test_decoding_step_compiles_in_one_graph(small):
