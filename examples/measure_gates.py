@@ -112,7 +112,7 @@ def compare_answers(model, processor, samples: list[Sample], args) -> dict[str, 
 
 
 def measure(args) -> dict:
-    """Measure all, and write OUTPUT."""
+    """Measure all, and write OUTPUT: the layers before the questions are asked."""
     model, processor = load(args.model, "paper", args.device)
     samples, drops = load_samples([args.data], processor, require_answer=False, require_media=True)
     if not samples:
@@ -128,10 +128,15 @@ def measure(args) -> dict:
         "device": torch.cuda.get_device_name() if args.device.startswith("cuda") else args.device,
         "rows": measure_layers(model, processor, lengths),
     }
+    write(args.output, result)
     if args.answers:
         result["answers"] = compare_answers(model, processor, [x for found in lengths.values() for x in found], args)
-    Path(args.output).write_text(json.dumps(result, indent=1) + "\n")
+        write(args.output, result)
     return result
+
+
+def write(output: str, result: dict) -> None:
+    Path(output).write_text(json.dumps(result, indent=1) + "\n")
 
 
 def format_result(result: dict) -> str:
