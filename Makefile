@@ -36,7 +36,7 @@ demo: $(VENV)/demo.stamp
 
 tiny: $(TINY)/paper-4.json $(TINY)/dense-4.json
 
-distilled: $(TINY)/distilled-dense-4.json $(TINY)/distilled-dense-several.json
+distilled: $(foreach twin,dense-4 dense-several,$(TINY)/distilled-$(twin).json $(TINY)/answers-$(twin).json)
 
 tiny-qwen3: $(TINY)/qwen3.json
 
@@ -168,20 +168,38 @@ $(TINY)/paper/README.md: | $(TINY)/stage-2/README.md $(TINY)/data-3
 $(TINY)/dense/README.md: | $(TINY)/stage-2/README.md $(TINY)/data-3
 	$(call stage,3,$(TINY)/stage-2,$(TINY)/data-3/train.jsonl,--nsa_variant dense)
 
+ONE_SHAPE := $(TINY)/data-3/train.jsonl%40 $(patsubst %,$(TINY)/data-4%/train.jsonl,a b c)
+SEVERAL_SHAPES := $(TINY)/data-several/train.jsonl $(TINY)/data-3/train.jsonl%25
+
 $(TINY)/%-4/README.md: | $(TINY)/%/README.md $(TINY)/data-4a $(TINY)/data-4b $(TINY)/data-4c
-	$(call stage,4,$(TINY)/$*,$(TINY)/data-3/train.jsonl%40 $(patsubst %,$(TINY)/data-4%/train.jsonl,a b c),--nsa_variant $*)
+	$(call stage,4,$(TINY)/$*,$(ONE_SHAPE),--nsa_variant $*)
 
 $(TINY)/dense-several/README.md: | $(TINY)/dense-4/README.md $(TINY)/data-several $(TINY)/data-3
-	$(call stage,several,$(TINY)/dense-4,$(TINY)/data-several/train.jsonl $(TINY)/data-3/train.jsonl%25)
+	$(call stage,several,$(TINY)/dense-4,$(SEVERAL_SHAPES))
 
 # New gates for a dense twin.
 $(TINY)/distilled-%/README.md: | $(TINY)/%/README.md $(TINY)/data-distill
 	$(call stage,distill,$(TINY)/$*,$(TINY)/data-distill/train.jsonl)
 
+# The same gates, which then learn from answers for a few minutes.
+ANSWERS := --nsa_variant paper --method gates --train_vision false --max_steps 100 --learning_rate 3e-3 --warmup_steps 10
+
+$(TINY)/answers-dense-4/README.md: | $(TINY)/distilled-dense-4/README.md
+	$(call stage,4,$(TINY)/distilled-dense-4,$(ONE_SHAPE),$(ANSWERS))
+
+$(TINY)/answers-dense-several/README.md: | $(TINY)/distilled-dense-several/README.md
+	$(call stage,several,$(TINY)/distilled-dense-several,$(SEVERAL_SHAPES),$(ANSWERS))
+
+define measure_gates
+	$(PY) examples/measure_gates.py $(@:.json=) $(TINY)/$(if $(findstring several,$*),data-several-long,data-test)/test.jsonl $@ \
+	    --clips 25 --answers paper merged --batch_size 8 --max_new_tokens 12 --workers 1
+endef
+
 $(TINY)/distilled-%.json: | $(TINY)/distilled-%/README.md $(TINY)/data-test $(TINY)/data-several-long
-	$(PY) examples/measure_gates.py $(TINY)/distilled-$* \
-	    $(TINY)/$(if $(findstring several,$*),data-several-long,data-test)/test.jsonl $@ \
-	    --answers paper merged --batch_size 8 --max_new_tokens 12 --workers 1
+	$(measure_gates)
+
+$(TINY)/answers-%.json: | $(TINY)/answers-%/README.md $(TINY)/data-test $(TINY)/data-several-long
+	$(measure_gates)
 
 # On Qwen3-VL's architecture, colour and time alone.
 $(TINY)/qwen3-start: | $(VENV)/train.stamp
