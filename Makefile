@@ -182,7 +182,7 @@ $(TINY)/distilled-%/README.md: | $(TINY)/%/README.md $(TINY)/data-distill
 	$(call stage,distill,$(TINY)/$*,$(TINY)/data-distill/train.jsonl)
 
 # The same gates, which then learn from answers for a few minutes.
-ANSWERS := --nsa_variant paper --method gates --train_vision false --max_steps 100 --learning_rate 3e-3 --warmup_steps 10
+ANSWERS := --nsa_variant paper --method gates --train_vision false --max_steps 300 --learning_rate 3e-3 --warmup_steps 10
 
 $(TINY)/answers-dense-4/README.md: | $(TINY)/distilled-dense-4/README.md
 	$(call stage,4,$(TINY)/distilled-dense-4,$(ONE_SHAPE),$(ANSWERS))
