@@ -48,7 +48,7 @@ def accumulate(x: torch.Tensor) -> torch.Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-# A compiler would make a graph for each piece. One of those that torch 2.14.1's made gave wrong sums.
+# A compiler would make a graph for each piece. One that inductor of torch 2.14.1 made gave wrong sums.
 @torch.compiler.disable
 def by_pieces(
     attend: Callable,
