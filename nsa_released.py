@@ -13,7 +13,7 @@ from torch.nn.functional import embedding_bag, pad
 
 from .nsa_checks import check_arguments
 from .nsa_softmax import accumulate, bands, by_pieces
-from .nsa_torch import see_chosen, see_means
+from .nsa_torch import choose, see_chosen, see_means
 from .nsa_triton import pooled_attention as pooled_attention_triton
 from .nsa_triton import select_blocks, selected_attention, window_attention
 
@@ -163,21 +163,24 @@ def _compressed_runs(attend_pooled, q, k_means, v_means, stream, heads, first, b
 
 def _chosen_and_near_torch(q, k, v, choosing, *, block_size, block_count, window_size, scale):
     """The selection and window branches of one run; `choosing` has q, scaled, lse and the own blocks' importance."""
-    sizes = {"block_size": block_size, "block_count": block_count, "scale": scale}
+    sizes = {"block_size": block_size, "block_count": block_count}
 
-    def attend(q, k, v, *choosing):
-        selected = see_chosen(q, k, v, choosing, **sizes, choosing_scale=1.0)
-        return selected, bands(q, k, v, window_size, scale).to(q.dtype)
+    def attend(q, k, v, scored, lse, own_importance):
+        exact = accumulate(q)
+        choice = functools.partial(choose, scored, k, lse, own_importance, scale=1.0, **sizes)
+        selected = see_chosen(exact, k, v, choice, scale=scale, **sizes)
+        return selected, bands(exact, k, v, window_size, scale).to(q.dtype)
 
     scored, lse, own_importance = choosing
     per_query = (scored, lse, own_importance.T)
-    return by_pieces(attend, (), q, k, v, *_ends(q, k).values(), *per_query, cut=block_count * block_size)
+    return by_pieces(attend, (), q, k, v, *_ends(q, k), *per_query, cut=block_count * block_size)
 
 
 def _chosen_and_near_triton(q, k, v, choosing, *, block_size, block_count, window_size, scale):
     """The same by the kernels."""
     scored, lse, own_importance = choosing
-    lengths = _ends(q, k)
+    cu_seqlens, cu_seqlens_k = _ends(q, k)
+    lengths = {"cu_seqlens": cu_seqlens, "cu_seqlens_k": cu_seqlens_k}
     choice = {"block_size": block_size, "block_count": block_count, "own_importance": own_importance, "scale": 1.0}
     blocks = select_blocks(scored, k, lse, **choice, **lengths)
     selected, _ = selected_attention(q, k, v, blocks, block_size=block_size, scale=scale, **lengths)
@@ -185,10 +188,10 @@ def _chosen_and_near_triton(q, k, v, choosing, *, block_size, block_count, windo
     return selected, window
 
 
-def _ends(q, k) -> dict[str, torch.Tensor]:
-    """One sample of all queries and keys."""
+def _ends(q, k) -> tuple[torch.Tensor, torch.Tensor]:
+    """`cu_seqlens` and `cu_seqlens_k` of one sample of all queries and keys."""
     ends = torch.arange(2, dtype=torch.int32, device=q.device)
-    return {"cu_seqlens": ends * len(q), "cu_seqlens_k": ends * len(k)}
+    return ends * len(q), ends * len(k)
 
 
 def pooled_attention(

@@ -30,6 +30,9 @@ MAX_SCORES_CPU = 2**18
 # Queries that share the keys of a window.
 RUN = 32
 
+# Queries that share a mask.
+MASKED = 256
+
 # Queries of a product with gathered rows. The number is fixed, since the rounding of a product depends on its shape:
 # how many later queries choose a block changes nothing for earlier ones.
 TILE = 16
@@ -341,7 +344,7 @@ def staircase(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | 
 def masked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: Callable, scale: float | None) -> torch.Tensor:
     """o of attention where visible(rows) gives the mask of a few queries: bool [G or 1, c, keys up to the last]."""
     outs = [accumulate(q[:0])]
-    for rows in slices(len(q), 8 * RUN):
+    for rows in slices(len(q), MASKED):
         mask = visible(rows)
         m = mask.shape[-1]
         outs.append(_fused(q[rows], k[:m], v[:m], scale, attn_mask=mask.unsqueeze(1)))

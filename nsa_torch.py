@@ -15,6 +15,7 @@ queries and heads, is `Brute` in `tests/brute.py`. `nsa_triton.py` has the same 
 """
 
 import math
+from functools import partial
 
 import torch
 from torch.nn.functional import pad
@@ -82,7 +83,8 @@ def nsa_attention(
         means = block_means(k, block_size), block_means(v, block_size)
         out = compression * staircase(accumulate(q), *means, scale, len(k) - len(q), block_size)
 
-        o = see_chosen(q, k, v, (q,), block_size=block_size, block_count=block_count, scale=scale)
+        chosen = partial(choose, q, k, block_size=block_size, block_count=block_count, scale=scale)
+        o = see_chosen(q, k, v, chosen, block_size, block_count, scale)
         out = torch.addcmul(out, selection, o)
 
         return (torch.addcmul(out, window, bands(q, k, v, window_size, scale)),)
@@ -314,15 +316,11 @@ def _selected(q, k, v, chosen, block_size, scale, with_lse=True):
     return softmax_over(q, k, v, scale, parts, keys)
 
 
-def see_chosen(q, k, v, choosing, *, block_size, block_count, scale, choosing_scale=None):
-    """o of the selection branch; `choosing` are the arguments of `choose` other than k: q, lse and own importance."""
+def see_chosen(q, k, v, choice, block_size, block_count, scale):
+    """o of the selection branch; choice() gives bool [G, C, blocks], and is called if not all blocks are chosen."""
     if len(k) <= block_count * block_size:
-        # All blocks are chosen.
         return causal(q, k, v, scale)
-    q_scored, *others = choosing
-    choosing_scale = scale if choosing_scale is None else choosing_scale
-    chosen = choose(q_scored, k, *others, block_size=block_size, block_count=block_count, scale=choosing_scale)
-    return _selected(q, k, v, chosen, block_size, scale, with_lse=False)[0]
+    return _selected(q, k, v, choice(), block_size, scale, with_lse=False)[0]
 
 
 def block_means(x: torch.Tensor, block_size: int) -> torch.Tensor:

@@ -93,7 +93,7 @@ def test_a_compiled_prompt_leaves_the_pytorch_attention_to_python(small, variant
 
     means = nsa_torch.block_means
     monkeypatch.setattr(nsa_torch, "block_means", block_means)
-    small.config.nsa_variant = small.config.text_config.nsa_variant = variant
+    small.config.nsa_variant = variant
     inputs = make_inputs([5, video(6, 4, 16), 6])
     expected = logits(small, inputs)
     torch.compiler.reset()
