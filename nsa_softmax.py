@@ -14,7 +14,6 @@ There are two ways to compute a softmax over some of the keys:
 """
 
 from collections.abc import Callable, Iterable
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -77,16 +76,18 @@ def by_pieces(
     k, v = accumulate(k), accumulate(v)
     cu_seqlens_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
 
+    lengths = cu_seqlens_k.diff().tolist()
     sizes, keys = [], []
-    for count, (start, stop) in zip(cu_seqlens.diff().tolist(), pairwise(cu_seqlens_k.tolist()), strict=True):
-        length = stop - start
+    # The gradient of a slice is as large as what it was cut from: samples are split before.
+    samples = zip(cu_seqlens.diff().tolist(), lengths, k.split(lengths), v.split(lengths), strict=True)
+    for count, length, sample_k, sample_v in samples:
         i = length - count
         while i < length:
             end = min(length, (i // PIECE + 1) * PIECE)
             if i < cut:
                 end = min(end, cut)
             sizes.append(end - i)
-            keys.append(slice(start, start + end))
+            keys.append((sample_k[:end], sample_v[:end]))
             i = end
     if not sizes:
         return nothing
@@ -94,7 +95,7 @@ def by_pieces(
     def results():
         with torch.autocast(q.device.type, enabled=False):
             for seen, *queries in zip(keys, *(x.split(sizes) for x in (q, *per_query)), strict=True):
-                o, *rest = attend(queries[0], k[seen], v[seen], *queries[1:])
+                o, *rest = attend(queries[0], *seen, *queries[1:])
                 yield (o.to(dtype) if o.is_floating_point() else o, *rest)
 
     return _join(results(), len(q))

@@ -19,8 +19,8 @@ from lib.door import door  # first: it names the extra of a package that is miss
 import signal
 import sys
 
-from httpx import HTTPError
 from huggingface_hub import HfApi
+from huggingface_hub.utils import httpx
 
 from lib.conversion import convert, read_config
 from lib.fields import add_fields, given_fields
@@ -68,7 +68,7 @@ def main() -> None:
     if url:
         try:
             hub.upload_folder(repo_id=url.repo_id, folder_path=output, commit_message="Add VideoNSA")
-        except (OSError, HTTPError) as error:
+        except (OSError, httpx.HTTPError) as error:
             message = f"the upload failed: {error}; resume it with: hf upload {url.repo_id} {output}"
             raise ValueError(message) from error
         print(f"pushed to {url}")

@@ -42,8 +42,8 @@ from typing import Literal
 import torch
 import yaml
 from accelerate.utils import broadcast_object_list
-from httpx import HTTPError
 from huggingface_hub import HfApi
+from huggingface_hub.utils import httpx
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
@@ -707,7 +707,7 @@ def push(folder: Path, repo_id: str, revision: str | None, token: str | None) ->
             revision=revision,
             ignore_patterns=ignored,
         )
-    except (OSError, HTTPError) as error:
+    except (OSError, httpx.HTTPError) as error:
         command = ["hf", "upload", repo_id, str(folder), ".", *(["--revision", revision] if revision else [])]
         command += [f"--exclude={pattern}" for pattern in ignored]
         message = f"--push_to_hub: the upload failed: {error}; resume it with: {shlex.join(command)}"

@@ -7,11 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import httpx
 import pytest
 import safetensors
 import torch
 from huggingface_hub.errors import OfflineModeIsEnabled
+from huggingface_hub.utils import httpx
 
 from lib.card import requirements
 from lib.door import EXTRAS, door, explain
@@ -94,6 +94,17 @@ def test_every_extra_that_is_named_installs_its_package():
         if package in ("videonsa", "numpy"):
             continue
         assert any(line.startswith(names.get(package, package)) for line in requirements(extra)), package
+
+
+def test_scripts_import_what_an_extra_installs():
+    """And nothing that comes with another package, which may take another tomorrow. Triton comes with torch."""
+    own = {path.stem for folder in ("benchmarks", "examples") for path in (ROOT / folder).iterdir()}
+    known = own | set(EXTRAS) | sys.stdlib_module_names | {"triton"}
+    for path in scripts():
+        for node in ast.parse(path.read_text()).body:
+            names = [name.name for name in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) else []
+            assert {name.partition(".")[0] for name in names} <= known, path
 
 
 @pytest.mark.parametrize("script", ["examples/demo.py", "examples/finetune.py", "benchmarks/plot.py"])

@@ -32,7 +32,7 @@ EXTRAS = {
     **dict.fromkeys(("transformers", "videonsa"), "demo"),
 }
 # All that these packages raise is about a network, a file or what a file says.
-OUTSIDE = ("httpcore", "httpx", "huggingface_hub", "jinja2", "requests", "safetensors", "yaml")
+OUTSIDE = ("httpcore", "httpcore2", "httpx", "httpx2", "huggingface_hub", "jinja2", "requests", "safetensors", "yaml")
 # A ValueError from inside of these is a bug: they were given wrong tensors.
 INSIDE = ("torch", "numpy")
 # What the Trainer says of a tracker that is not there.
@@ -84,7 +84,7 @@ def explain(error: Exception) -> str | None:
         return EXTRAS.get(package) and f'needs {package}: pip install -e ".[{EXTRAS[package]}]"'
     text = " ".join(str(error).split()) or type(error).__name__
     package = type(error).__module__.partition(".")[0]
-    if package in ("httpx", "httpcore"):
+    if package in ("httpcore", "httpcore2", "httpx", "httpx2"):
         return NETWORK.format(text)
     if package in OUTSIDE:
         return text
