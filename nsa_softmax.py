@@ -4,16 +4,17 @@ Packed samples are cut into *pieces* (`by_pieces`): adjacent queries of one samp
 In what follows, q is [C, H, D] of any dtype, the last C of the n tokens of k and v [n, G, D], which are fp32 or fp64.
 Results are o [C, H, D] and lse [C, H] in the dtype of k; lse is the natural log-sum-exp of a query's logits.
 
-There are two ways to compute a softmax over some of the keys:
+There are three ways to compute a softmax over some of the keys:
 
 - `softmax_over` takes *parts* (some keys, and the queries that see them), and multiplies only these. It has exact
   gradients and lse.
 - PyTorch's fused attention takes all keys up to the query (`causal`), the means of all blocks so far (`staircase`), a
   band of keys (`bands`), or any with a mask (`masked`). It multiplies more, but each product takes less time. It has no
   lse.
+- `mixture` computes all branches of the paper at once, and multiplies all keys and values up to the query only once.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -32,6 +33,9 @@ RUN = 32
 # Queries that share a mask.
 MASKED = 256
 
+# Queries of a product in `mixture`.
+MIXED = 64
+
 # Queries of a product with gathered rows. The number is fixed, since the rounding of a product depends on its shape:
 # how many later queries choose a block changes nothing for earlier ones.
 TILE = 16
@@ -39,8 +43,8 @@ TILE = 16
 # By how much a logit may exceed the shift of its softmax before sums are scaled again: exp(20) is far from overflow.
 SLACK = 20
 
-# Share of the keys before the queries that are chosen, below which gathering rows takes less time than a mask. Fused
-# attention multiplies 16-bit floats faster.
+# Share of the keys before the queries that are chosen, below which gathering rows takes less time than a mask; where
+# 16-bit floats are multiplied faster, the second.
 GATHER_BELOW = 0.7
 GATHER_BELOW_16_BIT = 0.35
 
@@ -194,7 +198,19 @@ def is_cheaper_by_parts(chosen: torch.Tensor, index: torch.Tensor, block_size: i
         # A GPU would wait for itself at every block.
         return False
     share = chosen.sum() / (len(chosen) * (index // block_size + 1).sum())
-    return bool(share < (GATHER_BELOW if dtype in (torch.float32, torch.float64) else GATHER_BELOW_16_BIT))
+    return bool(share < (GATHER_BELOW_16_BIT if is_multiplied_faster(dtype) else GATHER_BELOW))
+
+
+def is_multiplied_faster(dtype: torch.dtype) -> bool:
+    """Whether a CPU multiplies this dtype faster than fp32, which fused attention makes use of."""
+    return dtype in (torch.bfloat16, torch.float16) and torch.cpu.get_capabilities().get("amx_bf16", False)
+
+
+def is_cheaper_at_once(q: torch.Tensor, chosen: torch.Tensor | None, keys: int, block_size: int) -> bool:
+    """Whether `mixture` takes less time than a way for each branch, for chosen blocks bool [G, C, blocks], or all."""
+    if q.device.type != "cpu" or is_multiplied_faster(q.dtype):
+        return False
+    return chosen is None or not is_cheaper_by_parts(chosen, stream_index(q, keys - len(q)), block_size, q.dtype)
 
 
 def softmax_over(
@@ -258,9 +274,14 @@ class _Attention(torch.autograd.Function):
                     out.index_copy_(0, rows, out.index_select(0, rows) * factor.unsqueeze(-1))
                     old = new
 
-                p = p.sub_(old.masked_fill(old == -torch.inf, 0).unsqueeze(-1)).exp_()
-                total.index_add_(0, rows, p.sum(-1))
-                out.index_add_(0, rows, _rows_times(p, v[g, part.keys]))
+                # The exponential of PyTorch's softmax is faster than its own. 1 / largest is Σ exp(x_j - top).
+                p = p.softmax(-1)
+                if part.bias is not None:
+                    p.nan_to_num_(0.0)
+                largest = p.amax(-1).clamp_(min=torch.finfo(p.dtype).tiny)
+                own = top.sub_(old.masked_fill(old == -torch.inf, 0)).exp_().div_(largest)
+                total.index_add_(0, rows, own)
+                out.index_add_(0, rows, _rows_times(p.mul_(own.unsqueeze(-1)), v[g, part.keys]))
 
             o[queries, heads] = out.div_(total.masked_fill(total == 0, 1).unsqueeze(-1))[:-1]
             lse[queries, heads] = (shift + total.log())[:-1]
@@ -318,6 +339,123 @@ def _rows_times(x, y) -> torch.Tensor:
     if m % TILE:
         return (x.flatten(0, 1) @ y).unflatten(0, (m, r))
     return torch.bmm(x.view(m // TILE, TILE * r, -1), y.expand(m // TILE, -1, -1)).view(m, r, -1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The branches of the paper at once
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def mixture(q, k, v, means, gates, chosen, block_size: int, window_size: int, scale: float | None) -> torch.Tensor:
+    """The gated sum of the three branches, o [C, H, D].
+
+    Args:
+        means: Those of complete blocks of keys and of values, each [blocks, G, D].
+        gates: [C, H, 3].
+        chosen: Blocks of the selection, bool [G, C, blocks], or None for all.
+    """
+    groups = k.shape[1]
+    index = stream_index(q, len(k) - len(q))
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+
+    def see(g: int, rows: slice) -> list[tuple[slice, torch.Tensor]]:
+        """For each branch the means or keys that some of a few queries see, and a bias that hides them from others."""
+        i = index[rows, None]
+        n = int(i[-1]) + 1
+        start = max(0, int(i[0]) - window_size + 1)
+        key = torch.arange(n, device=q.device)
+        block = key[: n // block_size]
+        before = key <= i
+        seen = before
+        if chosen is not None:
+            seen = before & chosen[g, rows].repeat_interleave(block_size, -1)[:, :n]
+        masks = block < (i + 1) // block_size, seen, (before & (key > i - window_size))[:, start:]
+        biases = [k.new_zeros(mask.shape).masked_fill_(~mask, -torch.inf) for mask in masks]
+        return list(zip((slice(0, len(block)), slice(0, n), slice(start, n)), biases, strict=True))
+
+    q, gates = (x.unflatten(1, (groups, -1)).permute(1, 2, 0, 3).to(k.dtype).contiguous() for x in (q, gates))
+    k, v, *means = (x.transpose(0, 1).contiguous() for x in (k, v, *means))
+    o = _Mixture.apply(q, k, v, *means, gates, scale, see)
+    return o.permute(2, 0, 1, 3).flatten(1, 2)
+
+
+class _Mixture(torch.autograd.Function):
+    """o = Σ_b gate_b p_b v_b, with p_b = softmax(scale q·k_bᵀ + bias_b); branches are block means, keys, the last keys.
+
+    q [G, r, C, D], k and v [G, n, D], their means [G, blocks, D], gates [G, r, C, 3]; see(g, rows) as in `mixture`.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, k_means, v_means, gates, scale, see):
+        o = torch.empty_like(q)
+        for g, rows, x, room in _few_queries(q, k, scale):
+            (blocks, _), (keys, _), (last, _) = seen = see(g, rows)
+            compression, selection, window = _branch_weights(x, k[g], k_means[g], seen, room)
+            gate = gates[g, :, rows].unsqueeze(-1).unbind(-2)
+
+            # The last keys are among all keys.
+            selection.mul_(gate[1])[..., last].add_(window.mul_(gate[2]))
+            out = selection.flatten(0, 1) @ v[g, keys]
+            out.addmm_(compression.mul_(gate[0]).flatten(0, 1), v_means[g, blocks])
+            o[g, :, rows] = out.view_as(x)
+
+        ctx.save_for_backward(q, k, v, k_means, v_means, gates)
+        ctx.scale, ctx.see = scale, see
+        return o
+
+    @staticmethod
+    def backward(ctx, do):
+        """With w = p_b (do·v_bᵀ): dgate_b = Σ w, and the gradient of the logits is gate_b (w - p_b Σ w)."""
+        q, k, v, k_means, v_means, gates = ctx.saved_tensors
+        dq, dk, dv, dk_means, dv_means, dgates = grads = [torch.zeros_like(x) for x in ctx.saved_tensors]
+        of_means, of_keys = (k_means, v_means, dk_means, dv_means), (k, v, dk, dv)
+
+        # autograd runs this under the autocast of the loss.
+        with torch.autocast(q.device.type, enabled=False):
+            for g, rows, x, room in _few_queries(q, k, ctx.scale):
+                seen = ctx.see(g, rows)
+                weights = _branch_weights(x, k[g], k_means[g], seen, room)
+                x, grad = x.flatten(0, 1), do[g, :, rows].flatten(0, 1)
+                out = torch.zeros_like(x)
+                for b, (p, (part, _), tensors) in enumerate(
+                    zip(weights, seen, (of_means, of_keys, of_keys), strict=True)
+                ):
+                    keys, values, dkeys, dvalues = (tensor[g, part] for tensor in tensors)
+                    gate = gates[g, :, rows, b, None]
+                    w = (grad @ values.T).view_as(p).mul_(p)
+                    total = w.sum(-1, keepdim=True)
+                    dgates[g, :, rows, b] = total.squeeze(-1)
+                    dx = w.addcmul_(p, total, value=-1).mul_(gate).flatten(0, 1)
+                    out.addmm_(dx, keys)
+                    dkeys.addmm_(dx.T, x)
+                    dvalues.addmm_(p.mul_(gate).flatten(0, 1).T, grad)
+                dq[g, :, rows] = out.mul_(ctx.scale).unflatten(0, p.shape[:2])
+        return *grads, None, None
+
+
+def _few_queries(q, k, scale: float) -> Iterator[tuple]:
+    """KV head, slice of its queries, these scaled [r, c, D], and room for two tensors of their logits."""
+    groups, r, count, _ = q.shape
+    # Memory that is reused: new memory costs as much as a tenth of the products.
+    room = k.new_empty(2, r * min(count, MIXED) * k.shape[1])
+    for g in range(groups):
+        for rows in slices(count, MIXED):
+            yield g, rows, q[g, :, rows] * scale, room
+
+
+def _branch_weights(x, k, k_means, seen, room) -> list[torch.Tensor]:
+    """The softmax of each branch, [r, c, means or keys]."""
+    (blocks, complete), (keys, visible), (last, near) = seen
+    shape = (*x.shape[:2], keys.stop)
+    rows = x.flatten(0, 1)
+    logits, weights = room[:, : len(rows) * keys.stop].unflatten(1, (len(rows), keys.stop))
+
+    logits = torch.mm(rows, k[keys].T, out=logits).view(shape)
+    window = (logits[..., last] + near).softmax(-1)
+    selection = torch.softmax(logits.add_(visible), -1, out=weights.view(shape))
+    compression = (rows @ k_means[blocks].T).unflatten(0, shape[:2]).add_(complete).softmax(-1)
+    # The first queries see no complete block.
+    return [compression.nan_to_num_(0.0), selection, window]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

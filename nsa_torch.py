@@ -15,7 +15,6 @@ queries and heads, is `Brute` in `tests/brute.py`. `nsa_triton.py` has the same 
 """
 
 import math
-from functools import partial
 
 import torch
 from torch.nn.functional import pad
@@ -31,8 +30,10 @@ from .nsa_softmax import (
     causal,
     chunks,
     every_row,
+    is_cheaper_at_once,
     is_cheaper_by_parts,
     masked,
+    mixture,
     nothing_of,
     softmax_over,
     staircase,
@@ -78,13 +79,17 @@ def nsa_attention(
     check_arguments(q, k, v, cu_seqlens, cu_seqlens_k, gates=gates, **sizes)
 
     def attend(q, k, v, gates):
-        compression, selection, window = accumulate(gates).to(k.dtype).unsqueeze(-1).unbind(-2)  # 3 x [C, H, 1]
-
         means = block_means(k, block_size), block_means(v, block_size)
+        chosen = None
+        if len(k) > block_count * block_size:
+            chosen = choose(q, k, block_size=block_size, block_count=block_count, scale=scale)
+        if is_cheaper_at_once(q, chosen, len(k), block_size):
+            return (mixture(q, k, v, means, gates, chosen, block_size, window_size, scale),)
+
+        compression, selection, window = accumulate(gates).to(k.dtype).unsqueeze(-1).unbind(-2)  # 3 x [C, H, 1]
         out = compression * staircase(accumulate(q), *means, scale, len(k) - len(q), block_size)
 
-        chosen = partial(choose, q, k, block_size=block_size, block_count=block_count, scale=scale)
-        o = see_chosen(q, k, v, chosen, block_size, block_count, scale)
+        o = see_chosen(q, k, v, lambda: chosen, block_size, block_count, scale)
         out = torch.addcmul(out, selection, o)
 
         return (torch.addcmul(out, window, bands(q, k, v, window_size, scale)),)

@@ -107,10 +107,15 @@ def whole(tensors, lengths):
     return nsa_torch.nsa_attention(*tensors, **lengths, **SIZES, window_size=WINDOW)
 
 
-@pytest.mark.parametrize("below, used", [(0.0, "masked"), (2.0, "block_parts")])
-def test_each_way_to_select_gives_the_sum_of_the_branches(below, used, monkeypatch):
+@pytest.mark.parametrize(
+    "below, faster, used", [(0.0, False, "mixture"), (0.0, True, "masked"), (2.0, True, "block_parts")]
+)
+def test_each_way_gives_the_sum_of_the_branches(below, faster, used, monkeypatch):
     monkeypatch.setattr(nsa_softmax, "GATHER_BELOW", below)
+    monkeypatch.setattr(nsa_softmax, "GATHER_BELOW_16_BIT", below)
+    monkeypatch.setattr(nsa_softmax, "is_multiplied_faster", lambda dtype: faster)
     monkeypatch.setattr(nsa_softmax, "PIECE", 64)
+    monkeypatch.setattr(nsa_softmax, "MIXED", 50)
     calls = count_calls(monkeypatch, used)
     tensors, lengths, ends = make((300, 65), (280, 20), 4, 2)
     q, k, v, gates = tensors
@@ -123,6 +128,16 @@ def test_each_way_to_select_gives_the_sum_of_the_branches(below, used, monkeypat
     expected = sum(gate.unsqueeze(-1) * o for gate, o in zip(gates.unbind(-1), branches, strict=True))
     lse = torch.zeros(())
     assert_same((out, lse), (expected, lse), tensors)
+
+
+def test_a_window_far_below_the_largest_logit_keeps_its_weights(monkeypatch):
+    monkeypatch.setattr(nsa_softmax, "GATHER_BELOW", 0.0)
+    tensors, lengths, _ = make((200,), (200,), 4, 2, torch.float32)
+    q, k, v, gates = (x.detach() for x in tensors)
+    q, k = q.abs(), k.clone()
+    k[3] = 100
+    expected = whole([x.double() for x in (q, k, v, gates)], lengths)
+    torch.testing.assert_close(whole((q, k, v, gates), lengths).double(), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_nothing_is_chosen_where_there_is_no_choice(monkeypatch):
@@ -159,14 +174,17 @@ def test_a_gpu_without_kernels_gets_no_loop_over_blocks():
     assert not nsa_softmax.is_cheaper_by_parts(chosen, torch.arange(4), 16, torch.float32)
 
 
+@pytest.mark.parametrize("faster", [False, True])
+@pytest.mark.parametrize("below", [0.0, 2.0])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_16_bit_inputs_are_close_whichever_way_is_taken(dtype, monkeypatch):
+def test_16_bit_inputs_are_close_whichever_way_is_taken(dtype, below, faster, monkeypatch):
     tensors, lengths, _ = make((300,), (300,), 4, 2, dtype)
     expected = whole([x.double() for x in tensors], lengths)
-    for below in (0.0, 2.0):
-        monkeypatch.setattr(nsa_softmax, "GATHER_BELOW_16_BIT", below)
-        error = (whole(tensors, lengths).double() - expected).square().mean().sqrt() / expected.square().mean().sqrt()
-        assert error < 5e-3
+    monkeypatch.setattr(nsa_softmax, "is_multiplied_faster", lambda dtype: faster)
+    for name in ("GATHER_BELOW", "GATHER_BELOW_16_BIT"):
+        monkeypatch.setattr(nsa_softmax, name, below)
+    error = (whole(tensors, lengths).double() - expected).square().mean().sqrt() / expected.square().mean().sqrt()
+    assert error < 5e-3
 
 
 def count_calls(monkeypatch, name):
