@@ -10,6 +10,7 @@ the squared error of the vision tokens' attention before `o_proj`, relative to t
     constant   with the best gates that are the same for all tokens of these videos
     bound      with the best gates of each token, from 0 to 1: no training of the gates can be better
     merged     of nsa_variant="merged", in whose softmax text is, too; if the settings allow it
+    bound at T as `bound`, with logits divided by each of --temperatures
 With --answers, the questions of DATA are asked with dense attention and with variants: `agreement` is the share of
 answers that are the dense ones, word for word, and `accuracy` that of right ones, by type and by length of the prompt.
 """
@@ -20,6 +21,7 @@ from lib.door import door  # first: it names the extra of a package that is miss
 
 import json
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -41,10 +43,12 @@ class LayerErrors:
 
     Args:
         merged: whether the settings allow the variant "merged".
+        temperatures: further ones, by which to divide logits.
     """
 
-    def __init__(self, merged: bool):
+    def __init__(self, merged: bool, temperatures: Sequence[float] = ()):
         self.merged = merged
+        self.temperatures = temperatures
         self.sums = defaultdict(float)  # of each kind but "constant": [H]
         self.form = None  # GateForm of all tokens together
 
@@ -52,6 +56,9 @@ class LayerErrors:
         form = layer.form()
         for kind, gates in (("now", layer.gates()), ("bound", best_gates(form))):
             self.sums[kind] += form.error(gates).sum(0)
+        for temperature in self.temperatures:
+            other = layer.form(temperature)
+            self.sums[f"bound at {temperature:g}"] += other.error(best_gates(other)).sum(0)
         if self.merged:
             output = layer.sparse("merged")[layer.layout.queries]
             self.sums["merged"] += relative_error(output, layer.target) * form.norm.sum(0)
@@ -60,7 +67,8 @@ class LayerErrors:
     def read(self) -> dict[str, float]:
         sums = {**self.sums, "constant": self.form.error(best_gates(self.form))[0]}
         norm = self.form.norm[0]
-        return {kind: round(divide(sums[kind], norm).mean().item(), 4) for kind in KINDS if kind in sums}
+        kinds = sorted(sums, key=lambda kind: KINDS.index(kind) if kind in KINDS else len(KINDS))
+        return {kind: round(divide(sums[kind], norm).mean().item(), 4) for kind in kinds}
 
 
 def bucket(tokens: int) -> int:
@@ -68,12 +76,12 @@ def bucket(tokens: int) -> int:
 
 
 @torch.no_grad()
-def measure_layers(model, processor, lengths: dict[int, list[Sample]]) -> list[dict]:
+def measure_layers(model, processor, lengths: dict[int, list[Sample]], temperatures: Sequence[float]) -> list[dict]:
     """Rows of length, number of videos, and the errors of each layer, of samples by their length."""
     collate, rows = Collator(processor), []
     merged = allows(model, "merged")
     for length, found in sorted(lengths.items()):
-        layers = [LayerErrors(merged) for _ in model.model.language_model.layers]
+        layers = [LayerErrors(merged, temperatures) for _ in model.model.language_model.layers]
         data = ConversationDataset(
             found, processor, max_length=max(sample.tokens for sample in found), dtype=model.dtype
         )
@@ -126,7 +134,7 @@ def measure(args) -> dict:
         "data": Path(args.data).parent.name if Path(args.data).is_file() else Path(args.data).name,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "device": torch.cuda.get_device_name() if args.device.startswith("cuda") else args.device,
-        "rows": measure_layers(model, processor, lengths),
+        "rows": measure_layers(model, processor, lengths, args.temperatures),
     }
     write(args.output, result)
     if args.answers:
@@ -145,7 +153,7 @@ def format_result(result: dict) -> str:
         lines.append(f"{row['videos']} videos of up to {row['vision_tokens']:,} vision tokens")
         for kind in row["layers"][0]:
             errors = "  ".join(f"{layer[kind]:.3f}" for layer in row["layers"])
-            lines.append(f"  {kind:<10}{errors}")
+            lines.append(f"  {kind:<14}{errors}")
     for variant, tables in result.get("answers", {}).items():
         for kind, table in tables.items():
             for length, cell in sorted(
@@ -168,6 +176,7 @@ def main() -> None:
     parser.add_argument("data", help="data as for evaluate.py, or a folder of videos")
     parser.add_argument("output", help="JSON file to write")
     parser.add_argument("--clips", type=int, default=40, help="most samples of each length")
+    parser.add_argument("--temperatures", nargs="+", type=float, default=(), help="of logits, for further bounds")
     parser.add_argument("--answers", nargs="+", choices=("paper", "merged"), help="variants that answer the questions")
     parser.add_argument("--batch_size", type=int, default=1, help="questions that are answered at a time")
     parser.add_argument("--max_new_tokens", type=int, default=32, help="most tokens of an answer")

@@ -132,14 +132,14 @@ class DenseLayer:
         """[N, H, 3]"""
         return self.attention.gates(self.inputs)
 
-    def form(self) -> GateForm:
-        """The error of the sparse attention as a function of the gates."""
+    def form(self, temperature: float = 1.0) -> GateForm:
+        """The error of the sparse attention as a function of the gates; its logits are divided by `temperature`."""
         q, k, v = self.project()
         layout, config = self.layout, self.attention.config
         q = q.to(v.dtype).transpose(1, 2).flatten(0, 1)[layout.queries]
         k, v = layout.keys.take(k.to(v.dtype)), layout.keys.take(v)
         nsa = branch_functions(self.attention, q)
-        common = {"cu_seqlens": layout.cu_seqlens, "scale": self.attention.scaling}
+        common = {"cu_seqlens": layout.cu_seqlens, "scale": self.attention.scaling / temperature}
         blocks = {**common, "block_size": config.block_size}
         compression, lse = nsa.compressed_attention(q, k, v, **blocks)
         chosen = nsa.select_blocks(q, k, lse, block_count=config.block_count, **blocks)
