@@ -4,20 +4,23 @@ Packed samples are cut into *pieces* (`by_pieces`): adjacent queries of one samp
 In what follows, q is [C, H, D] of any dtype, the last C of the n tokens of k and v [n, G, D], which are fp32 or fp64.
 Results are o [C, H, D] and lse [C, H] in the dtype of k; lse is the natural log-sum-exp of a query's logits.
 
-There are three ways to compute a softmax over some of the keys:
+There are two ways to compute a softmax over some of the keys:
 
 - `softmax_over` takes *parts* (some keys, and the queries that see them), and multiplies only these. It has exact
   gradients and lse.
 - PyTorch's fused attention takes all keys up to the query (`causal`), the means of all blocks so far (`staircase`), a
   band of keys (`bands`), or any with a mask (`masked`). It multiplies more, but each product takes less time. It has no
   lse.
-- `mixture` computes all branches of the paper at once, and multiplies all keys and values up to the query only once.
+
+A third one, `mixture`, computes the gated sum of the paper's three branches. One product with all keys up to the query
+and one with all values serve them all. It has no lse.
 """
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 # Queries of a piece, at most.
@@ -33,8 +36,9 @@ RUN = 32
 # Queries that share a mask.
 MASKED = 256
 
-# Queries of a product in `mixture`.
-MIXED = 64
+# Attention scores of a KV head that `mixture` holds at a time, if that is not too few queries for a product.
+MIXED = 2**19
+FEWEST = 32
 
 # Queries of a product with gathered rows. The number is fixed, since the rounding of a product depends on its shape:
 # how many later queries choose a block changes nothing for earlier ones.
@@ -43,10 +47,10 @@ TILE = 16
 # By how much a logit may exceed the shift of its softmax before sums are scaled again: exp(20) is far from overflow.
 SLACK = 20
 
-# Share of the keys before the queries that are chosen, below which gathering rows takes less time than a mask; where
-# 16-bit floats are multiplied faster, the second.
+# Share of the keys before the queries that are chosen, below which gathering rows takes less time than all keys.
 GATHER_BELOW = 0.7
-GATHER_BELOW_16_BIT = 0.35
+# The same for 16-bit floats where AMX multiplies them: fused attention has it, gathering does not.
+GATHER_BELOW_AMX = 0.35
 
 
 def accumulate(x: torch.Tensor) -> torch.Tensor:
@@ -193,22 +197,24 @@ def visible_keys(chosen: torch.Tensor, index: torch.Tensor, block_size: int) -> 
 
 
 def is_cheaper_by_parts(chosen: torch.Tensor, index: torch.Tensor, block_size: int, dtype: torch.dtype) -> bool:
-    """Whether `block_parts` take less time than `masked`, for chosen blocks bool [G, C, blocks]."""
+    """Whether `block_parts` take less time than all keys, for chosen blocks bool [G, C, blocks]."""
     if chosen.device.type != "cpu":
         # A GPU would wait for itself at every block.
         return False
     share = chosen.sum() / (len(chosen) * (index // block_size + 1).sum())
-    return bool(share < (GATHER_BELOW_16_BIT if is_multiplied_faster(dtype) else GATHER_BELOW))
+    return bool(share < (GATHER_BELOW_AMX if has_amx(dtype) else GATHER_BELOW))
 
 
-def is_multiplied_faster(dtype: torch.dtype) -> bool:
-    """Whether a CPU multiplies this dtype faster than fp32, which fused attention makes use of."""
-    return dtype in (torch.bfloat16, torch.float16) and torch.cpu.get_capabilities().get("amx_bf16", False)
+def has_amx(dtype: torch.dtype) -> bool:
+    """Whether the CPU has AMX for products of this dtype."""
+    name = {torch.bfloat16: "amx_bf16", torch.float16: "amx_fp16"}.get(dtype)
+    return torch.cpu.get_capabilities().get(name, False)
 
 
 def is_cheaper_at_once(q: torch.Tensor, chosen: torch.Tensor | None, keys: int, block_size: int) -> bool:
-    """Whether `mixture` takes less time than a way for each branch, for chosen blocks bool [G, C, blocks], or all."""
-    if q.device.type != "cpu" or is_multiplied_faster(q.dtype):
+    """Whether `mixture` takes less time than each branch by itself, for chosen blocks bool [G, C, blocks], or all."""
+    if q.device.type != "cpu" or has_amx(q.dtype):
+        # Fused attention is faster.
         return False
     return chosen is None or not is_cheaper_by_parts(chosen, stream_index(q, keys - len(q)), block_size, q.dtype)
 
@@ -274,7 +280,7 @@ class _Attention(torch.autograd.Function):
                     out.index_copy_(0, rows, out.index_select(0, rows) * factor.unsqueeze(-1))
                     old = new
 
-                # The exponential of PyTorch's softmax is faster than its own. 1 / largest is Σ exp(x_j - top).
+                # softmax() computes exponentials faster than exp_(). Its largest weight is 1 / Σ exp(x_j - top).
                 p = p.softmax(-1)
                 if part.bias is not None:
                     p.nan_to_num_(0.0)
@@ -292,6 +298,7 @@ class _Attention(torch.autograd.Function):
         return o, lse
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, do, _):
         """dv_j = Σ p_j do, dx_j = p_j (do·v_j - do·o), dq = scale Σ dx_j k_j, dk_j = scale Σ dx_j q."""
         q, k, v, o, lse = ctx.saved_tensors
@@ -354,26 +361,27 @@ def mixture(q, k, v, means, gates, chosen, block_size: int, window_size: int, sc
         gates: [C, H, 3].
         chosen: Blocks of the selection, bool [G, C, blocks], or None for all.
     """
-    groups = k.shape[1]
+    groups, dtype = k.shape[1], k.dtype
     index = stream_index(q, len(k) - len(q))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
 
+    # No tensor that has a gradient: backward calls this, and autograd does not know.
     def see(g: int, rows: slice) -> list[tuple[slice, torch.Tensor]]:
-        """For each branch the means or keys that some of a few queries see, and a bias that hides them from others."""
+        """For each branch, a slice that covers what these queries see, and a bias of -inf where one does not."""
         i = index[rows, None]
         n = int(i[-1]) + 1
         start = max(0, int(i[0]) - window_size + 1)
-        key = torch.arange(n, device=q.device)
+        key = torch.arange(n, device=index.device)
         block = key[: n // block_size]
-        before = key <= i
-        seen = before
+        seen = key <= i
+        near = (seen & (key > i - window_size))[:, start:]
         if chosen is not None:
-            seen = before & chosen[g, rows].repeat_interleave(block_size, -1)[:, :n]
-        masks = block < (i + 1) // block_size, seen, (before & (key > i - window_size))[:, start:]
-        biases = [k.new_zeros(mask.shape).masked_fill_(~mask, -torch.inf) for mask in masks]
+            seen = seen & chosen[g, rows].repeat_interleave(block_size, -1)[:, :n]
+        masks = block < (i + 1) // block_size, seen, near
+        biases = [torch.zeros(x.shape, dtype=dtype, device=x.device).masked_fill_(~x, -torch.inf) for x in masks]
         return list(zip((slice(0, len(block)), slice(0, n), slice(start, n)), biases, strict=True))
 
-    q, gates = (x.unflatten(1, (groups, -1)).permute(1, 2, 0, 3).to(k.dtype).contiguous() for x in (q, gates))
+    q, gates = (x.unflatten(1, (groups, -1)).permute(1, 2, 0, 3).to(dtype).contiguous() for x in (q, gates))
     k, v, *means = (x.transpose(0, 1).contiguous() for x in (k, v, *means))
     o = _Mixture.apply(q, k, v, *means, gates, scale, see)
     return o.permute(2, 0, 1, 3).flatten(1, 2)
@@ -404,58 +412,72 @@ class _Mixture(torch.autograd.Function):
         return o
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, do):
-        """With w = p_b (do·v_bᵀ): dgate_b = Σ w, and the gradient of the logits is gate_b (w - p_b Σ w)."""
+        """With w_b = do·v_bᵀ: dgate_b = Σ p_b w_b, and the gradient of the logits is gate_b p_b (w_b - dgate_b)."""
         q, k, v, k_means, v_means, gates = ctx.saved_tensors
-        dq, dk, dv, dk_means, dv_means, dgates = grads = [torch.zeros_like(x) for x in ctx.saved_tensors]
-        of_means, of_keys = (k_means, v_means, dk_means, dv_means), (k, v, dk, dv)
+        dq, dgates = torch.empty_like(q), torch.empty_like(gates)
+        dk, dv, dk_means, dv_means = (torch.zeros_like(x) for x in (k, v, k_means, v_means))
 
         # autograd runs this under the autocast of the loss.
         with torch.autocast(q.device.type, enabled=False):
             for g, rows, x, room in _few_queries(q, k, ctx.scale):
-                seen = ctx.see(g, rows)
-                weights = _branch_weights(x, k[g], k_means[g], seen, room)
+                (blocks, _), (keys, _), (last, _) = seen = ctx.see(g, rows)
+                p = compression, selection, window = _branch_weights(x, k[g], k_means[g], seen, room)
                 x, grad = x.flatten(0, 1), do[g, :, rows].flatten(0, 1)
-                out = torch.zeros_like(x)
-                for b, (p, (part, _), tensors) in enumerate(
-                    zip(weights, seen, (of_means, of_keys, of_keys), strict=True)
-                ):
-                    keys, values, dkeys, dvalues = (tensor[g, part] for tensor in tensors)
+
+                of_keys = torch.mm(grad, v[g, keys].T, out=_first(room, len(x), keys.stop)).view_as(selection)
+                of_blocks = (grad @ v_means[g, blocks].T).view_as(compression)
+                w = of_blocks, of_keys, of_keys[..., last].clone()
+                for b in range(len(p)):
                     gate = gates[g, :, rows, b, None]
-                    w = (grad @ values.T).view_as(p).mul_(p)
-                    total = w.sum(-1, keepdim=True)
+                    total = (p[b] * w[b]).sum(-1, keepdim=True)
                     dgates[g, :, rows, b] = total.squeeze(-1)
-                    dx = w.addcmul_(p, total, value=-1).mul_(gate).flatten(0, 1)
-                    out.addmm_(dx, keys)
-                    dkeys.addmm_(dx.T, x)
-                    dvalues.addmm_(p.mul_(gate).flatten(0, 1).T, grad)
-                dq[g, :, rows] = out.mul_(ctx.scale).unflatten(0, p.shape[:2])
-        return *grads, None, None
+                    w[b].sub_(total).mul_(p[b].mul_(gate))
+                selection[..., last] += window
+                of_keys[..., last] += w[2]
+
+                out = torch.zeros_like(x)
+                for weights, dx, part, x_k, dx_k, dx_v in (
+                    (compression, of_blocks, blocks, k_means, dk_means, dv_means),
+                    (selection, of_keys, keys, k, dk, dv),
+                ):
+                    dx = dx.flatten(0, 1)
+                    out.addmm_(dx, x_k[g, part])
+                    dx_k[g, part].addmm_(dx.T, x)
+                    dx_v[g, part].addmm_(weights.flatten(0, 1).T, grad)
+                dq[g, :, rows] = out.mul_(ctx.scale).unflatten(0, selection.shape[:2])
+        return dq, dk, dv, dk_means, dv_means, dgates, None, None
 
 
 def _few_queries(q, k, scale: float) -> Iterator[tuple]:
-    """KV head, slice of its queries, these scaled [r, c, D], and room for two tensors of their logits."""
+    """KV head, slice of its queries, these scaled [r, c, D], and room for two tensors of their scores."""
     groups, r, count, _ = q.shape
+    n = k.shape[1]
+    step = min(count, max(FEWEST, MIXED // (r * n)))
     # Memory that is reused: new memory costs as much as a tenth of the products.
-    room = k.new_empty(2, r * min(count, MIXED) * k.shape[1])
+    room = k.new_empty(2, r * step * n)
     for g in range(groups):
-        for rows in slices(count, MIXED):
+        for rows in slices(count, step):
             yield g, rows, q[g, :, rows] * scale, room
 
 
-def _branch_weights(x, k, k_means, seen, room) -> list[torch.Tensor]:
-    """The softmax of each branch, [r, c, means or keys]."""
-    (blocks, complete), (keys, visible), (last, near) = seen
-    shape = (*x.shape[:2], keys.stop)
-    rows = x.flatten(0, 1)
-    logits, weights = room[:, : len(rows) * keys.stop].unflatten(1, (len(rows), keys.stop))
+def _first(room, rows: int, keys: int) -> torch.Tensor:
+    """The first tensor of the room, [rows, keys]."""
+    return room[0, : rows * keys].view(rows, keys)
 
-    logits = torch.mm(rows, k[keys].T, out=logits).view(shape)
-    window = (logits[..., last] + near).softmax(-1)
-    selection = torch.softmax(logits.add_(visible), -1, out=weights.view(shape))
-    compression = (rows @ k_means[blocks].T).unflatten(0, shape[:2]).add_(complete).softmax(-1)
+
+def _branch_weights(x, k, k_means, seen, room) -> tuple[torch.Tensor, ...]:
+    """The softmax of each branch, [r, c, means or keys]; that of all keys lies in the second tensor of the room."""
+    (blocks, blocks_bias), (keys, keys_bias), (last, last_bias) = seen
+    rows = x.flatten(0, 1)
+    logits = torch.mm(rows, k[keys].T, out=_first(room, len(rows), keys.stop)).unflatten(0, x.shape[:2])
+    window = (logits[..., last] + last_bias).softmax(-1)
+    selection = _first(room[1:], len(rows), keys.stop).view_as(logits)
+    torch.softmax(logits.add_(keys_bias), -1, out=selection)
+    compression = (rows @ k_means[blocks].T).unflatten(0, x.shape[:2]).add_(blocks_bias).softmax(-1)
     # The first queries see no complete block.
-    return [compression.nan_to_num_(0.0), selection, window]
+    return compression.nan_to_num_(0.0), selection, window
 
 
 # ----------------------------------------------------------------------------------------------------------------------

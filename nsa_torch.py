@@ -89,7 +89,10 @@ def nsa_attention(
         compression, selection, window = accumulate(gates).to(k.dtype).unsqueeze(-1).unbind(-2)  # 3 x [C, H, 1]
         out = compression * staircase(accumulate(q), *means, scale, len(k) - len(q), block_size)
 
-        o = see_chosen(q, k, v, lambda: chosen, block_size, block_count, scale)
+        if chosen is None:
+            o = causal(q, k, v, scale)
+        else:
+            o, _ = _selected(q, k, v, chosen, block_size, scale, with_lse=False)
         out = torch.addcmul(out, selection, o)
 
         return (torch.addcmul(out, window, bands(q, k, v, window_size, scale)),)

@@ -112,10 +112,10 @@ def whole(tensors, lengths):
 )
 def test_each_way_gives_the_sum_of_the_branches(below, faster, used, monkeypatch):
     monkeypatch.setattr(nsa_softmax, "GATHER_BELOW", below)
-    monkeypatch.setattr(nsa_softmax, "GATHER_BELOW_16_BIT", below)
-    monkeypatch.setattr(nsa_softmax, "is_multiplied_faster", lambda dtype: faster)
+    monkeypatch.setattr(nsa_softmax, "GATHER_BELOW_AMX", below)
+    monkeypatch.setattr(nsa_softmax, "has_amx", lambda dtype: faster)
     monkeypatch.setattr(nsa_softmax, "PIECE", 64)
-    monkeypatch.setattr(nsa_softmax, "MIXED", 50)
+    monkeypatch.setattr(nsa_softmax, "MIXED", 50 * 2 * 64)
     calls = count_calls(monkeypatch, used)
     tensors, lengths, ends = make((300, 65), (280, 20), 4, 2)
     q, k, v, gates = tensors
@@ -180,8 +180,8 @@ def test_a_gpu_without_kernels_gets_no_loop_over_blocks():
 def test_16_bit_inputs_are_close_whichever_way_is_taken(dtype, below, faster, monkeypatch):
     tensors, lengths, _ = make((300,), (300,), 4, 2, dtype)
     expected = whole([x.double() for x in tensors], lengths)
-    monkeypatch.setattr(nsa_softmax, "is_multiplied_faster", lambda dtype: faster)
-    for name in ("GATHER_BELOW", "GATHER_BELOW_16_BIT"):
+    monkeypatch.setattr(nsa_softmax, "has_amx", lambda dtype: faster)
+    for name in ("GATHER_BELOW", "GATHER_BELOW_AMX"):
         monkeypatch.setattr(nsa_softmax, name, below)
     error = (whole(tensors, lengths).double() - expected).square().mean().sqrt() / expected.square().mean().sqrt()
     assert error < 5e-3
@@ -193,7 +193,9 @@ def count_calls(monkeypatch, name):
     return calls
 
 
-def test_however_many_later_queries_choose_a_block_earlier_results_keep_their_bits():
+@pytest.mark.parametrize("below", [0.0, 0.7])
+def test_however_many_later_queries_choose_a_block_earlier_results_keep_their_bits(below, monkeypatch):
+    monkeypatch.setattr(nsa_softmax, "GATHER_BELOW", below)
     tensors, lengths, _ = make((500,), (500,), 14, 2, torch.float32)
     q, k, v, gates = (x.detach() for x in tensors)
     before = whole((q, k, v, gates), lengths)
