@@ -13,6 +13,7 @@ the squared error of the vision tokens' attention before `o_proj`, relative to t
     bound at T as `bound`, with logits divided by each of --temperatures
 With --answers, the questions of DATA are asked with dense attention and with variants: `agreement` is the share of
 answers that are the dense ones, word for word, and `accuracy` that of right ones, by type and by length of the prompt.
+Adapters change dense answers: then give the model before training as --teacher, whose dense answers count.
 """
 
 from lib.door import door  # first: it names the extra of a package that is missing
@@ -103,16 +104,18 @@ def allows(model, variant: str) -> bool:
 
 
 def compare_answers(model, processor, samples: list[Sample], args) -> dict[str, dict]:
-    """Of each variant, dense among them: its agreement with dense answers and its accuracy, as tables of `accuracy`."""
-    questions = [asked for sample in samples if (asked := list_questions(sample))]
+    """Of each variant, after dense: its agreement with dense answers and its accuracy, as tables of `accuracy`."""
+    questions = [found for sample in samples if (found := list_questions(sample))]
     if not questions:
         raise ValueError(f"--answers: {args.data} has no questions with answers")
     options = {"batch_size": args.batch_size, "max_new_tokens": args.max_new_tokens, "workers": args.workers}
+    teacher = load(args.teacher, "dense", args.device)[0] if args.teacher else model
     tables, dense = {}, {}
     for variant in ("dense", *args.answers):
-        with configured(model, nsa_variant=variant):
-            model.config.text_config.validate_variant()
-            entries = [x for x in answer_all(model, processor, questions, **options) if not isinstance(x, Drop)]
+        asked = teacher if variant == "dense" else model
+        with configured(asked, nsa_variant=variant):
+            asked.config.text_config.validate_variant()
+            entries = [x for x in answer_all(asked, processor, questions, **options) if not isinstance(x, Drop)]
         dense = dense or {entry["id"]: normalise(entry["answered"]) for entry in entries}
         same = [{**entry, "correct": normalise(entry["answered"]) == dense[entry["id"]]} for entry in entries]
         tables[variant] = {"agreement": accuracy(same), "accuracy": accuracy(entries)}
@@ -153,7 +156,7 @@ def format_result(result: dict) -> str:
         lines.append(f"{row['videos']} videos of up to {row['vision_tokens']:,} vision tokens")
         for kind in row["layers"][0]:
             errors = "  ".join(f"{layer[kind]:.3f}" for layer in row["layers"])
-            lines.append(f"  {kind:<14}{errors}")
+            lines.append(f"  {kind:<16}{errors}")
     for variant, tables in result.get("answers", {}).items():
         for kind, table in tables.items():
             for length, cell in sorted(
@@ -178,6 +181,7 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=40, help="most samples of each length")
     parser.add_argument("--temperatures", nargs="+", type=float, default=(), help="of logits, for further bounds")
     parser.add_argument("--answers", nargs="+", choices=("paper", "merged"), help="variants that answer the questions")
+    parser.add_argument("--teacher", help="model whose dense answers count (default: MODEL)")
     parser.add_argument("--batch_size", type=int, default=1, help="questions that are answered at a time")
     parser.add_argument("--max_new_tokens", type=int, default=32, help="most tokens of an answer")
     parser.add_argument("--workers", type=int, default=0, help="processes that decode videos")

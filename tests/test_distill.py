@@ -108,9 +108,8 @@ def test_gates_learn_from_a_folder_of_clips_and_know_it(train, tiny_repository, 
     assert f"error of the sparse attention at the end: {last:.3f}." in card
 
     given = [folder, needles / "test.json", tmp_path / "out.json", "--clips", 1, "--max_new_tokens", 1]
-    monkeypatch.setattr(
-        sys, "argv", ["measure_gates.py", *map(str, given), "--answers", "paper", "--temperatures", "1", "2"]
-    )
+    given += ["--answers", "paper", "--temperatures", 1, 2, "--teacher", tiny_repository]
+    monkeypatch.setattr(sys, "argv", ["measure_gates.py", *map(str, given)])
     measure_gates.main()
     assert "agreement" in capsys.readouterr().out
     result = json.loads((tmp_path / "out.json").read_text())
