@@ -16,11 +16,12 @@ TINY := build/tiny
 PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 test test-oldest test-newest test-extras: export OMP_NUM_THREADS := 1
 
-.PHONY: help demo tiny tiny-qwen3 distilled test test-oldest test-newest test-extras lint constraints clean
+.PHONY: help demo tiny tiny-qwen3 several distilled test test-oldest test-newest test-extras lint constraints clean
 
 help:
 	@echo "make demo         the tiny trained model answers questions about an unseen clip"
 	@echo "make tiny         train the tiny VideoNSA and its dense twin on 2 cores, and measure both"
+	@echo "make several      go on with the tiny model, and a dense twin of it: clips with two or three shapes, long clips"
 	@echo "make distilled    give two dense twins gates that learn from their own attention, and measure them"
 	@echo "make tiny-qwen3   train a tiny model on Qwen3-VL's architecture, and measure it"
 	@echo "make test         all tests, on the newest tested versions (constraints/tested.txt)"
@@ -37,6 +38,8 @@ demo: $(VENV)/demo.stamp
 tiny: $(TINY)/paper-4.json $(TINY)/dense-4.json
 
 distilled: $(foreach twin,dense-4 dense-several,$(TINY)/distilled-$(twin).json $(TINY)/answers-$(twin).json)
+
+several: $(TINY)/several.json $(TINY)/dense-several.json $(TINY)/long.json
 
 tiny-qwen3: $(TINY)/qwen3.json
 
@@ -135,13 +138,20 @@ $(TINY)/data-4b: | $(VENV)/train.stamp
 $(TINY)/data-4c: | $(VENV)/train.stamp
 	$(MAKE_CLIPS) --seed 43 --train 2000 --seconds 64 --fps 0.5 --needle_seconds 4 12
 
-# Two or three shapes in a clip, for a dense twin that sparse methods are compared on (docs/merged.md).
+# Two or three shapes in a clip.
+$(TINY)/data-several-short: | $(VENV)/train.stamp
+	$(MAKE_CLIPS) --seed 63 --train 10000 --validation 128 --seconds 2 --needles 2 3 --needle_seconds 0.25 0.5
+
 $(TINY)/data-several: | $(VENV)/train.stamp
 	$(MAKE_CLIPS) --seed 61 --train 6000 --validation 128 --seconds 2 4 4 8 --needles 2 3
 
+# Long clips at the frame rate of the short ones.
+$(TINY)/data-long: | $(VENV)/train.stamp
+	$(MAKE_CLIPS) --seed 44 --train 600 --validation 32 --seconds 16 32
+
 # For gates that learn from a dense twin, which needs no answers (docs/distill.md), and for what it then answers.
 $(TINY)/data-distill: | $(VENV)/train.stamp
-	$(MAKE_CLIPS) --seed 71 --train 4000 --validation 64 --seconds 4 8 16 32 --needles 1 2 3
+	$(MAKE_CLIPS) --seed 71 --train 1000 --validation 64 --seconds 4 8 16 32 --needles 1 2 3
 
 $(TINY)/data-several-long: | $(VENV)/train.stamp
 	$(MAKE_CLIPS) --seed 8 --test 120 --seconds 8 16 32 --needles 2 3
@@ -174,8 +184,15 @@ SEVERAL_SHAPES := $(TINY)/data-several/train.jsonl $(TINY)/data-3/train.jsonl%25
 $(TINY)/%-4/README.md: | $(TINY)/%/README.md $(TINY)/data-4a $(TINY)/data-4b $(TINY)/data-4c
 	$(call stage,4,$(TINY)/$*,$(ONE_SHAPE),--nsa_variant $*)
 
-$(TINY)/dense-several/README.md: | $(TINY)/dense-4/README.md $(TINY)/data-several $(TINY)/data-3
-	$(call stage,several,$(TINY)/dense-4,$(SEVERAL_SHAPES))
+# From the model in examples/tiny, the sparse one and its dense twin.
+$(TINY)/several-short/README.md $(TINY)/dense-several-short/README.md: | $(TINY)/data-several-short
+	$(call stage,5,tiny,$(TINY)/data-several-short/train.jsonl,--nsa_variant $(if $(findstring dense,$@),dense,paper))
+
+$(TINY)/several/README.md $(TINY)/dense-several/README.md: $(TINY)/%/README.md: | $(TINY)/%-short/README.md $(TINY)/data-several $(TINY)/data-3
+	$(call stage,6,$(TINY)/$*-short,$(SEVERAL_SHAPES),--nsa_variant $(if $(findstring dense,$@),dense,paper))
+
+$(TINY)/long/README.md: | $(TINY)/several/README.md $(TINY)/data-long
+	$(call stage,7,$(TINY)/several,$(TINY)/data-long/train.jsonl $(TINY)/data-3/train.jsonl%5 $(TINY)/data-several/train.jsonl%10)
 
 # New gates for a dense twin.
 $(TINY)/distilled-%/README.md: | $(TINY)/%/README.md $(TINY)/data-distill
@@ -188,7 +205,7 @@ $(TINY)/answers-dense-4/README.md: | $(TINY)/distilled-dense-4/README.md
 	$(call stage,4,$(TINY)/distilled-dense-4,$(ONE_SHAPE),$(ANSWERS))
 
 $(TINY)/answers-dense-several/README.md: | $(TINY)/distilled-dense-several/README.md
-	$(call stage,several,$(TINY)/distilled-dense-several,$(SEVERAL_SHAPES),$(ANSWERS))
+	$(call stage,6,$(TINY)/distilled-dense-several,$(SEVERAL_SHAPES),$(ANSWERS))
 
 define measure_gates
 	$(PY) examples/measure_gates.py $(@:.json=) $(TINY)/$(if $(findstring several,$*),data-several-long,data-test)/test.jsonl $@ \
@@ -220,5 +237,10 @@ $(TINY)/qwen3/README.md: | $(TINY)/qwen3-1/README.md $(TINY)/qwen3-data-2
 $(TINY)/qwen3.json: | $(TINY)/qwen3/README.md $(TINY)/qwen3-data-2
 	$(PY) examples/evaluate.py $(TINY)/qwen3 $(TINY)/qwen3-data-2/test.jsonl $@ --batch_size 8 --max_new_tokens 4 --workers 1
 
+EVALUATE = $(PY) examples/evaluate.py $(TINY)/$*
+
+$(TINY)/several.json $(TINY)/dense-several.json: $(TINY)/%.json: | $(TINY)/%/README.md $(TINY)/data-several-long
+	$(EVALUATE) $(TINY)/data-several-long/test.jsonl $@ --batch_size 8 --max_new_tokens 12 --workers 1
+
 $(TINY)/%.json: | $(TINY)/%/README.md $(TINY)/data-test
-	$(PY) examples/evaluate.py $(TINY)/$* $(TINY)/data-test/test.jsonl $@ --batch_size 8 --max_new_tokens 12 --workers 1
+	$(EVALUATE) $(TINY)/data-test/test.jsonl $@ --batch_size 8 --max_new_tokens 12 --workers 1
