@@ -37,7 +37,7 @@ demo: $(VENV)/demo.stamp
 
 tiny: $(TINY)/paper-4.json $(TINY)/dense-4.json
 
-distilled: $(foreach twin,dense-4 dense-several,$(TINY)/distilled-$(twin).json $(TINY)/answers-$(twin).json)
+distilled: $(foreach twin,dense-4 dense-several,$(foreach step,distilled answers lora,$(TINY)/$(step)-$(twin).json))
 
 several: $(TINY)/several.json $(TINY)/dense-several.json $(TINY)/long.json
 
@@ -198,25 +198,31 @@ $(TINY)/long/README.md: | $(TINY)/several/README.md $(TINY)/data-long
 $(TINY)/distilled-%/README.md: | $(TINY)/%/README.md $(TINY)/data-distill
 	$(call stage,distill,$(TINY)/$*,$(TINY)/data-distill/train.jsonl)
 
-# The same gates, which then learn from answers for a few minutes.
-ANSWERS := --nsa_variant paper --method gates --train_vision false --max_steps 300 --learning_rate 3e-3 --warmup_steps 10
+# The same gates, which then learn from answers for a few minutes, alone or with adapters.
+GATES := --method gates --max_steps 300 --learning_rate 3e-3
+ADAPTERS := --method lora --lora_dropout 0 --max_steps 100 --learning_rate 2e-3
+from_answers = --nsa_variant paper --train_vision false --warmup_steps 10 $(if $(findstring lora,$@),$(ADAPTERS),$(GATES))
 
-$(TINY)/answers-dense-4/README.md: | $(TINY)/distilled-dense-4/README.md
-	$(call stage,4,$(TINY)/distilled-dense-4,$(ONE_SHAPE),$(ANSWERS))
+$(TINY)/answers-dense-4/README.md $(TINY)/lora-dense-4/README.md: | $(TINY)/distilled-dense-4/README.md
+	$(call stage,4,$(TINY)/distilled-dense-4,$(ONE_SHAPE),$(from_answers))
 
-$(TINY)/answers-dense-several/README.md: | $(TINY)/distilled-dense-several/README.md
-	$(call stage,6,$(TINY)/distilled-dense-several,$(SEVERAL_SHAPES),$(ANSWERS))
+$(TINY)/answers-dense-several/README.md $(TINY)/lora-dense-several/README.md: | $(TINY)/distilled-dense-several/README.md
+	$(call stage,6,$(TINY)/distilled-dense-several,$(SEVERAL_SHAPES),$(from_answers))
 
+# measure_gates(model[, further options])
 define measure_gates
-	$(PY) examples/measure_gates.py $(@:.json=) $(TINY)/$(if $(findstring several,$*),data-several-long,data-test)/test.jsonl $@ \
-	    --clips 25 --answers paper merged --batch_size 8 --max_new_tokens 12 --workers 1
+	$(PY) examples/measure_gates.py $(1) $(TINY)/$(if $(findstring several,$*),data-several-long,data-test)/test.jsonl $@ \
+	    --clips 25 --answers paper merged --batch_size 8 --max_new_tokens 12 --workers 1 $(2)
 endef
 
 $(TINY)/distilled-%.json: | $(TINY)/distilled-%/README.md $(TINY)/data-test $(TINY)/data-several-long
-	$(measure_gates)
+	$(call measure_gates,$(@:.json=),--temperatures 0.8 1.25)
 
 $(TINY)/answers-%.json: | $(TINY)/answers-%/README.md $(TINY)/data-test $(TINY)/data-several-long
-	$(measure_gates)
+	$(call measure_gates,$(@:.json=))
+
+$(TINY)/lora-%.json: | $(TINY)/lora-%/README.md $(TINY)/data-test $(TINY)/data-several-long
+	$(call measure_gates,$(@:.json=)/adapter,--teacher $(TINY)/$*)
 
 # On Qwen3-VL's architecture, colour and time alone.
 $(TINY)/qwen3-start: | $(VENV)/train.stamp
