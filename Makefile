@@ -39,7 +39,7 @@ tiny: $(TINY)/paper-4.json $(TINY)/dense-4.json
 
 distilled: $(foreach twin,dense-4 dense-several,$(foreach step,distilled answers lora,$(TINY)/$(step)-$(twin).json))
 
-several: $(TINY)/several.json $(TINY)/dense-several.json $(TINY)/long.json
+several: $(foreach model,several dense-several several-longer long,$(TINY)/$(model).json)
 
 tiny-qwen3: $(TINY)/qwen3.json
 
@@ -188,11 +188,15 @@ $(TINY)/%-4/README.md: | $(TINY)/%/README.md $(TINY)/data-4a $(TINY)/data-4b $(T
 $(TINY)/several-short/README.md $(TINY)/dense-several-short/README.md: | $(TINY)/data-several-short
 	$(call stage,5,tiny,$(TINY)/data-several-short/train.jsonl,--nsa_variant $(if $(findstring dense,$@),dense,paper))
 
-$(TINY)/several/README.md $(TINY)/dense-several/README.md: $(TINY)/%/README.md: | $(TINY)/%-short/README.md $(TINY)/data-several $(TINY)/data-3
+$(TINY)/several/README.md $(TINY)/dense-several/README.md: $(TINY)/%/README.md: \
+    | $(TINY)/%-short/README.md $(TINY)/data-several $(TINY)/data-3
 	$(call stage,6,$(TINY)/$*-short,$(SEVERAL_SHAPES),--nsa_variant $(if $(findstring dense,$@),dense,paper))
 
-$(TINY)/long/README.md: | $(TINY)/several/README.md $(TINY)/data-long
-	$(call stage,7,$(TINY)/several,$(TINY)/data-long/train.jsonl $(TINY)/data-3/train.jsonl%5 $(TINY)/data-several/train.jsonl%10)
+$(TINY)/several-longer/README.md: | $(TINY)/several/README.md
+	$(call stage,6,$(TINY)/several,$(SEVERAL_SHAPES),--max_steps 600 --learning_rate 6e-4)
+
+$(TINY)/long/README.md: | $(TINY)/data-long $(TINY)/data-3
+	$(call stage,7,tiny,$(TINY)/data-long/train.jsonl $(TINY)/data-3/train.jsonl%10)
 
 # New gates for a dense twin.
 $(TINY)/distilled-%/README.md: | $(TINY)/%/README.md $(TINY)/data-distill
@@ -245,7 +249,8 @@ $(TINY)/qwen3.json: | $(TINY)/qwen3/README.md $(TINY)/qwen3-data-2
 
 EVALUATE = $(PY) examples/evaluate.py $(TINY)/$*
 
-$(TINY)/several.json $(TINY)/dense-several.json: $(TINY)/%.json: | $(TINY)/%/README.md $(TINY)/data-several-long
+$(TINY)/several.json $(TINY)/dense-several.json $(TINY)/several-longer.json: $(TINY)/%.json: \
+    | $(TINY)/%/README.md $(TINY)/data-several-long
 	$(EVALUATE) $(TINY)/data-several-long/test.jsonl $@ --batch_size 8 --max_new_tokens 12 --workers 1
 
 $(TINY)/%.json: | $(TINY)/%/README.md $(TINY)/data-test

@@ -481,12 +481,15 @@ def test_the_console_says_where_the_page_is_and_nothing_else(tmp_path):
     with subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
-        assert process.stdout.readline() == "Loading the tiny model.\n"
-        assert process.stdout.readline().startswith("prompts of up to ")
-        line = process.stdout.readline()
-        assert line.startswith("Open http://127.0.0.1:") and line.endswith("in a browser; Ctrl-C ends it.\n")
-        process.send_signal(signal.SIGINT)
-        rest, errors = process.communicate(timeout=60)
+        try:
+            assert process.stdout.readline() == "Loading the tiny model.\n"
+            assert process.stdout.readline().startswith("prompts of up to ")
+            line = process.stdout.readline()
+            assert line.startswith("Open http://127.0.0.1:") and line.endswith("in a browser; Ctrl-C ends it.\n")
+            process.send_signal(signal.SIGINT)
+            rest, errors = process.communicate(timeout=60)
+        finally:
+            process.kill()
         assert rest == "" and "Traceback" not in errors and process.returncode == 0, errors
     assert not list(tmp_path.iterdir())
 
