@@ -166,9 +166,10 @@ def _chosen_and_near_torch(q, k, v, choosing, *, block_size, block_count, window
     sizes = {"block_size": block_size, "block_count": block_count}
 
     def attend(q, k, v, scored, lse, own_importance):
-        exact = accumulate(q)
-        choice = functools.partial(choose, scored, k, lse, own_importance, scale=1.0, **sizes)
-        selected = see_chosen(exact, k, v, choice, scale=scale, **sizes)
+        exact, chosen = accumulate(q), None
+        if len(k) > block_count * block_size:
+            chosen = choose(scored, k, lse, own_importance, scale=1.0, **sizes)
+        selected = see_chosen(exact, k, v, chosen, block_size, scale)
         return selected, bands(exact, k, v, window_size, scale).to(q.dtype)
 
     scored, lse, own_importance = choosing

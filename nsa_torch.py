@@ -88,13 +88,7 @@ def nsa_attention(
 
         compression, selection, window = accumulate(gates).to(k.dtype).unsqueeze(-1).unbind(-2)  # 3 x [C, H, 1]
         out = compression * staircase(accumulate(q), *means, scale, len(k) - len(q), block_size)
-
-        if chosen is None:
-            o = causal(q, k, v, scale)
-        else:
-            o, _ = _selected(q, k, v, chosen, block_size, scale, with_lse=False)
-        out = torch.addcmul(out, selection, o)
-
+        out = torch.addcmul(out, selection, see_chosen(q, k, v, chosen, block_size, scale))
         return (torch.addcmul(out, window, bands(q, k, v, window_size, scale)),)
 
     return by_pieces(attend, (q[:0],), q, k, v, cu_seqlens, cu_seqlens_k, gates, cut=block_count * block_size)[0]
@@ -324,11 +318,11 @@ def _selected(q, k, v, chosen, block_size, scale, with_lse=True):
     return softmax_over(q, k, v, scale, parts, keys)
 
 
-def see_chosen(q, k, v, choice, block_size, block_count, scale):
-    """o of the selection branch; choice() gives bool [G, C, blocks], and is called if not all blocks are chosen."""
-    if len(k) <= block_count * block_size:
+def see_chosen(q, k, v, chosen, block_size, scale):
+    """o of the selection branch; chosen bool [G, C, blocks], or None for all blocks."""
+    if chosen is None:
         return causal(q, k, v, scale)
-    return _selected(q, k, v, choice(), block_size, scale, with_lse=False)[0]
+    return _selected(q, k, v, chosen, block_size, scale, with_lse=False)[0]
 
 
 def block_means(x: torch.Tensor, block_size: int) -> torch.Tensor:

@@ -31,8 +31,10 @@ EXTRAS = {
     **dict.fromkeys(("av", "huggingface_hub", "numpy", "PIL", "safetensors", "torch", "torchvision"), "demo"),
     **dict.fromkeys(("transformers", "videonsa"), "demo"),
 }
+# The clients of huggingface_hub, up to version 1 and from 2 on.
+CLIENTS = ("httpcore", "httpcore2", "httpx", "httpx2")
 # All that these packages raise is about a network, a file or what a file says.
-OUTSIDE = ("httpcore", "httpcore2", "httpx", "httpx2", "huggingface_hub", "jinja2", "requests", "safetensors", "yaml")
+OUTSIDE = (*CLIENTS, "huggingface_hub", "jinja2", "requests", "safetensors", "yaml")
 # A ValueError from inside of these is a bug: they were given wrong tensors.
 INSIDE = ("torch", "numpy")
 # What the Trainer says of a tracker that is not there.
@@ -84,7 +86,7 @@ def explain(error: Exception) -> str | None:
         return EXTRAS.get(package) and f'needs {package}: pip install -e ".[{EXTRAS[package]}]"'
     text = " ".join(str(error).split()) or type(error).__name__
     package = type(error).__module__.partition(".")[0]
-    if package in ("httpcore", "httpcore2", "httpx", "httpx2"):
+    if package in CLIENTS:
         return NETWORK.format(text)
     if package in OUTSIDE:
         return text
