@@ -16,6 +16,7 @@ A third one, `mixture`, computes the gated sum of the paper's three branches. On
 and one with all values serve them all. It has no lse.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
@@ -44,8 +45,11 @@ FEWEST = 32
 # how many later queries choose a block changes nothing for earlier ones.
 TILE = 16
 
-# By how much a logit may exceed the shift of its softmax before sums are scaled again: exp(20) is far from overflow.
-SLACK = 20
+# Logits are multiplied by this, and weights are powers of 2: exp2 takes half the time of exp, and less than softmax.
+LOG2_E = math.log2(math.e)
+
+# By how much a logit may exceed the shift of its softmax before sums are scaled again: 2^30 is far from overflow.
+SLACK = 30
 
 # Share of the keys before the queries that are chosen, below which gathering rows takes less time than all keys.
 GATHER_BELOW = 0.7
@@ -251,7 +255,8 @@ class _Attention(torch.autograd.Function):
     """o = Σ p_j v_j and lse = log Σ exp(x_j), with x_j = scale q·k_j + bias_j and p_j = exp(x_j - lse), over the keys j
     of all parts in which a query is a row. Chunks are (queries, their heads, KV head, parts).
 
-    Part by part, out = Σ exp(x_j - shift) v_j and total = Σ exp(x_j - shift); shift follows the largest logit so far.
+    With y_j = x_j / log 2, part by part, out = Σ 2^(y_j - shift) v_j and total = Σ 2^(y_j - shift); shift follows the
+    largest y_j so far.
     """
 
     @staticmethod
@@ -261,7 +266,7 @@ class _Attention(torch.autograd.Function):
         k, v = k.transpose(0, 1).contiguous(), v.transpose(0, 1).contiguous()  # [G, n, D]
 
         for queries, heads, g, parts in chunks:
-            x = _with_none(q[queries, heads] * scale)  # [c + 1, r, D]
+            x = _with_none(q[queries, heads] * (scale * LOG2_E))  # [c + 1, r, D]
             out = torch.zeros_like(x)
             total = x.new_zeros(x.shape[:2])
             shift = x.new_full(x.shape[:2], -torch.inf)
@@ -274,23 +279,18 @@ class _Attention(torch.autograd.Function):
                 rises = top > old + SLACK
                 if rises.any():
                     new = torch.where(rises, top, old)
-                    factor = (old - new).exp_().nan_to_num_(1.0)
+                    factor = (old - new).exp2_().nan_to_num_(1.0)
                     shift.index_copy_(0, rows, new)
                     total.index_copy_(0, rows, total.index_select(0, rows) * factor)
                     out.index_copy_(0, rows, out.index_select(0, rows) * factor.unsqueeze(-1))
                     old = new
 
-                # softmax() computes exponentials faster than exp_(). Its largest weight is 1 / Σ exp(x_j - top).
-                p = p.softmax(-1)
-                if part.bias is not None:
-                    p.nan_to_num_(0.0)
-                largest = p.amax(-1).clamp_(min=torch.finfo(p.dtype).tiny)
-                own = top.sub_(old.masked_fill(old == -torch.inf, 0)).exp_().div_(largest)
-                total.index_add_(0, rows, own)
-                out.index_add_(0, rows, _rows_times(p.mul_(own.unsqueeze(-1)), v[g, part.keys]))
+                _exp2_(p, old)
+                total.index_add_(0, rows, p.sum(-1))
+                out.index_add_(0, rows, _rows_times(p, v[g, part.keys]))
 
             o[queries, heads] = out.div_(total.masked_fill(total == 0, 1).unsqueeze(-1))[:-1]
-            lse[queries, heads] = (shift + total.log())[:-1]
+            lse[queries, heads] = (shift + total.log2()).div_(LOG2_E)[:-1]
 
         ctx.save_for_backward(q, k, v, o, lse)
         ctx.scale, ctx.chunks = scale, chunks
@@ -307,22 +307,22 @@ class _Attention(torch.autograd.Function):
         # autograd runs this under the autocast of the loss.
         with torch.autocast(q.device.type, enabled=False):
             for queries, heads, g, parts in ctx.chunks:
-                x = _with_none(q[queries, heads] * ctx.scale)
+                x = _with_none(q[queries, heads] * (ctx.scale * LOG2_E))
                 grad = _with_none(do[queries, heads])
                 own = (grad * _with_none(o[queries, heads])).sum(-1, keepdim=True)
-                shift = _with_none(lse[queries, heads].unsqueeze(-1))
-                shift = shift.masked_fill(shift == -torch.inf, 0)
+                shift = _with_none(lse[queries, heads].unsqueeze(-1)).squeeze(-1) * LOG2_E
 
                 out = torch.zeros_like(x)
                 for part in parts:
                     rows, keys, _ = part
-                    p = _logits(x, k[g], part).sub_(shift.index_select(0, rows)).exp_()
+                    p = _exp2_(_logits(x, k[g], part), shift.index_select(0, rows))
                     grad_rows = grad.index_select(0, rows)
                     dx = _rows_times(grad_rows, v[g, keys].T).sub_(own.index_select(0, rows)).mul_(p)
                     out.index_add_(0, rows, _rows_times(dx, k[g, keys]))
                     dk[g, keys].addmm_(dx.flatten(0, 1).T, x.index_select(0, rows).flatten(0, 1))
                     dv[g, keys].addmm_(p.flatten(0, 1).T, grad_rows.flatten(0, 1))
                 dq[queries, heads] = out[:-1].mul_(ctx.scale)
+            dk.div_(LOG2_E)
         return dq, dk.transpose(0, 1), dv.transpose(0, 1), None, None
 
 
@@ -332,12 +332,17 @@ def _with_none(x) -> torch.Tensor:
 
 
 def _logits(x, k, part: Part) -> torch.Tensor:
-    """x [c + 1, r, D], k [n, D] -> [m, r, keys]"""
+    """x [c + 1, r, D], scaled by `LOG2_E`, too, and k [n, D] -> [m, r, keys]"""
     logits = _rows_times(x.index_select(0, part.rows), k[part.keys].T)
     if part.bias is None:
         return logits
     bias = part.bias.unsqueeze(1)
-    return logits.masked_fill_(~bias, -torch.inf) if bias.dtype == torch.bool else logits.add_(bias)
+    return logits.masked_fill_(~bias, -torch.inf) if bias.dtype == torch.bool else logits.add_(bias, alpha=LOG2_E)
+
+
+def _exp2_(logits, shift) -> torch.Tensor:
+    """2^(logits - shift), in place; shift has one dimension less, and is -inf if all logits of a row are."""
+    return logits.sub_(shift.clamp(min=torch.finfo(shift.dtype).min).unsqueeze(-1)).exp2_()
 
 
 def _rows_times(x, y) -> torch.Tensor:
@@ -398,13 +403,13 @@ class _Mixture(torch.autograd.Function):
         o = torch.empty_like(q)
         for g, rows, x, room in _few_queries(q, k, scale):
             (blocks, _), (keys, _), (last, _) = seen = see(g, rows)
-            compression, selection, window = _branch_weights(x, k[g], k_means[g], seen, room)
-            gate = gates[g, :, rows].unsqueeze(-1).unbind(-2)
+            factors = gates[g, :, rows].unbind(-1)
+            compression, selection, window = _branch_weights(x, k[g], k_means[g], seen, factors, room[0])
 
             # The last keys are among all keys.
-            selection.mul_(gate[1])[..., last].add_(window.mul_(gate[2]))
+            selection[..., last].add_(window)
             out = selection.flatten(0, 1) @ v[g, keys]
-            out.addmm_(compression.mul_(gate[0]).flatten(0, 1), v_means[g, blocks])
+            out.addmm_(compression.flatten(0, 1), v_means[g, blocks])
             o[g, :, rows] = out.view_as(x)
 
         ctx.save_for_backward(q, k, v, k_means, v_means, gates)
@@ -423,10 +428,10 @@ class _Mixture(torch.autograd.Function):
         with torch.autocast(q.device.type, enabled=False):
             for g, rows, x, room in _few_queries(q, k, ctx.scale):
                 (blocks, _), (keys, _), (last, _) = seen = ctx.see(g, rows)
-                p = compression, selection, window = _branch_weights(x, k[g], k_means[g], seen, room)
+                p = compression, selection, window = _branch_weights(x, k[g], k_means[g], seen, (1, 1, 1), room[0])
                 x, grad = x.flatten(0, 1), do[g, :, rows].flatten(0, 1)
 
-                of_keys = torch.mm(grad, v[g, keys].T, out=_first(room, len(x), keys.stop)).view_as(selection)
+                of_keys = torch.mm(grad, v[g, keys].T, out=_first(room[1], len(x), keys.stop)).view_as(selection)
                 of_blocks = (grad @ v_means[g, blocks].T).view_as(compression)
                 w = of_blocks, of_keys, of_keys[..., last].clone()
                 for b in range(len(p)):
@@ -447,11 +452,13 @@ class _Mixture(torch.autograd.Function):
                     dx_k[g, part].addmm_(dx.T, x)
                     dx_v[g, part].addmm_(weights.flatten(0, 1).T, grad)
                 dq[g, :, rows] = out.mul_(ctx.scale).unflatten(0, selection.shape[:2])
+            dk.div_(LOG2_E)
+            dk_means.div_(LOG2_E)
         return dq, dk, dv, dk_means, dv_means, dgates, None, None
 
 
 def _few_queries(q, k, scale: float) -> Iterator[tuple]:
-    """KV head, slice of its queries, these scaled [r, c, D], and room for two tensors of their scores."""
+    """KV head, slice of its queries, these scaled [r, c, D] (by `LOG2_E`, too), and room for two tensors of scores."""
     groups, r, count, _ = q.shape
     n = k.shape[1]
     step = min(count, max(FEWEST, MIXED // (r * n)))
@@ -459,25 +466,30 @@ def _few_queries(q, k, scale: float) -> Iterator[tuple]:
     room = k.new_empty(2, r * step * n)
     for g in range(groups):
         for rows in slices(count, step):
-            yield g, rows, q[g, :, rows] * scale, room
+            yield g, rows, q[g, :, rows] * (scale * LOG2_E), room
 
 
 def _first(room, rows: int, keys: int) -> torch.Tensor:
-    """The first tensor of the room, [rows, keys]."""
-    return room[0, : rows * keys].view(rows, keys)
+    """The first scores of a room, [rows, keys]."""
+    return room[: rows * keys].view(rows, keys)
 
 
-def _branch_weights(x, k, k_means, seen, room) -> tuple[torch.Tensor, ...]:
-    """The softmax of each branch, [r, c, means or keys]; that of all keys lies in the second tensor of the room."""
+def _branch_weights(x, k, k_means, seen, factors, room) -> tuple[torch.Tensor, ...]:
+    """The softmax of each branch times its factor, [r, c, means or keys]; that of all keys lies in the room."""
     (blocks, blocks_bias), (keys, keys_bias), (last, last_bias) = seen
     rows = x.flatten(0, 1)
-    logits = torch.mm(rows, k[keys].T, out=_first(room, len(rows), keys.stop)).unflatten(0, x.shape[:2])
-    window = (logits[..., last] + last_bias).softmax(-1)
-    selection = _first(room[1:], len(rows), keys.stop).view_as(logits)
-    torch.softmax(logits.add_(keys_bias), -1, out=selection)
-    compression = (rows @ k_means[blocks].T).unflatten(0, x.shape[:2]).add_(blocks_bias).softmax(-1)
-    # The first queries see no complete block.
-    return compression.nan_to_num_(0.0), selection, window
+    selection = torch.mm(rows, k[keys].T, out=_first(room, len(rows), keys.stop)).unflatten(0, x.shape[:2])
+    window = selection[..., last] + last_bias
+    selection.add_(keys_bias)
+    compression = (rows @ k_means[blocks].T).unflatten(0, x.shape[:2]).add_(blocks_bias)
+
+    branches = compression, selection, window
+    for weights, factor in zip(branches, factors, strict=True):
+        # The first queries see no complete block. Elsewhere the largest weight is 1.
+        if weights.numel() > 0:
+            total = _exp2_(weights, weights.amax(-1)).sum(-1).clamp_(min=1)
+            weights.mul_((factor / total).unsqueeze(-1))
+    return branches
 
 
 # ----------------------------------------------------------------------------------------------------------------------

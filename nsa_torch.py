@@ -276,13 +276,15 @@ def choose(
         if spread:
             logits = block_lse(accumulate(q[rows]), k, block_size, scale)  # [G, c, r, complete blocks]
             logits = logits.masked_fill((block[: len(means)] >= own)[:, None], -torch.inf)
-            others = torch.cat([logits, others.to(logits.dtype)], -1).logsumexp(-1, keepdim=True)
+            probability = torch.cat([logits, others.to(logits.dtype)], -1).softmax(-1)[..., :-1]
         else:
             logits = _logits(accumulate(q[rows]), means, scale)
-        if lse is None:
-            incomplete = block[: len(means)] >= (i + 1) // block_size
-            others = logits.masked_fill(incomplete[:, None], -torch.inf).logsumexp(-1, keepdim=True)
-        importance = (logits - others).exp().sum(2)  # over the query heads of a KV head: [G, c, complete blocks]
+            if lse is None:
+                incomplete = block[: len(means)] >= (i + 1) // block_size
+                probability = logits.masked_fill(incomplete[:, None], -torch.inf).softmax(-1)
+            else:
+                probability = (logits - others).exp()
+        importance = probability.sum(2)  # over the query heads of a KV head: [G, c, complete blocks]
         importance = pad(importance, (0, len(block) - len(means))).masked_fill(block >= own, 0)
 
         if own_importance is None:
