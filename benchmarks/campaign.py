@@ -9,6 +9,7 @@ rows in the JSON files of the scripts, its output in `campaign/`, and in `campai
 beside what `compile_kernels.py` predicted (`predicted.json`).
 """
 
+import importlib.util
 import json
 import os
 import shutil
@@ -92,6 +93,8 @@ def main() -> None:
     args = parser.parse_args()
     if not args.dry_run and not torch.cuda.is_available():
         parser.error("there is no GPU; --dry_run shows on a CPU that every part works")
+    if importlib.util.find_spec("pytest") is None:
+        parser.error('there is no pytest for the kernels\' tests; pip install -e ".[test]" brings it')
     end = time.monotonic() + 60 * args.minutes
     folder = args.output / "campaign"
     folder.mkdir(parents=True, exist_ok=True)

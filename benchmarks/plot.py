@@ -83,7 +83,7 @@ def draw_prefill(rows: list[dict]):
         (axes[1], "peak_mb", "peak memory of the prefill beyond the weights"),
         (axes[2], "decode_tokens_per_s", "decoding"),
     ):
-        measured = (row for row in rows if row[value] is not None)
+        measured = (row for row in rows if row.get(value) is not None)
         lines(axis, measured, ("model", "kernel"), "tokens", value)
         label(axis, title, "vision tokens", {"peak_mb": "MB", "ms": "ms"}.get(value, "tokens/s"))
     return figure

@@ -37,7 +37,7 @@ from tqdm import tqdm
 from lib import figures
 from lib.answering import Prompts, Question, accuracy, answer_all, is_correct, list_questions
 from lib.data import Drop, load_samples, media_parts
-from lib.fields import SIZES, add_fields
+from lib.fields import SIZES, add_fields, given_fields
 from lib.folders import TINY
 from lib.loading import UNSEEN, load, read
 from lib.needles import Settings, make_clip, make_dataset, messages
@@ -96,7 +96,7 @@ def transfer(args) -> dict:
     with configured(model, nsa_variant="dense"):
         runs["dense, same weights"] = ask(model, processor, samples, args)
     if args.twin:
-        twin, _ = load(args.twin, "dense", args.device)
+        twin, _ = load(args.twin, args.device, nsa_variant="dense")
         runs["dense, dense-trained"] = ask(twin, processor, samples, args)
     answers = {name: {entry["id"]: entry["answered"].strip().lower() for entry in run} for name, run in runs.items()}
     agreement = {
@@ -317,7 +317,7 @@ def sinks(args) -> dict:
     prompts = list(prompts_of(processor, samples, args.limit))
     result = {"definition": {"attention": SINK_ATTENTION, "value_norm": "median - 2 IQR"}, "clips": len(prompts)}
     result["branches"] = sparse_sinks(model, prompts, (*BRANCHES, "gated"))
-    dense = load(args.twin, "dense", args.device)[0] if args.twin else model
+    dense = load(args.twin, args.device, nsa_variant="dense")[0] if args.twin else model
     tally = SinkTally(dense.config.text_config.num_hidden_layers)
     with configured(dense, nsa_variant="dense"):
         for inputs in tqdm(prompts, disable=None):
@@ -439,7 +439,7 @@ def load_model(args):
     """(model, processor) of args.model, or the tiny trained one."""
     if args.model is None:
         args.model = TINY
-    model, processor = load(args.model, getattr(args, "nsa_variant", None), args.device)
+    model, processor = load(args.model, args.device, **given_fields(args))
     variant = model.config.nsa_variant
     if (variant == "dense" and args.finding != "needles") or (variant != "paper" and args.finding in OBSERVED):
         needed = "'paper'" if args.finding in OBSERVED else "sparse attention"
@@ -630,6 +630,7 @@ def make_parser() -> argparse.ArgumentParser:
             add("--fps", type=float, help="frames per second to read (default: up to 4, within --max_tokens)")
             add("--max_tokens", type=int, help="most tokens of video and text together (default: 131072)")
         add("--output", type=Path, default=Path("findings"), help="folder to write to")
+        add_fields(command, "nsa_backend")
         add_device(command)
     return parser
 

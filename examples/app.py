@@ -24,7 +24,7 @@ import tempfile
 import threading
 from pathlib import Path
 
-from lib.fields import add_fields
+from lib.fields import add_fields, given_fields
 from lib.folders import TINY
 from lib.loading import CPU_TOKENS, load, token_budget
 from lib.network import check_port, refuse_private_addresses
@@ -62,7 +62,7 @@ def main() -> None:
         default=os.environ.get("MODEL"),
         help="folder or Hub id of a VideoNSA repository (default: the variable MODEL, or the tiny trained one)",
     )
-    add_fields(parser, "nsa_variant")
+    add_fields(parser, "nsa_variant", "nsa_backend")
     add_device(parser)
     parser.add_argument("--host", help="address to serve on; 0.0.0.0 is all of this machine's (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, help="port to serve on (default: the first free one from 7860 on)")
@@ -93,7 +93,7 @@ def main() -> None:
         check_port(args.host, args.port, "leave it out for the first free one from 7860 on")
     print(f"Loading {args.model or 'the tiny model'}.", flush=True)
     with tempfile.TemporaryDirectory(prefix="videonsa-app-") as folder:
-        chat = VideoChat(*load(args.model or TINY, args.nsa_variant, args.device))
+        chat = VideoChat(*load(args.model or TINY, args.device, **given_fields(args)))
         tokens = args.max_tokens or token_budget(chat.model, default.tokens)
         print(f"prompts of up to {tokens:,} tokens on a {chat.model.device.type}; --max_tokens changes it")
         if is_zero_gpu():

@@ -145,6 +145,7 @@ def compare(args) -> dict:
     """Ask all questions with all methods; writes OUTPUT after each length, and returns its content."""
     folder = check_source("model", args.model)
     settings = [json.loads(text) for text in args.settings]
+    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     model = VideoNSAForConditionalGeneration.from_pretrained(folder, nsa_variant="merged", nsa_backend="torch")
     model = model.to(args.device).eval()
     processor = VideoNSAProcessor.from_pretrained(folder, trust_remote_code=True)

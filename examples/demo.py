@@ -24,7 +24,7 @@ from pathlib import Path
 from transformers import TextStreamer
 from transformers.utils import logging
 
-from lib.fields import SIZES, add_fields
+from lib.fields import SIZES, add_fields, given_fields
 from lib.folders import TINY
 from lib.loading import CLIP, UNSEEN, empty_answer, load, read, report, token_budget
 from lib.needles import make_sample
@@ -135,7 +135,7 @@ def main() -> None:
     parser.add_argument(
         "--max_new_tokens", type=int, help="most tokens of an answer (default: 128; 16 if the right one is known)"
     )
-    add_fields(parser, "nsa_variant")
+    add_fields(parser, "nsa_variant", "nsa_backend")
     add_device(parser)
     args = parser.parse_args()
     # Before the model is loaded, which may take minutes.
@@ -160,7 +160,7 @@ def main() -> None:
 
 def ask(args, folder: Path, seed: int, settings: dict) -> list[bool]:
     """Ask what the command line says; returns which answers were right, if that is known."""
-    model, processor = load(args.model or TINY, args.nsa_variant, args.device)
+    model, processor = load(args.model or TINY, args.device, **given_fields(args))
     size = f"{sum(p.numel() for p in model.parameters()) / 1e6:,.1f} M parameters"
     values = ", ".join(f"{field}={getattr(model.config, field)}" for field in ("nsa_variant", *SIZES))
     name = args.model or "tiny VideoNSA, trained on clips like the following"

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from lib.answering import Question, accuracy, answer_all, list_questions
 from lib.data import Drop, list_reasons, load_samples
-from lib.fields import MEANINGS, add_fields
+from lib.fields import MEANINGS, add_fields, given_fields
 from lib.folders import check_source
 from lib.loading import load
 from lib.options import OptionParser, add_device
@@ -60,7 +60,7 @@ def evaluate(args) -> dict:
     output = Path(args.output)
     if output.exists():
         raise ValueError(f"output {output} exists already; name a new file")
-    model, processor = load(args.model, args.nsa_variant, args.device)
+    model, processor = load(args.model, args.device, **given_fields(args))
     questions, drops = open_questions(args, processor)
 
     settings = {
@@ -197,7 +197,7 @@ def main() -> None:
     parser.add_argument("data", help="conversations, as for finetune.py; DATA%%10 takes a random tenth of them")
     parser.add_argument("output", help="JSON file to write")
     parser.add_argument("--media_root", help="folder that media paths are relative to (default: that of DATA)")
-    add_fields(parser, "nsa_variant")
+    add_fields(parser, "nsa_variant", "nsa_backend")
     parser.add_argument("--fps", type=float, help="frames per second (default: the processor's)")
     parser.add_argument(
         "--max_frames", type=int, help="most frames of a video; longer videos are sampled more sparsely"

@@ -84,7 +84,7 @@ TOPICS = {
     "several processes": ("sequence_parallel",),
     "data": (
         *("train_data", "eval_data", "media_root", "max_length", "packing"),
-        *("fps", "max_pixels", "max_frames", "clip_frames", "max_dropped", "check_threads"),
+        *("fps", "max_pixels", "max_frames", "max_tokens", "clip_frames", "max_dropped", "check_threads"),
     ),
     "method: which weights are trained, and how": (
         *("method", "distill", "start_samples", "train_language", "train_merger", "train_vision"),
@@ -163,6 +163,11 @@ class DataArguments:
     fps: float | None = HfArg(default=None, help="frames per second (default: the processor's)")
     max_pixels: int | None = HfArg(default=None, help="most pixels per frame (default: the processor's)")
     max_frames: int | None = HfArg(default=None, help="most frames of a video; longer videos are sampled more sparsely")
+    max_tokens: int | None = HfArg(
+        default=None,
+        help="most tokens of a video with its text, to which its frames are thinned or made smaller; as much as "
+        "--max_length, if that is above 131072 (default: the processor's)",
+    )
     clip_frames: list[int] | None = HfArg(
         default=None, help="fewest and most sampled frames of a video; samples with others are dropped"
     )
@@ -345,6 +350,8 @@ def load_processor(model: str, arguments: DataArguments):
         video.fps = arguments.fps
     if arguments.max_frames is not None:
         video.max_frames = arguments.max_frames
+    if arguments.max_tokens is not None:
+        video.max_tokens = arguments.max_tokens
     if arguments.max_pixels is not None:
         video.size = {"shortest_edge": video.size["shortest_edge"], "longest_edge": arguments.max_pixels}
     return processor

@@ -32,6 +32,7 @@ from tqdm import tqdm
 from lib.answering import accuracy, answer_all, list_questions, normalise
 from lib.data import Collator, ConversationDataset, Drop, Sample, load_samples
 from lib.distill import DenseLayer, best_gates, divide, relative_error, watch_layers
+from lib.fields import add_fields, given_fields
 from lib.loading import load
 from lib.observe import configured
 from lib.options import OptionParser, add_device
@@ -109,7 +110,7 @@ def compare_answers(model, processor, samples: list[Sample], args) -> dict[str, 
     if not questions:
         raise ValueError(f"--answers: {args.data} has no questions with answers")
     options = {"batch_size": args.batch_size, "max_new_tokens": args.max_new_tokens, "workers": args.workers}
-    teacher = load(args.teacher, "dense", args.device)[0] if args.teacher else model
+    teacher = load(args.teacher, args.device, nsa_variant="dense")[0] if args.teacher else model
     tables, dense = {}, {}
     for variant in ("dense", *args.answers):
         asked = teacher if variant == "dense" else model
@@ -124,7 +125,8 @@ def compare_answers(model, processor, samples: list[Sample], args) -> dict[str, 
 
 def measure(args) -> dict:
     """Measure all, and write OUTPUT: the layers before the questions are asked."""
-    model, processor = load(args.model, "paper", args.device)
+    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+    model, processor = load(args.model, args.device, **{**given_fields(args), "nsa_variant": "paper"})
     samples, drops = load_samples([args.data], processor, require_answer=False, require_media=True)
     if not samples:
         raise ValueError(f"data {args.data}: no sample can be used; {len(drops):,} are dropped")
@@ -185,6 +187,7 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=1, help="questions that are answered at a time")
     parser.add_argument("--max_new_tokens", type=int, default=32, help="most tokens of an answer")
     parser.add_argument("--workers", type=int, default=0, help="processes that decode videos")
+    add_fields(parser, "nsa_backend")
     add_device(parser)
     args = parser.parse_args()
     print(format_result(measure(args)))

@@ -17,7 +17,7 @@ from lib.door import door  # first: it names the extra of a package that is miss
 import importlib.util
 from pathlib import Path
 
-from lib.fields import add_fields
+from lib.fields import add_fields, given_fields
 from lib.loading import load, report, token_budget
 from lib.network import check_port, refuse_private_addresses
 from lib.options import OptionParser, add_device
@@ -27,7 +27,7 @@ from lib.options import OptionParser, add_device
 def main() -> None:
     parser = OptionParser(description=__doc__)
     parser.add_argument("model", help="folder or Hub id of a VideoNSA repository, or tiny")
-    add_fields(parser, "nsa_variant")
+    add_fields(parser, "nsa_variant", "nsa_backend")
     add_device(parser)
     parser.add_argument("--host", default="127.0.0.1", help="address to serve on; 0.0.0.0 is all of this machine's")
     parser.add_argument("--port", type=int, default=8000, help="port to serve on")
@@ -47,7 +47,7 @@ def main() -> None:
     if not args.private_urls:
         refuse_private_addresses()
     report("model", f"loading {args.model}")
-    model, processor = load(args.model, args.nsa_variant, args.device)
+    model, processor = load(args.model, args.device, **given_fields(args))
     tokens = args.max_tokens or token_budget(model, processor.video_processor.max_tokens)
     report("limit", f"{tokens:,} tokens of video and text on a {model.device.type}; --max_tokens changes it")
 

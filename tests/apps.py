@@ -15,7 +15,7 @@ from videonsa.video_chat import VideoChat
 
 
 def make_chat(folder) -> VideoChat:
-    return VideoChat(*load(str(assemble_tiny_model(folder / "model")), None, "cpu"))
+    return VideoChat(*load(str(assemble_tiny_model(folder / "model")), "cpu"))
 
 
 @contextlib.contextmanager

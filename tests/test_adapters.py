@@ -31,19 +31,20 @@ def weights(model) -> dict[str, torch.Tensor]:
 
 
 def test_adapters_and_checkpoints_are_models(tuned, tiny_repository, needles, tmp_path, monkeypatch, capsys):
-    merged, processor = load(str(tuned), None, "cpu")
+    merged, processor = load(str(tuned), "cpu")
     expected = weights(merged)
-    base = weights(load(str(tiny_repository), None, "cpu")[0])
+    base = weights(load(str(tiny_repository), "cpu")[0])
     assert any(not torch.equal(x, base[name]) for name, x in expected.items())
     for name in ("adapter", "checkpoint-2"):
-        model, read = load(str(tuned / name), None, "cpu")
+        model, read = load(str(tuned / name), "cpu")
         assert type(model).__name__ == type(merged).__name__ and model.config.window_size == 24
         found = weights(model)
         assert found.keys() == expected.keys()
         for key, x in expected.items():
             torch.testing.assert_close(found[key], x, rtol=1e-5, atol=1e-6, msg=key)
         assert type(read).__name__ == type(processor).__name__
-    assert load(str(tuned / "adapter"), "dense", "cpu")[0].config.nsa_variant == "dense"
+    config = load(str(tuned / "adapter"), "cpu", nsa_variant="dense", nsa_backend="torch")[0].config
+    assert (config.nsa_variant, config.nsa_backend) == ("dense", "torch")
 
     # By one line beside the base model, as docs/finetuning.md and the card have it.
     card = (tuned / "adapter/README.md").read_text()
@@ -51,6 +52,7 @@ def test_adapters_and_checkpoints_are_models(tuned, tiny_repository, needles, tm
     (snippet,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     assert 'base = AutoModel.from_pretrained("' in snippet and "window_size=24" in snippet
     assert 'PeftModel.from_pretrained(base, "out", subfolder="adapter")' in snippet
+    assert "demo.py --model out/adapter" in card and "hf download" not in card
     monkeypatch.chdir(tuned.parent)
     names = {}
     exec(compile(snippet.replace(', device_map="auto"', ""), "card", "exec"), names)
@@ -74,4 +76,4 @@ def test_an_adapter_without_its_base_or_given_to_finetune_is_explained(tuned, tr
     config["base_model_name_or_path"] = "nothere"
     (lost / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(FileNotFoundError, match="lost is an adapter, whose base model nothere is no folder"):
-        load(str(lost), None, "cpu")
+        load(str(lost), "cpu")

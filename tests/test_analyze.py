@@ -29,7 +29,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tiny(folder):
-    return load(str(folder / "tiny"), None, "cpu")
+    return load(str(folder / "tiny"), "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +131,7 @@ def test_dense_attention_received_is_that_of_the_eager_weights(folder, tiny, pro
 
     with observe.configured(model, nsa_variant="dense"):
         observe.watch_dense(model, prompt, see)
-        eager, _ = load(str(folder / "tiny"), "dense", "cpu")
+        eager, _ = load(str(folder / "tiny"), "cpu", nsa_variant="dense")
         eager.set_attn_implementation("eager")
         weights = eager(**prompt, output_attentions=True).attentions
     vision = prompt["mm_token_type_ids"][0] > 0

@@ -369,7 +369,7 @@ def test_a_written_space_runs_its_own_files(tmp_path, monkeypatch):
         write_space(space)
     program = (
         "import json, app, pathlib, lib.loading as loading, videonsa.video_reader as reader\n"
-        "chat = app.VideoChat(*loading.load(str(loading.assemble_tiny_model(pathlib.Path('model'))), None, 'cpu'))\n"
+        "chat = app.VideoChat(*loading.load(str(loading.assemble_tiny_model(pathlib.Path('model'))), 'cpu'))\n"
         "page = app.App(chat, 'files')\n"
         "page.make_example('a', seed=1)\n"
         "print(json.dumps([app.__file__, reader.__file__, list(page.ask('a', 'What appeared?'))[-1]]))"

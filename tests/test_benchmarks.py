@@ -275,6 +275,7 @@ def test_a_reader_that_takes_too_much_memory_is_ended_and_said_so(video, folder,
 
 
 def test_rows_are_appended_and_drawn(attention, prefill, train_step, video, folder):
+    measure("prefill.py", folder, [64], new_tokens=0, **MODEL)
     rows, _ = measure("train_step.py", folder, [64], **MODEL)
     assert rows[: len(train_step[0])] == train_step[0] and {row["tokens"] for row in rows} == {128, 64}
     assert {row["activations"] for row in rows} == {"recomputed", "kept"}

@@ -321,7 +321,7 @@ def test_the_real_clip_is_read_as_annotated(processor):
 def test_a_sample_that_fails_when_it_is_read_is_skipped_with_its_reason(processor, media, tmp_path):
     samples, drops = load(media, processor, ask("1?"), ask(video="damaged.mp4"), ask("3?"))
     assert len(samples) == 3 and not drops
-    skipped = tmp_path / "skipped.jsonl"
+    skipped = tmp_path / "new/skipped.jsonl"
     dataset = ConversationDataset(samples, processor, max_length=9999, skipped=skipped)
     assert dataset[1][0]["input_ids"].tolist() == dataset[2][0]["input_ids"].tolist()  # the next takes its place
     once = ConversationDataset(samples, processor, max_length=9999, multiple=2)

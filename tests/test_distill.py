@@ -107,12 +107,12 @@ def test_gates_learn_from_a_folder_of_clips_and_know_it(train, tiny_repository, 
     assert f"without answers, by `examples/finetune.py --distill` (gates): {count} samples, 8 steps of {count}." in card
     assert f"error of the sparse attention at the end: {last:.3f}." in card
 
-    given = [folder, needles / "test.json", tmp_path / "out.json", "--clips", 1, "--max_new_tokens", 1]
+    given = [folder, needles / "test.json", tmp_path / "new/out.json", "--clips", 1, "--max_new_tokens", 1]
     given += ["--answers", "paper", "--temperatures", 1, 2, "--teacher", tiny_repository]
     monkeypatch.setattr(sys, "argv", ["measure_gates.py", *map(str, given)])
     measure_gates.main()
     assert "agreement" in capsys.readouterr().out
-    result = json.loads((tmp_path / "out.json").read_text())
+    result = json.loads((tmp_path / "new/out.json").read_text())
     for row in result["rows"]:
         for layer in row["layers"]:
             assert layer["bound"] <= min(layer["now"], layer["constant"])

@@ -50,7 +50,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 folder, clip = sys.argv[1:]
 model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True).eval()
 processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-print(answer(model, processor, clip), processor.video_processor.fps)
+video = processor.video_processor
+print(answer(model, processor, clip), video.fps, video.max_tokens)
 """
 
 
@@ -81,7 +82,7 @@ def test_full_training_through_the_script_saves_a_repository_that_generates(
     command = ["--model", tiny_repository, "--train_data", needles / "train.jsonl", "--output_dir", output]
     command += ["--eval_data", needles / "validation.json", "--eval_strategy", "steps", "--eval_steps", 2]
     command += ["--max_steps", 4, "--save_steps", 4, "--logging_steps", 2, "--learning_rate", 1e-3, "--fps", 1]
-    command += ["--max_pixels", 112 * 112]
+    command += ["--max_pixels", 112 * 112, "--max_tokens", 4096]
     command += ["--train_vision", "--bf16", "--gradient_checkpointing"]
     if real:
         command[3:4] = [needles / "train.jsonl", f"{REAL_ANNOTATIONS}%100"]
@@ -107,7 +108,7 @@ def test_full_training_through_the_script_saves_a_repository_that_generates(
     card = (output / "README.md").read_text()
     assert f"{12 + real} samples, 4 steps of 1" in card and "base_model" not in card
     printed = run_fresh(GENERATE, output, clip)
-    assert printed.rstrip().endswith("] 1.0")  # the processor has the sampling of the training
+    assert printed.rstrip().endswith("] 1.0 4096")  # the processor has the sampling of the training
 
 
 def test_lora_saves_an_adapter_with_gates_and_a_merged_model(train, tiny_repository, clip, run_fresh):
@@ -370,9 +371,13 @@ def test_push_to_hub_makes_the_repository_first_and_uploads_the_folder_last(trai
 
     monkeypatch.setattr(HfApi, "create_repo", create_repo)
     monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
-    push = ["--push_to_hub", "--hub_model_id", "new", "--hub_revision", "dev", "--max_steps", 1, *QUICK]
+    push = ["--push_to_hub", "--hub_model_id", "new", "--hub_revision", "dev"]
+    push += ["--method", "lora", "--max_steps", 1, *QUICK]
     _, folder, printed = train(*push)
     assert calls == [("create", "new"), ("upload", "me/new", "dev")]
+    # Scripts take an adapter from a folder only.
+    download = 'hf download me/new --include "adapter/*" --local-dir new\n'
+    assert f"{download}python examples/demo.py --model new/adapter\n" in (folder / "adapter/README.md").read_text()
     assert 'repo = "me/new"' in (folder / "README.md").read_text() and "pushed to me/new" in printed
 
     monkeypatch.setattr(HfApi, "upload_folder", lambda *_, **__: (_ for _ in ()).throw(OSError("503")))

@@ -203,7 +203,11 @@ model = PeftModel.from_pretrained(base, "{name}", subfolder="adapter")
 processor = AutoProcessor.from_pretrained({base_path}, trust_remote_code=True)
 ```
 
-The scripts of the project merge it themselves: `python examples/demo.py --model {name}/adapter`.
+The scripts of the project merge it themselves, from a folder:
+
+```sh
+{commands}
+```
 """
 
 
@@ -211,6 +215,10 @@ def write_adapter_card(folder: Path, *, base: str, name: str, note: str, **optio
     """Write the card of an adapter in the folder `adapter` of a trained model; the arguments are those of
     `write_card`."""
     data, named = _data(base, base, library_name="peft", tags=["lora"]), _base_name(base)
+    local = name.rpartition("/")[2]
+    commands = [f"python examples/demo.py --model {local}/adapter"]
+    if local != name:
+        commands.insert(0, f'hf download {name} --include "adapter/*" --local-dir {local}')
     card = ADAPTER_CARD.format(
         name=name,
         base=named,
@@ -218,6 +226,7 @@ def write_adapter_card(folder: Path, *, base: str, name: str, note: str, **optio
         note=note,
         install=install_line("peft"),
         options=_arguments({"dtype": "auto", "device_map": "auto", **options}),
+        commands="\n".join(commands),
     )
     (folder / "README.md").write_text(f"---\n{data.to_yaml()}\n---\n{card}")
 

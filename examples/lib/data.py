@@ -532,6 +532,8 @@ class ConversationDataset(torch.utils.data.Dataset):
         reason = str(error) if isinstance(error, BadSample) else f"{type(error).__name__}: {error}"
         logger.warning("skipped %s: %s", sample.id, reason)
         if self.skipped:
+            # Only the first machine of several has made the folder.
+            self.skipped.parent.mkdir(parents=True, exist_ok=True)
             with self.skipped.open("a") as file:
                 file.write(json.dumps({"id": sample.id, "reason": reason}) + "\n")
 

@@ -37,14 +37,14 @@ def assemble_tiny_model(folder: Path) -> Path:
     return shutil.copytree(TINY, folder)
 
 
-def load(model: str, variant: str | None, device: str):
+def load(model: str, device: str, **fields):
     """(model, processor) of a VideoNSA repository, of a LoRA adapter of one, or of a checkpoint in the public layout.
 
     Args:
         model: folder or Hub id. An adapter is a folder such as `checkpoint-100` or `tuned/adapter`: it is merged into
             the base model that it names.
-        variant: `nsa_variant`; None keeps the checkpoint's.
         device: of torch, or "auto".
+        fields: of the configuration, such as `nsa_variant`; others keep the checkpoint's values.
 
     Raises:
         OSError, ValueError: it is none of these, or damaged.
@@ -53,23 +53,23 @@ def load(model: str, variant: str | None, device: str):
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {device}: torch finds no GPU here")
     with naming(model):
-        return _load(model, variant, device)
+        return _load(model, device, fields)
 
 
-def _load(model: str, variant: str | None, device: str):
+def _load(model: str, device: str, fields: dict):
     adapter = find_adapter(model)
     source = model if adapter is None else adapter.base
     config = AutoConfig.from_pretrained(source, trust_remote_code=True)
     if is_public(config.to_dict()):
-        report("layout", f"the public VideoNSA checkpoint's, so nsa_variant={variant or 'released'}")
-        options = {} if variant is None else {"nsa_variant": variant}
-        loaded = VideoNSAForConditionalGeneration.from_pretrained(model, dtype="auto", device_map=device, **options)
+        variant = fields.get("nsa_variant", "released")
+        report("layout", f"the public VideoNSA checkpoint's, so nsa_variant={variant}")
+        loaded = VideoNSAForConditionalGeneration.from_pretrained(model, dtype="auto", device_map=device, **fields)
         return loaded.eval(), load_processor(model)
     check_repository(source, config)
     if adapter is not None and adapter.has_config:
         config = type(config).from_pretrained(model)
-    if variant is not None:
-        config.nsa_variant = variant
+    for name, value in fields.items():
+        setattr(config, name, value)
     options = {"trust_remote_code": True, "dtype": "auto", "device_map": device}
     loaded = AutoModel.from_pretrained(source, config=config, **options)
     if adapter is not None:
