@@ -145,10 +145,10 @@ def test_weights_of_other_shapes_and_a_gpu_that_is_not_there_are_one_line(tmp_pa
     config = model / "config.json"
     config.write_text(config.read_text().replace('"hidden_size": 224', '"hidden_size": 448'))
     with pytest.raises(ValueError, match="its weights have other shapes than its config.json"):
-        load(str(model), None, "cpu")
+        load(str(model), "cpu")
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="--device cuda: torch finds no GPU here"):
-            load(str(model), None, "cuda")
+            load(str(model), "cuda")
 
 
 def test_explain_knows_no_error_of_no_kind():

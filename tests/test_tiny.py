@@ -108,7 +108,7 @@ def test_the_folder_of_the_trained_model_loads_as_it_is(tmp_path, run_fresh):
 
 def test_the_trained_model_is_converted_to_another_variant(tmp_path, capsys):
     merged = convert("tiny", tmp_path / "merged", nsa_variant="merged")
-    model, processor = load(str(merged), None, "cpu")
+    model, processor = load(str(merged), "cpu")
     assert model.config.nsa_variant == "merged" and model.config.block_size == 16
     sparse = convert("tiny", tmp_path / "sparse", window_size=48)
     assert "run the custom code" not in capsys.readouterr().out

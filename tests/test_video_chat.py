@@ -41,7 +41,7 @@ def chat(chats):
 @pytest.fixture(scope="module")
 def talker(repository):
     """The same model, which comes to no end: it may not say that token."""
-    model, processor = load(str(repository), None, "cpu")
+    model, processor = load(str(repository), "cpu")
     config = model.generation_config
     config.suppress_tokens, config.eos_token_id = [*config.suppress_tokens, config.eos_token_id], 10**6
     return VideoChat(model, processor)
@@ -50,7 +50,7 @@ def talker(repository):
 @pytest.fixture(scope="module")
 def qwen3_chat(qwen3_repository):
     """An untrained model on Qwen3-VL, which says letters, of frames at 1 per second."""
-    model, processor = load(str(qwen3_repository), None, "cpu")
+    model, processor = load(str(qwen3_repository), "cpu")
     letters = processor.tokenizer.convert_tokens_to_ids(list(string.ascii_lowercase))
     others = set(range(model.config.text_config.vocab_size)) - {*letters}
     model.generation_config.suppress_tokens = sorted(others)
