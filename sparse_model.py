@@ -167,7 +167,7 @@ class SparseModel(WholeCheckpoint):
             observe = functools.partial(_keep_gates, gates, observe)
         input_ids, cache = kwargs.get("input_ids"), kwargs.get(CACHE)
         if input_ids is not None and cache is not None:
-            self._drop_cached_features(input_ids, cache, kwargs)
+            self.drop_cached_features(input_ids, cache, kwargs)
         vision_mask = self._vision_mask(kwargs)
         if self.config.nsa_variant != "dense":  # before the vision tower, which a foreign function may break
             check_attention(self.config.text_config._attn_implementation, self.config.nsa_variant)
@@ -287,7 +287,7 @@ class SparseModel(WholeCheckpoint):
         names = ("pixel_values", "pixel_values_videos", *(("inputs_embeds",) if embedded else ()))
         return any(x is not None for x in (*encoded, *(kwargs.get(name) for name in names)))
 
-    def _drop_cached_features(self, input_ids, past_key_values, kwargs) -> None:
+    def drop_cached_features(self, input_ids, past_key_values, kwargs) -> None:
         """Drop the leading images and videos that are in the cache already, so that a later turn of one conversation
         may pass those of all turns (batches must pass the new ones only)."""
         encoded = dict(kwargs.get("mm_encoder_outputs") or {})
@@ -360,6 +360,28 @@ class SparseForConditionalGeneration(WholeCheckpoint):
     def generate(self, **kwargs):
         """As in transformers, with a cache by either of its names."""
         return super().generate(**kwargs)
+
+    def _prefill(self, input_ids, generation_config, model_kwargs, is_first_iteration=True):
+        """As in transformers, which in chunks gives new placeholders the features of cached images and videos.
+
+        Raises:
+            ValueError: the features are not those of the new placeholders, nor of all.
+        """
+        cache = model_kwargs.get(CACHE)
+        if is_first_iteration and generation_config.prefill_chunk_size is not None and cached_length(cache) > 0:
+            mask = model_kwargs.get("attention_mask")
+            is_whole = mask is None or mask.shape[1] == input_ids.shape[1]
+            new = input_ids[:, cached_length(cache) :] if is_whole else input_ids
+            self.model.drop_cached_features(new, cache, model_kwargs)
+            for kind, output in (model_kwargs.get("mm_encoder_outputs") or {}).items():
+                count = 0 if output is None else sum(map(len, output.pooler_output))
+                places = int((new == getattr(self.config, f"{kind}_token_id")).sum())
+                if count != places:
+                    raise ValueError(
+                        f"{kind} features and {kind} tokens do not match: {count} features for {places} new tokens "
+                        "over a cache, with prefill_chunk_size. A batch must pass new images and videos only"
+                    )
+        return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration=is_first_iteration)
 
     def prepare_inputs_for_generation(self, is_first_iteration: bool = False, **kwargs):
         """As in transformers, which forgets to give an assistant model the images and videos of the prompt."""

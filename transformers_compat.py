@@ -76,6 +76,7 @@ def check_contract(stock: Stock) -> None:
         (stock.with_head, "forward"): ("input_ids", *text, *pixels, *grids, "kwargs"),
         (stock.with_head, "_prepare_position_ids_for_generation"): ("inputs_tensor", "model_kwargs"),
         (stock.with_head, "generate"): ("inputs", "kwargs"),
+        (stock.with_head, "_prefill"): ("input_ids", "generation_config", "model_kwargs", "is_first_iteration"),
     }
     missing = [
         f"{owner.__name__}.{name}({parameter})"

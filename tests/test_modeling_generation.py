@@ -104,7 +104,12 @@ def test_static_cache_gives_what_a_growing_one_gives(model):
         assert_close(static.logits, growing.logits)
 
 
-@pytest.mark.skipif(Version(transformers.__version__) < Version("5.23"), reason="stock fails in 5.17 too")
+has_chunks = pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.23"), reason="stock has no chunks with videos in 5.17"
+)
+
+
+@has_chunks
 @pytest.mark.parametrize(
     ("backbone", "chunk", "cache"),
     [
@@ -174,6 +179,19 @@ def test_second_turn_over_the_cache_gives_what_it_gives_without(model, first, tu
     fresh = generate(model, inputs)
     assert torch.equal(out.sequences, fresh.sequences)
     assert_close(out.logits, fresh.logits)
+
+
+@has_chunks
+@pytest.mark.parametrize("chunk", [7, 1000])
+@pytest.mark.parametrize("turn", [*TURNS.values(), [3, video(6, 4, 8, seed=9), 4]], ids=[*TURNS, "one as large"])
+def test_second_turn_in_chunks_gives_what_it_gives_without_a_cache(model, turn, chunk):
+    first = [5, video(6, 4, 8, seed=5), 6]
+    out = generate(model, make_inputs(first))
+    inputs = make_inputs([*first, out.new_tokens[0].tolist(), *turn])
+    actual = generate(model, inputs, prefill_chunk_size=chunk, **{CACHE: cache_of(out)})
+    expected = generate(model, inputs)
+    assert torch.equal(actual.sequences, expected.sequences)
+    assert_close(actual.logits, expected.logits)
 
 
 @pytest.mark.parametrize("types", ["with types", "without types"])
@@ -361,12 +379,13 @@ def test_pixels_of_another_number_of_tokens_over_a_cache_are_refused(small, wron
         )
 
 
-def test_batch_over_a_cache_does_not_guess_which_pixels_are_new(small):
+@pytest.mark.parametrize("chunk", [None, pytest.param(16, marks=has_chunks)])
+def test_batch_over_a_cache_does_not_guess_which_pixels_are_new(small, chunk):
     out = generate(small, make_inputs(VIDEO, VIDEO))
     first, second = ([*VIDEO, tokens.tolist()] for tokens in out.new_tokens)
     inputs = make_inputs([*first, video(12, 4, 16, seed=5), 4], [*second, 198])
     with pytest.raises(ValueError, match="(?i)video features and video tokens do not match"):
-        generate(small, inputs, **{CACHE: cache_of(out)})
+        generate(small, inputs, prefill_chunk_size=chunk, **{CACHE: cache_of(out)})
 
 
 def test_new_video_over_a_cache_needs_positions(small):
