@@ -84,6 +84,7 @@ class SparseTextModel(WholeCheckpoint):
             is_vision = new.new_zeros(batch, length, dtype=torch.bool) if vision_mask is None else vision_mask
             vision = torch.cat([cached_vision(cache, past, is_vision), is_vision], 1)
             last = 0 if observe or self._all_are_read(kwargs) else last
+            self._cut_after_other_hooks()
             stated = (attention_mask, position_ids)
             kwargs["vision_layout"] = layout_of_call(self.config, vision, past, *stated, observe, last)
             # Of four dimensions, so that it counts as prepared, and no [length, length] mask is made.
@@ -127,11 +128,18 @@ class SparseTextModel(WholeCheckpoint):
             kwargs.get(name, getattr(self.config, name, None)) for name in ("output_hidden_states", "output_attentions")
         )
         recorded = any(x is not None and x is not False for x in wanted)
-        hooked = any(module._forward_hooks for module in self.layers[-1].modules())
+        hooked = any(module._forward_hooks for module in (self, self.norm, *self.layers[-1].modules()))
         # Deepstack features of Qwen3-VL are added to what a layer returns.
         added = len(kwargs.get("deepstack_visual_embeds") or ()) >= len(self.layers)
         # Text rows of "released" have a term of their own wherever the call has vision queries.
         return self.training or recorded or hooked or added or self.config.nsa_variant == "released"
+
+    def _cut_after_other_hooks(self) -> None:
+        """Have hooks that others put before the last layer run before `only_last_queries`, and see all tokens."""
+        hooks = self.layers[-1]._forward_pre_hooks
+        own = [key for key, hook in hooks.items() if hook is only_last_queries]
+        if len(hooks) > len(own) > 0:
+            hooks.move_to_end(own[0])
 
 
 class SparseModel(WholeCheckpoint):

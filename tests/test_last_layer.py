@@ -126,6 +126,31 @@ def test_all_tokens_are_computed_where_somebody_may_read_them(small):
     assert rows[7:] == [1]
 
 
+@torch.no_grad()
+def test_hooks_around_the_last_layer_get_all_tokens(model):
+    inputs, rows, seen = make_inputs(VIDEO, MIXED), count_rows(model), []
+    decoder = model.model.language_model
+    length = inputs["input_ids"].shape[1]
+
+    def steer(module, args):
+        seen.append(args[0].shape[1])
+        return (args[0] + torch.arange(args[0].shape[-1]).sin(),)
+
+    for other in (copy.deepcopy(model), model):
+        handle = other.model.language_model.layers[-1].register_forward_pre_hook(steer)
+        few, whole = logits(other, inputs, logits_to_keep=1), logits(other, inputs)[:, -1:]
+        assert_close(few, whole, 1e-5)
+        handle.remove()
+        assert (few - logits(other, inputs, logits_to_keep=1)).abs().max() > 0.1
+    assert seen == [length] * 4 and rows == [1, length, 1] * 2
+
+    for module in (decoder.norm, decoder):
+        handle = module.register_forward_hook(lambda module, args, output: seen.append(output[0].shape[-2]))
+        model(**inputs, logits_to_keep=1)
+        handle.remove()
+        assert seen.pop() == length == rows.pop()
+
+
 def test_copies_of_a_model_compute_as_few(small):
     for other in (copy.deepcopy(small), pickle.loads(pickle.dumps(small))):
         rows = count_rows(other)

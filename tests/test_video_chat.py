@@ -30,7 +30,7 @@ def repository(tmp_path_factory):
 @pytest.fixture(scope="module")
 def chats(repository):
     """The trained tiny model in each variant."""
-    return {variant: VideoChat(*load(str(repository), variant, "cpu")) for variant in VARIANTS}
+    return {variant: VideoChat(*load(str(repository), "cpu", nsa_variant=variant)) for variant in VARIANTS}
 
 
 @pytest.fixture(scope="module")
@@ -495,7 +495,7 @@ def test_the_plain_way_of_the_page_is_exact(repository, samples, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     shutil.copy(samples[0]["video"], "talk.mp4")
     for variant in ("paper", "merged", "dense"):
-        model, processor = load(str(repository), variant, "cpu")
+        model, processor = load(str(repository), "cpu", nsa_variant=variant)
         names = {"chat": VideoChat(model, processor), "model": model}
         exec(snippet, names)
         if variant == "paper":

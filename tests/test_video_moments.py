@@ -34,7 +34,7 @@ def repository(tmp_path_factory):
 @pytest.fixture(scope="module", params=["paper", "merged", "released", "dense"])
 def chat(request, repository):
     """The trained tiny model in one variant."""
-    return VideoChat(*load(str(repository), request.param, "cpu"))
+    return VideoChat(*load(str(repository), "cpu", nsa_variant=request.param))
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def count_hooks(model) -> int:
 @pytest.mark.parametrize("most", [64, 3])
 def test_attention_received_is_that_of_the_layers_themselves(repository, samples, monkeypatch, most):
     monkeypatch.setattr(video_moments, "ANSWER_TOKENS", most)
-    model, processor = load(str(repository), "dense", "cpu")
+    model, processor = load(str(repository), "cpu", nsa_variant="dense")
     config = model.generation_config
     config.suppress_tokens, config.eos_token_id = [*config.suppress_tokens, config.eos_token_id], 10**6
     inputs, _ = read(processor, samples[0]["video"], samples[0]["questions"][0]["question"])
@@ -83,7 +83,7 @@ def test_attention_received_is_that_of_the_layers_themselves(repository, samples
     assert count_hooks(model) == hooks
     length, count = inputs["input_ids"].shape[1], output.sequences.shape[1] - inputs["input_ids"].shape[1]
 
-    eager, _ = load(str(repository), "dense", "cpu")
+    eager, _ = load(str(repository), "cpu", nsa_variant="dense")
     eager.set_attn_implementation("eager")
     ids = output.sequences[:, :-1]
     whole = {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -206,7 +206,7 @@ def test_the_log_sum_exp_over_text_is_that_of_the_text_before():
 
 def test_blocks_are_counted_as_the_layers_of_merged_choose_them(repository, samples, monkeypatch):
     """The counter makes the choice again; what the attention itself chose is taken from inside of it."""
-    chat = VideoChat(*load(str(repository), "merged", "cpu"))
+    chat = VideoChat(*load(str(repository), "cpu", nsa_variant="merged"))
     choose, counted, made = nsa_merged.choose, [], []
 
     def note(*args, **kwargs):
