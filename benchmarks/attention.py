@@ -18,15 +18,16 @@ import importlib.util
 import itertools
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from common import (
     DTYPES,
     OptionParser,
+    Results,
     add_options,
     announce,
-    append_rows,
     door,
     environment,
     measure,
@@ -43,6 +44,7 @@ PASSES = ("forward", "backward", "forward+backward")
 SDPA_BACKENDS = ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
 FLASH_PACKAGES = {"FlashAttention-2": "flash_attn", "FlashAttention-3": "flash_attn_interface"}
 SMALL = 8192  # tokens up to which kernels run that are slow, or hold all scores: nsa_torch and SDPA's MATH
+WARM = 2**26  # bytes of keys and values of which an L2 cache holds the most
 OVERLAPS = [0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.96]
 CPU_LENGTHS = [256, 1024]  # in the shape of the 7B
 # What a module offers, by the parts that are timed.
@@ -102,7 +104,9 @@ def main() -> None:
     same = {"benchmark": "attention", **environment(device, args.date), **{name: getattr(args, name) for name in shape}}
     announce(same)
     for tokens in args.lengths:
-        rows = measure_length(tokens, device, args)
+        results = Results(args.output / "attention.json", {**same, "tokens": tokens})
+        for rows in measure_length(tokens, device, args):
+            results.write(rows)
         for name in args.passes:
             timed = [row for row in rows if row["pass"] == name and "ms" in row]
             for l2 in {row.get("l2") for row in timed}:
@@ -118,12 +122,12 @@ def main() -> None:
         for row in rows:
             if "skipped" in row:
                 print(f"skipped: {row['part']} {row['kernel']}, {row['pass']}: {row['skipped']}")
-        append_rows(args.output / "attention.json", [{**same, "tokens": tokens, **row} for row in rows])
+        results.write(rows)
 
 
 @torch.no_grad()
-def measure_length(tokens: int, device: torch.device, args: argparse.Namespace) -> list[dict]:
-    """Rows for all dense kernels, branches, selections and passes at one length."""
+def measure_length(tokens: int, device: torch.device, args: argparse.Namespace) -> Iterator[list[dict]]:
+    """Rows for all dense kernels, branches, selections and passes at one length: again and again all so far."""
     torch.manual_seed(0)
     new = functools.partial(torch.randn, dtype=DTYPES[args.dtype], device=device)
     token = new(tokens, args.heads, args.head_dim)
@@ -156,17 +160,21 @@ def measure_length(tokens: int, device: torch.device, args: argparse.Namespace) 
         return rows
 
     rows = dense_rows(queries(1.0), k, v, args.passes, timed)
+    yield rows
     fast = args.modules
     for module in [*fast, nsa_torch] if nsa_torch not in fast and tokens <= SMALL else fast:
         q = queries(1.0)
         lse, blocks = choose(module, q)
         random = {"selection": "random", **statistics_of(blocks)}
         rows += time_branches(module, q, lse, blocks, FUNCTIONS, random)
+        yield rows
 
     if not args.no_variants:
         rows += variant_rows(fast[0], queries(1.0), k, v, gates, args, timed)
+        yield rows
     if args.interleave:
         rows += interleaved_rows(fast, queries(1.0), k, v, gates, cu_seqlens, random, rows, args, device)
+        yield rows
     for target in args.overlaps:
         if random["overlap"] is None or target <= random["overlap"]:
             continue  # there is no choice, or random selections overlap more than that
@@ -175,9 +183,10 @@ def measure_length(tokens: int, device: torch.device, args: argparse.Namespace) 
             lse, blocks = choose(module, q)
             correlated = {"selection": f"overlap {target}", **statistics_of(blocks)}
             rows += time_branches(module, q, lse, blocks, ("selected", "whole"), correlated)
+            yield rows
         if args.interleave:
             rows += interleaved_rows(fast, q, k, v, gates, cu_seqlens, correlated, rows, args, device)
-    return rows
+            yield rows
 
 
 def load_backend(name: str):
@@ -323,20 +332,21 @@ def variant_calls(module, q, k, v, gates, sizes) -> dict[str, tuple]:
 
 def interleaved_rows(modules, q, k, v, gates, cu_seqlens, selection, rows, sizes, device) -> list[dict]:
     """The forward pass of the whole in turns with the dense kernels that have been measured, with a cold L2 cache and
-    with a warm one."""
+    with a warm one where keys and values fit in it."""
     blocking = {"block_size": sizes.block_size, "block_count": sizes.block_count, "window_size": sizes.window_size}
     calls = {
         ("whole", name_of(module)): functools.partial(module.nsa_attention, q, k, v, gates, cu_seqlens, **blocking)
         for module in modules
     }
-    possible = {row["kernel"] for row in rows if row["part"] == "dense" and "ms" in row}
+    # The note says which of the ways to call it the kernel took. Rows of earlier turns have none.
+    alone = [row for row in rows if row["part"] == "dense" and "ms" in row and "order" not in row]
+    noted = {row["kernel"]: row["note"] for row in alone}
     for name, ways in dense_calls(q, k, v).items():
-        if name in possible:
-            noted = {row.get("note") for row in rows if row["kernel"] == name}
-            call, tensors = next((call, tensors) for note, call, tensors in ways if note in noted)
+        if name in noted:
+            call, tensors = next((call, tensors) for note, call, tensors in ways if note == noted[name])
             calls["dense", name] = functools.partial(call, *tensors)
     found = []
-    for l2 in ("cold", "warm"):
+    for l2 in ("cold", "warm") if k.nbytes + v.nbytes <= WARM else ("cold",):
         times = measure_in_turns(calls, device, sizes.seconds, cold=l2 == "cold")
         for (part, kernel), figures in times.items():
             row = {"part": part, "kernel": kernel, "pass": "forward", "l2": l2, "order": "ABBA"}

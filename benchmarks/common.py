@@ -34,6 +34,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 FRAME_PAIR = (1, 16, 16)  # grid of patches of two frames of 224 x 224, which become 64 tokens
 TEXT_BEFORE = 16  # tokens before a video: the system prompt
+SLOW = 0.1  # seconds from which on a call is run a few times only
 
 # `videonsa` is the checkout that this file lies in, installed or not: import common before anything of it.
 _spec = importlib.util.spec_from_file_location("videonsa", ROOT / "__init__.py")
@@ -179,12 +180,13 @@ def environment(device: torch.device, date: str | None) -> dict:
     return found
 
 
-def measure(fn, device: torch.device, seconds: float, least: int = 10) -> dict:
+def measure(fn, device: torch.device, seconds: float, least: int | None = None) -> dict:
     """Time of fn() in ms (median, 10th and 90th percentile) after warm-up, and its peak memory.
 
-    Runs for about `seconds`, but at least `least` and at most 200 times; on a GPU each run is timed by its own pair of
-    events and finds an L2 cache that was overwritten. `peak_mb` counts what fn allocates, its result included, beyond
-    what existed before; on a CPU it is None. Without memory for fn, the row says so instead.
+    Runs for about `seconds`, but at most 200 times and at least `least` (default: 10, or 3 if a run takes more than
+    `SLOW`); on a GPU each run is timed by its own pair of events and finds an L2 cache that was overwritten. `peak_mb`
+    counts what fn allocates, its result included, beyond what existed before; on a CPU it is None. Without memory for
+    fn, the row says so instead.
     """
     cuda = device.type == "cuda"
     try:
@@ -195,13 +197,16 @@ def measure(fn, device: torch.device, seconds: float, least: int = 10) -> dict:
             torch.cuda.synchronize(device)
             before = torch.cuda.memory_allocated(device)
             torch.cuda.reset_peak_memory_stats(device)
-        start, warm = time.perf_counter(), 0
-        while warm < 2 or time.perf_counter() - start < seconds / 4:
+        start, warm, spent = time.perf_counter(), 0, 0.0
+        while spent < max(SLOW, seconds / 4) and (warm < 2 or spent < seconds / 4):
             fn()
             warm += 1
             if cuda:
                 torch.cuda.synchronize(device)
-        estimate = (time.perf_counter() - start) / warm
+            spent = time.perf_counter() - start
+        estimate = spent / warm
+        if least is None:
+            least = 3 if estimate > SLOW else 10
         peak = round((torch.cuda.max_memory_allocated(device) - before) / 1e6, 1) if cuda else None
         times = (_event_times if cuda else _clock_times)(fn, device, max(least, min(200, int(seconds / estimate))))
     except torch.OutOfMemoryError:
@@ -211,13 +216,15 @@ def measure(fn, device: torch.device, seconds: float, least: int = 10) -> dict:
 
 def measure_in_turns(calls: dict, device: torch.device, seconds: float, cold: bool = True, least: int = 6) -> dict:
     """Times of calls that are to be compared, {name: figures as of `measure`, without memory}: one after another, then
-    in reverse (A B B A), and again, so that clocks that drift favour none. With `cold` each finds an L2 cache that was
+    in reverse (A B B A), and again, so that clocks that drift favour none; fewer than `least` times each if they are
+    slow. With `cold` each finds an L2 cache that was
     overwritten, otherwise what the same call left there in an untimed run just before."""
     cuda = device.type == "cuda"
     times, failed = {name: [] for name in calls}, {}
     start = time.perf_counter()
     for round_ in itertools.count():
-        if round_ > least // 2 and (time.perf_counter() - start > seconds * len(calls) or round_ > 100):
+        spent = (time.perf_counter() - start) / len(calls)
+        if round_ > (1 if spent > 10 * SLOW else least // 2) and (spent > seconds or round_ > 100):
             break
         for name in (*calls, *reversed(calls)):
             if name not in failed:
@@ -255,20 +262,42 @@ def announce(same: dict) -> None:
     print(", ".join(f"{name} {value}" for name, value in same.items() if value is not None))
 
 
-def report_models(path: Path, columns: tuple[str, ...], same: dict, rows: list[dict]) -> None:
+class Results:
+    """Rows of one length in a JSON file, after those that it has. Each `write` replaces the last, so that a run that is
+    ended leaves what it has measured."""
+
+    def __init__(self, path: Path, same: dict):
+        self.path, self.same = path, same
+        self.before = _read_rows(path)
+
+    def write(self, rows: list[dict]) -> None:
+        _write_rows(self.path, [*self.before, *({**self.same, **row} for row in rows)])
+
+
+def report_models(results: Results, columns: tuple[str, ...], rows: list[dict]) -> None:
     """Print and keep the rows of VideoNSA and the stock model, in this order, with the speedup of the former."""
     if all("ms" in row for row in rows):
         rows[0]["speedup"] = round(rows[1]["ms"] / rows[0]["ms"], 3)
     print()
     print_table((*columns, "speedup", "skipped"), rows)
-    append_rows(path, [{**same, **row} for row in rows])
+    results.write(rows)
 
 
 def append_rows(path: Path, rows: list[dict]) -> None:
     """Add rows to a JSON list in a file, one row per line."""
+    _write_rows(path, [*_read_rows(path), *rows])
+
+
+def _read_rows(path: Path) -> list[dict]:
+    return json.loads(path.read_text()) if path.exists() else []
+
+
+def _write_rows(path: Path, rows: list[dict]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows = [*(json.loads(path.read_text()) if path.exists() else []), *rows]
-    path.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
+    # In one step: a run may be ended at any time.
+    new = path.with_name(f"{path.name}.new")
+    new.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
+    new.replace(path)
 
 
 def print_table(columns: tuple[str, ...], rows: list[dict]) -> None:

@@ -23,6 +23,7 @@ from common import (
     DTYPES,
     TEXT_BEFORE,
     OptionParser,
+    Results,
     add_model_options,
     add_options,
     announce,
@@ -70,20 +71,18 @@ def main() -> None:
     for tokens in args.lengths:
         prompt = make_prompt(models["VideoNSA"], tokens, args.question)
         calls = {name: functools.partial(first_token, model, prompt) for name, model in models.items()}
-        if device.type == "cpu":
-            figures = measure_on_cpu(calls, args.runs)
-        else:
-            figures = {name: measure(call, device, args.seconds, least=args.runs) for name, call in calls.items()}
+        on_cpu = measure_on_cpu(calls, args.runs) if device.type == "cpu" else {}
 
-        rows = []
+        results, rows = Results(args.output / "prefill.json", same), []
         for name, model in models.items():
             row = {"model": name, "kernel": kernels[name], "tokens": tokens, "text_tokens": TEXT_BEFORE + args.question}
-            row |= figures[name]
+            row |= on_cpu.get(name) or measure(calls[name], device, args.seconds, least=args.runs)
             if "ms" in row and args.new_tokens > 0:
                 row["decode_tokens_per_s"] = decoding_speed(model, prompt, args.new_tokens)
             rows.append(row)
+            results.write(rows)
         columns = ("tokens", "model", "kernel", "ms", "ms_low", "ms_high", "peak_mb", "decode_tokens_per_s")
-        report_models(args.output / "prefill.json", columns, same, rows)
+        report_models(results, columns, rows)
 
 
 def load_models(args, device: torch.device) -> dict:

@@ -15,6 +15,7 @@ import torch
 from common import (
     TEXT_BEFORE,
     OptionParser,
+    Results,
     add_model_options,
     add_options,
     announce,
@@ -54,7 +55,7 @@ def main() -> None:
         rows = [{"model": name, "kernel": kernels[name], **size, **step} for name, step in steps.items()]
         columns = ("tokens", "layers", "model", "kernel", "ms", "ms_low", "ms_high", "ms_per_layer")
         columns = (*columns, "weights_mb", "optimizer_mb", "peak_mb")
-        report_models(args.output / "train_step.json", columns, same, rows)
+        report_models(Results(args.output / "train_step.json", same), columns, rows)
 
 
 def layers_that_fit(tokens: int, args: argparse.Namespace, device: torch.device, most: int = 28) -> int:

@@ -20,13 +20,13 @@ def test_a_dry_run_walks_every_part_and_resumes(tmp_path):
     program = (FOLDER / "campaign.py", "--dry_run", "--output", tmp_path)
     done = run(*program, "--minutes", 0)
     assert done.returncode == 0, done.stderr
-    state = json.loads((tmp_path / "campaign" / "parts.json").read_text())
+    state = json.loads((tmp_path / "campaign.json").read_text())
     assert {x["result"].split(":")[0] for x in state["parts"].values()} == {"not begun", "skipped"}
 
     done = run(*program, "--resume", "--minutes", 60)
     assert done.returncode == 0, done.stderr
-    resumed = json.loads((tmp_path / "campaign" / "parts.json").read_text())
-    logs = [x.read_text() for x in (tmp_path / "campaign").glob("*.txt")]
+    resumed = json.loads((tmp_path / "campaign.json").read_text())
+    logs = (tmp_path / "campaign.txt").read_text()
     results = {x["result"].split(":")[0] for x in resumed["parts"].values()}
     assert resumed["date"] == state["date"] and results == {"finished", "skipped"}, logs
     report = (tmp_path / "campaign.md").read_text()
@@ -35,22 +35,30 @@ def test_a_dry_run_walks_every_part_and_resumes(tmp_path):
         assert what in report
 
     assert run(*program, "--resume").returncode == 0  # has nothing left to do
-    assert json.loads((tmp_path / "campaign" / "parts.json").read_text()) == resumed
+    assert json.loads((tmp_path / "campaign.json").read_text()) == resumed
 
 
 def test_a_part_that_takes_too_long_or_fails_is_said_so_and_leaves_its_output(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(f"""
-import pathlib, sys, campaign
+import pathlib, sys, time, campaign
 
 folder = pathlib.Path({str(tmp_path)!r})
+log = folder / "log.txt"
 say = "print('so far', flush=True); "
-slow = campaign.run("slow", [sys.executable, "-c", say + "import time; time.sleep(60)"], 2, folder)
+slow = campaign.run("slow", [sys.executable, "-c", say + "import time; time.sleep(60)"], 2, log)
 assert slow["result"] == "stopped after 2 s" and 2 <= slow["seconds"] < 30
-failing = campaign.run("failing", [sys.executable, "-c", say + "sys"], 30, folder)
+failing = campaign.run("failing", [sys.executable, "-c", say + "sys"], 30, log)
 assert failing["result"] == "failed: exit code 1"
-for name in ("slow", "failing"):
-    assert "so far" in (folder / (name + ".txt")).read_text()
+assert [part.count("so far") for part in log.read_text().split("# ")[1:]] == [2, 2]  # what was run, and its output
+
+# What a part has started ends with it.
+late = folder / "late.txt"
+child = "import time; time.sleep(3); open(" + repr(str(late)) + ", 'w')"
+parent = "import subprocess, sys; subprocess.run([sys.executable, '-c', " + repr(child) + "])"
+assert campaign.run("parent", [sys.executable, "-c", parent], 1, log)["result"] == "stopped after 1 s"
+time.sleep(4)
+assert not late.exists()
 """)
     done = run(script, PYTHONPATH=str(FOLDER))
     assert done.returncode == 0, done.stderr
