@@ -160,6 +160,15 @@ class WholeCheckpoint:
     Comes before the class of transformers among the bases of a model.
     """
 
+    def __init_subclass__(cls, **kwargs):
+        """Give a user's subclass the key layouts of its base: transformers looks them up by the name of a class."""
+        super().__init_subclass__(**kwargs)
+        bases = [base for base in cls.__mro__[1:] if issubclass(base, WholeCheckpoint)]
+        known = [get_checkpoint_conversion_mapping(base.__name__) for base in bases]
+        layouts = next(filter(None, known), None)
+        if layouts is not None and get_checkpoint_conversion_mapping(cls.__name__) is None:
+            register_checkpoint_conversion_mapping(cls.__name__, layouts)
+
     @classmethod
     def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
         """As in transformers, with two refusals.

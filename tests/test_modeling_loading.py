@@ -49,6 +49,19 @@ def test_model_without_head_loads_the_same_weights(checkpoints, backbone, model,
         assert all(torch.equal(value, model.model.state_dict()[key]) for key, value in loaded.state_dict().items())
 
 
+def test_a_subclass_loads_and_saves_as_its_base_does(checkpoints, backbone, model, tmp_path):
+    # transformers looks key layouts up by the name.
+    own = type(f"My{type(model).__name__}", (type(model),), {})
+    model.save_pretrained(tmp_path / "base")
+    for folder in (checkpoints[backbone], tmp_path / "base"):
+        loaded = own.from_pretrained(folder)
+        loaded.save_pretrained(tmp_path / "own")
+        saved = [load_file(tmp_path / name / "model.safetensors") for name in ("own", "base")]
+        assert saved[0].keys() == saved[1].keys()
+    state = model.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in loaded.state_dict().items())
+
+
 @pytest.mark.parametrize("made", ["loaded", "from a configuration"])
 def test_new_gates_are_small_whatever_the_initializer_range(checkpoints, made):
     folder = checkpoints["Qwen2.5-VL"]
