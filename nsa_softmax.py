@@ -372,7 +372,8 @@ def mixture(q, k, v, means, gates, chosen, block_size: int, window_size: int, sc
 
     # No tensor that has a gradient: backward calls this, and autograd does not know.
     def see(g: int, rows: slice) -> list[tuple[slice, torch.Tensor]]:
-        """For each branch, a slice that covers what these queries see, and a bias of -inf where one does not."""
+        """For each branch, a slice that covers what these queries see, and for all or the last of these a bias of -inf
+        where a query does not see one."""
         i = index[rows, None]
         n = int(i[-1]) + 1
         start = max(0, int(i[0]) - window_size + 1)
@@ -380,7 +381,9 @@ def mixture(q, k, v, means, gates, chosen, block_size: int, window_size: int, sc
         block = key[: n // block_size]
         seen = key <= i
         near = (seen & (key > i - window_size))[:, start:]
-        if chosen is not None:
+        if chosen is None:
+            seen = seen[:, int(i[0]) + 1 :]
+        else:
             seen = seen & chosen[g, rows].repeat_interleave(block_size, -1)[:, :n]
         masks = block < (i + 1) // block_size, seen, near
         biases = [torch.zeros(x.shape, dtype=dtype, device=x.device).masked_fill_(~x, -torch.inf) for x in masks]
@@ -480,7 +483,7 @@ def _branch_weights(x, k, k_means, seen, factors, room) -> tuple[torch.Tensor, .
     rows = x.flatten(0, 1)
     selection = torch.mm(rows, k[keys].T, out=_first(room, len(rows), keys.stop)).unflatten(0, x.shape[:2])
     window = selection[..., last] + last_bias
-    selection.add_(keys_bias)
+    selection[..., keys.stop - keys_bias.shape[-1] :] += keys_bias
     compression = (rows @ k_means[blocks].T).unflatten(0, x.shape[:2]).add_(blocks_bias)
 
     branches = compression, selection, window
