@@ -48,6 +48,9 @@ TILE = 16
 # Logits are multiplied by this, and weights are powers of 2: exp2 takes half the time of exp, and less than softmax.
 LOG2_E = math.log2(math.e)
 
+# Elements from which on PyTorch divides an operation among threads.
+SHARE = 2**15
+
 # By how much a logit may exceed the shift of its softmax before sums are scaled again: 2^30 is far from overflow.
 SLACK = 30
 
@@ -285,7 +288,7 @@ class _Attention(torch.autograd.Function):
                     out.index_copy_(0, rows, out.index_select(0, rows) * factor.unsqueeze(-1))
                     old = new
 
-                _exp2_(p, old)
+                _exp2_(_less(p, old))
                 total.index_add_(0, rows, p.sum(-1))
                 out.index_add_(0, rows, _rows_times(p, v[g, part.keys]))
 
@@ -315,7 +318,7 @@ class _Attention(torch.autograd.Function):
                 out = torch.zeros_like(x)
                 for part in parts:
                     rows, keys, _ = part
-                    p = _exp2_(_logits(x, k[g], part), shift.index_select(0, rows))
+                    p = _exp2_(_less(_logits(x, k[g], part), shift.index_select(0, rows)))
                     grad_rows = grad.index_select(0, rows)
                     dx = _rows_times(grad_rows, v[g, keys].T).sub_(own.index_select(0, rows)).mul_(p)
                     out.index_add_(0, rows, _rows_times(dx, k[g, keys]))
@@ -340,9 +343,17 @@ def _logits(x, k, part: Part) -> torch.Tensor:
     return logits.masked_fill_(~bias, -torch.inf) if bias.dtype == torch.bool else logits.add_(bias, alpha=LOG2_E)
 
 
-def _exp2_(logits, shift) -> torch.Tensor:
-    """2^(logits - shift), in place; shift has one dimension less, and is -inf if all logits of a row are."""
-    return logits.sub_(shift.clamp(min=torch.finfo(shift.dtype).min).unsqueeze(-1)).exp2_()
+def _less(logits, shift) -> torch.Tensor:
+    """logits - shift, in place; shift has one dimension less, and is -inf if all logits of a row are."""
+    return logits.sub_(shift.clamp(min=torch.finfo(shift.dtype).min).unsqueeze(-1))
+
+
+def _exp2_(x) -> torch.Tensor:
+    """2^x in place, in steps that at most two threads share, whole vectors each. What is left over of a share would be
+    rounded in another way, and which elements these are depends on how many rows there are."""
+    for step in x.view(-1).split(2 * SHARE):
+        step.exp2_()
+    return x
 
 
 def _rows_times(x, y) -> torch.Tensor:
@@ -372,8 +383,7 @@ def mixture(q, k, v, means, gates, chosen, block_size: int, window_size: int, sc
 
     # No tensor that has a gradient: backward calls this, and autograd does not know.
     def see(g: int, rows: slice) -> list[tuple[slice, torch.Tensor]]:
-        """For each branch, a slice that covers what these queries see, and for all or the last of these a bias of -inf
-        where a query does not see one."""
+        """For each branch the slice that these queries see, and a bias of all or the last of it, -inf where hidden."""
         i = index[rows, None]
         n = int(i[-1]) + 1
         start = max(0, int(i[0]) - window_size + 1)
@@ -490,7 +500,7 @@ def _branch_weights(x, k, k_means, seen, factors, room) -> tuple[torch.Tensor, .
     for weights, factor in zip(branches, factors, strict=True):
         # The first queries see no complete block. Elsewhere the largest weight is 1.
         if weights.numel() > 0:
-            total = _exp2_(weights, weights.amax(-1)).sum(-1).clamp_(min=1)
+            total = _less(weights, weights.amax(-1)).exp2_().sum(-1).clamp_(min=1)
             weights.mul_((factor / total).unsqueeze(-1))
     return branches
 

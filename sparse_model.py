@@ -181,6 +181,7 @@ class SparseModel(WholeCheckpoint):
             check_attention(self.config.text_config._attn_implementation, self.config.nsa_variant)
         if kwargs.get("mm_token_type_ids") is None and input_ids is not None and self._has_features(kwargs):
             kwargs["mm_token_type_ids"] = self.token_types(input_ids)  # without it, positions would be those of text
+        last = 0 if self._forward_hooks else last
         outputs = super().forward(vision_mask=vision_mask, observe=observe, last=last, **kwargs)
         return _with_gates(outputs, gates) if output_gates else outputs
 
@@ -377,9 +378,10 @@ class SparseForConditionalGeneration(WholeCheckpoint):
         """
         cache = model_kwargs.get(CACHE)
         if is_first_iteration and generation_config.prefill_chunk_size is not None and cached_length(cache) > 0:
+            # The mask is of all tokens. Where it hides none, transformers keeps its length alone.
             mask = model_kwargs.get("attention_mask")
-            is_whole = mask is None or mask.shape[1] == input_ids.shape[1]
-            new = input_ids[:, cached_length(cache) :] if is_whole else input_ids
+            length = getattr(generation_config, "_mask_length", -1) if mask is None else mask.shape[1]
+            new = input_ids[:, cached_length(cache) :] if length == input_ids.shape[1] else input_ids
             self.model.drop_cached_features(new, cache, model_kwargs)
             for kind, output in (model_kwargs.get("mm_encoder_outputs") or {}).items():
                 count = 0 if output is None else sum(map(len, output.pooler_output))

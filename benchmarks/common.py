@@ -216,9 +216,9 @@ def measure(fn, device: torch.device, seconds: float, least: int | None = None) 
 
 def measure_in_turns(calls: dict, device: torch.device, seconds: float, cold: bool = True, least: int = 6) -> dict:
     """Times of calls that are to be compared, {name: figures as of `measure`, without memory}: one after another, then
-    in reverse (A B B A), and again, so that clocks that drift favour none; fewer than `least` times each if they are
-    slow. With `cold` each finds an L2 cache that was
-    overwritten, otherwise what the same call left there in an untimed run just before."""
+    in reverse (A B B A), and again, so that clocks that drift favour none: at least `least` times each, or twice once
+    they took 10 `SLOW` each. With `cold` each finds an L2 cache that was overwritten, otherwise what the same call left
+    there in an untimed run just before."""
     cuda = device.type == "cuda"
     times, failed = {name: [] for name in calls}, {}
     start = time.perf_counter()
@@ -264,14 +264,21 @@ def announce(same: dict) -> None:
 
 class Results:
     """Rows of one length in a JSON file, after those that it has. Each `write` replaces the last, so that a run that is
-    ended leaves what it has measured."""
+    ended leaves what it has measured, and rows of an earlier attempt of the same run."""
+
+    names = ("date", "tokens", "part", "model", "kernel", "pass", "selection", "l2", "order", "layers")
 
     def __init__(self, path: Path, same: dict):
         self.path, self.same = path, same
         self.before = _read_rows(path)
 
     def write(self, rows: list[dict]) -> None:
-        _write_rows(self.path, [*self.before, *({**self.same, **row} for row in rows)])
+        rows = [{**self.same, **row} for row in rows]
+        replaced = {self._key(row) for row in rows}
+        _write_rows(self.path, [*(row for row in self.before if self._key(row) not in replaced), *rows])
+
+    def _key(self, row: dict) -> tuple:
+        return tuple(row.get(name) for name in self.names)
 
 
 def report_models(results: Results, columns: tuple[str, ...], rows: list[dict]) -> None:

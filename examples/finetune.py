@@ -165,8 +165,8 @@ class DataArguments:
     max_frames: int | None = HfArg(default=None, help="most frames of a video; longer videos are sampled more sparsely")
     max_tokens: int | None = HfArg(
         default=None,
-        help="most tokens of a video with its text, to which its frames are thinned or made smaller; as much as "
-        "--max_length, if that is above 131072 (default: the processor's)",
+        help="most tokens of a video with its text: frames are left out or made smaller to fit. Raise it for a "
+        "--max_length above 131072 (default: the processor's)",
     )
     clip_frames: list[int] | None = HfArg(
         default=None, help="fewest and most sampled frames of a video; samples with others are dropped"

@@ -126,7 +126,7 @@ def compare_answers(model, processor, samples: list[Sample], args) -> dict[str, 
 def measure(args) -> dict:
     """Measure all, and write OUTPUT: the layers before the questions are asked."""
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-    model, processor = load(args.model, args.device, **{**given_fields(args), "nsa_variant": "paper"})
+    model, processor = load(args.model, args.device, nsa_variant="paper", **given_fields(args))
     samples, drops = load_samples([args.data], processor, require_answer=False, require_media=True)
     if not samples:
         raise ValueError(f"data {args.data}: no sample can be used; {len(drops):,} are dropped")

@@ -53,11 +53,12 @@ assert failing["result"] == "failed: exit code 1"
 assert [part.count("so far") for part in log.read_text().split("# ")[1:]] == [2, 2]  # what was run, and its output
 
 # What a part has started ends with it.
-late = folder / "late.txt"
-child = "import time; time.sleep(3); open(" + repr(str(late)) + ", 'w')"
+begun, late = folder / "begun.txt", folder / "late.txt"
+child = f"import time; open({{str(begun)!r}}, 'w'); time.sleep(6); open({{str(late)!r}}, 'w')"
 parent = "import subprocess, sys; subprocess.run([sys.executable, '-c', " + repr(child) + "])"
-assert campaign.run("parent", [sys.executable, "-c", parent], 1, log)["result"] == "stopped after 1 s"
-time.sleep(4)
+assert campaign.run("parent", [sys.executable, "-c", parent], 4, log)["result"] == "stopped after 4 s"
+assert begun.exists()
+time.sleep(5)
 assert not late.exists()
 """)
     done = run(script, PYTHONPATH=str(FOLDER))

@@ -144,7 +144,7 @@ def test_hooks_around_the_last_layer_get_all_tokens(model):
         assert (few - logits(other, inputs, logits_to_keep=1)).abs().max() > 0.1
     assert seen == [length] * 4 and rows == [1, length, 1] * 2
 
-    for module in (decoder.norm, decoder):
+    for module in (decoder.norm, decoder, model.model):
         handle = module.register_forward_hook(lambda module, args, output: seen.append(output[0].shape[-2]))
         model(**inputs, logits_to_keep=1)
         handle.remove()

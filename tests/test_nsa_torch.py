@@ -328,6 +328,20 @@ def test_no_output_before_a_token_depends_on_it(branch, j, dtype):
         assert torch.equal(before[:first_seen], keys_only[:first_seen])
 
 
+@pytest.mark.parametrize("threads", [1, 3, 5])
+def test_how_many_later_queries_choose_a_block_changes_no_bit_whatever_the_threads(threads):
+    case = Case((1100,), heads=7, kv_heads=1, dim=16, block_size=64, block_count=8, window_size=64)
+    (q, k, v, gates), lengths = make_inputs(case, torch.float32)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        queries = q, perturbed(q, slice(900, None))
+        whole, other = (run_branch("whole", [x, k, v, gates], lengths, case) for x in queries)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(whole[:900], other[:900]) and not torch.equal(whole[900:], other[900:])
+
+
 @pytest.mark.parametrize("j", [16, 37, 64, 119])
 def test_no_choice_of_blocks_before_a_token_depends_on_it(j):
     (q, k, v, gates), lengths = make_inputs(LEAK_CASE)
