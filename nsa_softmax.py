@@ -45,7 +45,7 @@ FEWEST = 32
 # how many later queries choose a block changes nothing for earlier ones.
 TILE = 16
 
-# Logits are multiplied by this, and weights are powers of 2: exp2 takes half the time of exp, and less than softmax.
+# Logits are multiplied by this, and weights are powers of 2: exp2 is faster than exp and softmax.
 LOG2_E = math.log2(math.e)
 
 # Elements from which on PyTorch divides an operation among threads.
