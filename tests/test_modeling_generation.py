@@ -194,6 +194,25 @@ def test_second_turn_in_chunks_gives_what_it_gives_without_a_cache(model, turn, 
     assert_close(actual.logits, expected.logits)
 
 
+@has_chunks
+@pytest.mark.parametrize("chunk", [None, 7])
+def test_second_turn_in_chunks_may_bring_its_new_ids_alone(small, chunk):
+    first = [5, video(6, 4, 8, seed=5), 6]
+    out = generate(small, make_inputs(first))
+    whole = make_inputs([*first, out.new_tokens[0].tolist(), 3, video(6, 4, 8, seed=9), 4])
+    past = cache_of(out).get_seq_length()
+    patches = len(whole["pixel_values_videos"]) // 2
+    new = {
+        "input_ids": whole["input_ids"][:, past:],
+        "attention_mask": whole["attention_mask"],
+        "position_ids": small.model.get_rope_index(**whole)[0],
+        "pixel_values_videos": whole["pixel_values_videos"][patches:],
+        "video_grid_thw": whole["video_grid_thw"][1:],
+    }
+    actual = generate(small, new, prefill_chunk_size=chunk, **{CACHE: cache_of(out)})
+    assert_close(actual.logits, generate(small, whole).logits)
+
+
 @pytest.mark.parametrize("types", ["with types", "without types"])
 @pytest.mark.parametrize("between", [None, MIXED, TEXT], ids=["", "another with video between", "another between"])
 def test_second_text_turn_over_the_cache_needs_no_pixels(model, between, types):
