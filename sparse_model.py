@@ -371,17 +371,19 @@ class SparseForConditionalGeneration(WholeCheckpoint):
         return super().generate(**kwargs)
 
     def _prefill(self, input_ids, generation_config, model_kwargs, is_first_iteration=True):
-        """As in transformers, which in chunks gives new placeholders the features of cached images and videos.
+        """As in transformers. In chunks, it would give new image and video tokens the features of cached ones.
 
         Raises:
-            ValueError: the features are not those of the new placeholders, nor of all.
+            ValueError: the features are neither those of the new tokens nor those of all tokens.
         """
         cache = model_kwargs.get(CACHE)
-        if is_first_iteration and generation_config.prefill_chunk_size is not None and cached_length(cache) > 0:
+        in_chunks = is_first_iteration and generation_config.prefill_chunk_size is not None
+        past = cached_length(cache) if in_chunks else 0
+        if past > 0:
             # The mask is of all tokens. Where it hides none, transformers keeps its length alone.
             mask = model_kwargs.get("attention_mask")
             length = getattr(generation_config, "_mask_length", -1) if mask is None else mask.shape[1]
-            new = input_ids[:, cached_length(cache) :] if length == input_ids.shape[1] else input_ids
+            new = input_ids[:, past:] if length == input_ids.shape[1] else input_ids
             self.model.drop_cached_features(new, cache, model_kwargs)
             for kind, output in (model_kwargs.get("mm_encoder_outputs") or {}).items():
                 count = 0 if output is None else sum(map(len, output.pooler_output))

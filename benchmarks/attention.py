@@ -44,7 +44,7 @@ PASSES = ("forward", "backward", "forward+backward")
 SDPA_BACKENDS = ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
 FLASH_PACKAGES = {"FlashAttention-2": "flash_attn", "FlashAttention-3": "flash_attn_interface"}
 SMALL = 8192  # tokens up to which kernels run that are slow, or hold all scores: nsa_torch and SDPA's MATH
-WARM = 2**26  # bytes of keys and values of which an L2 cache holds the most
+WARM = 2**26  # bytes: keys and values up to this size stay in the L2 cache, nearly all
 OVERLAPS = [0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.96]
 CPU_LENGTHS = [256, 1024]  # in the shape of the 7B
 # What a module offers, by the parts that are timed.
@@ -127,7 +127,7 @@ def main() -> None:
 
 @torch.no_grad()
 def measure_length(tokens: int, device: torch.device, args: argparse.Namespace) -> Iterator[list[dict]]:
-    """Rows for all dense kernels, branches, selections and passes at one length: again and again all so far."""
+    """Rows for all dense kernels, branches, selections and passes at one length; after each group, all rows so far."""
     torch.manual_seed(0)
     new = functools.partial(torch.randn, dtype=DTYPES[args.dtype], device=device)
     token = new(tokens, args.heads, args.head_dim)

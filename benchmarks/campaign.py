@@ -22,7 +22,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
-from common import RESULTS, ROOT, OptionParser, door
+from common import RESULTS, ROOT, OptionParser, door, read_rows
 
 MINUTES = 9
 SANITIZERS = ("compute-sanitizer", "/usr/local/cuda/bin/compute-sanitizer")
@@ -172,12 +172,12 @@ def report(state: dict, folder: Path) -> str:
     """Parts and how they ended, then every figure of this run beside its prediction."""
     lines = [f"# Campaign of {state['date']}", "", "| part | result | s |", "|---|---|---|"]
     lines += [f"| {name} | {x['result']} | {x.get('seconds', '')} |" for name, x in state["parts"].items()]
-    rows = [row for name in ("attention", "prefill", "train_step") for row in read(folder / f"{name}.json")]
+    rows = [row for name in ("attention", "prefill", "train_step") for row in read_rows(folder / f"{name}.json")]
     rows = [row for row in rows if row["date"] == state["date"]]
     if rows:
         about = [rows[0].get(name) for name in ("hardware", "torch", "triton", "transformers", "commit")]
         lines += ["", ", ".join(f"{x}" for x in about if x is not None)]
-    predicted = {(x["tokens"], x["pass"], x["part"]): x for x in read(RESULTS / "predicted.json")}
+    predicted = {(x["tokens"], x["pass"], x["part"]): x for x in read_rows(RESULTS / "predicted.json")}
     columns = ("what", "kernel", "tokens", "pass", "selection", "union", "L2", "ms", "predicted", "speedup", "peak MB")
     lines += ["", "| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for row in rows:
@@ -189,10 +189,6 @@ def report(state: dict, folder: Path) -> str:
                  row.get("speedup"), row.get("peak_mb"))  # fmt: skip
         lines.append("| " + " | ".join("" if x is None else str(x) for x in cells) + " |")
     return "\n".join(lines) + "\n"
-
-
-def read(path: Path) -> list[dict]:
-    return json.loads(path.read_text()) if path.exists() else []
 
 
 if __name__ == "__main__":

@@ -270,7 +270,7 @@ class Results:
 
     def __init__(self, path: Path, same: dict):
         self.path, self.same = path, same
-        self.before = _read_rows(path)
+        self.before = read_rows(path)
 
     def write(self, rows: list[dict]) -> None:
         rows = [{**self.same, **row} for row in rows]
@@ -292,10 +292,11 @@ def report_models(results: Results, columns: tuple[str, ...], rows: list[dict]) 
 
 def append_rows(path: Path, rows: list[dict]) -> None:
     """Add rows to a JSON list in a file, one row per line."""
-    _write_rows(path, [*_read_rows(path), *rows])
+    _write_rows(path, [*read_rows(path), *rows])
 
 
-def _read_rows(path: Path) -> list[dict]:
+def read_rows(path: Path) -> list[dict]:
+    """Those of a file; none if it is missing."""
     return json.loads(path.read_text()) if path.exists() else []
 
 
