@@ -14,7 +14,6 @@ from .nsa_softmax import (
     accumulate,
     block_parts,
     by_pieces,
-    every_row,
     is_cheaper_by_parts,
     masked,
     softmax_over,
@@ -110,7 +109,7 @@ def _attend(q, k, v, text_k, text_v, seen, spread, remainder, *, block_size, blo
     text = torch.arange(last, device=q.device) < seen[:, None]  # [C, t]
 
     def text_part(rows, g):
-        return [Part(every_row(q, rows), slice(0, last), text[rows])]
+        return [Part(None, slice(0, last), text[rows])]
 
     if n <= block_count * block_size:
         # All blocks are chosen.
@@ -142,7 +141,7 @@ def _attend(q, k, v, text_k, text_v, seen, spread, remainder, *, block_size, blo
         found = text_part(rows, g) + block_parts(chosen[g, rows], index[rows], block_size, start=last)
         if remainder:
             bias = keys.new_full((), math.log(block_size)).where(rest[g, rows], -torch.inf)
-            found.append(Part(every_row(q, rows), slice(last + n, len(keys)), bias))
+            found.append(Part(None, slice(last + n, len(keys)), bias))
         return found
 
     own = block_size * chosen.sum().item() / chosen.numel()

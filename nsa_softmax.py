@@ -12,8 +12,8 @@ There are two ways to compute a softmax over some of the keys:
   band of keys (`bands`), or any with a mask (`masked`). It multiplies more, but each product takes less time. It has no
   lse.
 
-A third one, `mixture`, computes the gated sum of the paper's three branches. One product with all keys up to the query
-and one with all values serve them all. It has no lse.
+A third one, `mixture`, computes the gated sum of the paper's three branches. Near the queries one product with the keys
+and one with the values serve selection and window; before, the selection takes parts. It has no lse.
 """
 
 import math
@@ -37,9 +37,9 @@ RUN = 32
 # Queries that share a mask.
 MASKED = 256
 
-# Attention scores of a KV head that `mixture` holds at a time, if that is not too few queries for a product.
-MIXED = 2**19
-FEWEST = 32
+# Queries of `mixture` that share the keys near them, and keys before these that share a product.
+NEAR = 128
+FAR = 512
 
 # Queries of a product with gathered rows. The number is fixed, since the rounding of a product depends on its shape:
 # how many later queries choose a block changes nothing for earlier ones.
@@ -51,10 +51,10 @@ LOG2_E = math.log2(math.e)
 # Elements from which on PyTorch divides an operation among threads.
 SHARE = 2**15
 
-# By how much a logit may exceed the shift of its softmax before sums are scaled again: 2^30 is far from overflow.
-SLACK = 30
+# The most that a part may add to a sum of weights before their shift follows: far from overflow, and seldom exceeded.
+MAX_SUM = 2.0**64
 
-# Share of the keys before the queries that are chosen, below which gathering rows takes less time than all keys.
+# Share of all blocks so far that are chosen, below which gathering rows takes less time than all keys.
 GATHER_BELOW = 0.7
 # The same for 16-bit floats where AMX multiplies them: fused attention has it, gathering does not.
 GATHER_BELOW_AMX = 0.35
@@ -160,14 +160,9 @@ def stream_index(q: torch.Tensor, first: int) -> torch.Tensor:
 class Part(NamedTuple):
     """Some queries of a chunk, and the keys that they see, except where `bias` hides one."""
 
-    rows: torch.Tensor  # int64 [m], of the chunk's c queries; c stands for none
+    rows: torch.Tensor | None  # int64 [m], of the chunk's c queries; c stands for none. None: all of them
     keys: slice
-    bias: torch.Tensor | None  # bool [m, keys], False where hidden; or floating-point, added to the logits
-
-
-def every_row(q: torch.Tensor, rows: slice) -> torch.Tensor:
-    """The `rows` of a part that all queries of a chunk see."""
-    return torch.arange(rows.stop - rows.start, device=q.device)
+    bias: torch.Tensor | None = None  # bool [m, keys], False where hidden; or floating-point, added to the logits
 
 
 def block_parts(chosen: torch.Tensor, index: torch.Tensor, block_size: int, start: int = 0) -> list[Part]:
@@ -177,7 +172,6 @@ def block_parts(chosen: torch.Tensor, index: torch.Tensor, block_size: int, star
         chosen: bool [c, blocks]; index: int64 [c], where the queries stand.
         start: Where the stream starts among the keys.
     """
-    first = int(index[0])
     n = int(index[-1]) + 1
     index = pad(index, (0, 1), value=-1)
     parts = []
@@ -187,6 +181,7 @@ def block_parts(chosen: torch.Tensor, index: torch.Tensor, block_size: int, star
         if len(rows) == 0 or j * block_size >= n:
             continue
 
+        first = int(index[rows[0]])
         rows = pad(rows, (0, -len(rows) % TILE), value=len(index) - 1)
         bias = None
         if stop > first + 1:
@@ -218,12 +213,9 @@ def has_amx(dtype: torch.dtype) -> bool:
     return torch.cpu.get_capabilities().get(name, False)
 
 
-def is_cheaper_at_once(q: torch.Tensor, chosen: torch.Tensor | None, keys: int, block_size: int) -> bool:
-    """Whether `mixture` takes less time than each branch by itself, for chosen blocks bool [G, C, blocks], or all."""
-    if q.device.type != "cpu" or has_amx(q.dtype):
-        # Fused attention is faster.
-        return False
-    return chosen is None or not is_cheaper_by_parts(chosen, stream_index(q, keys - len(q)), block_size, q.dtype)
+def is_cheaper_at_once(q: torch.Tensor) -> bool:
+    """Whether `mixture` takes less time than each branch by itself: where fused attention is no faster."""
+    return q.device.type == "cpu" and not has_amx(q.dtype)
 
 
 def softmax_over(
@@ -257,9 +249,6 @@ def softmax_over(
 class _Attention(torch.autograd.Function):
     """o = Σ p_j v_j and lse = log Σ exp(x_j), with x_j = scale q·k_j + bias_j and p_j = exp(x_j - lse), over the keys j
     of all parts in which a query is a row. Chunks are (queries, their heads, KV head, parts).
-
-    With y_j = x_j / log 2, part by part, out = Σ 2^(y_j - shift) v_j and total = Σ 2^(y_j - shift); shift follows the
-    largest y_j so far.
     """
 
     @staticmethod
@@ -269,78 +258,123 @@ class _Attention(torch.autograd.Function):
         k, v = k.transpose(0, 1).contiguous(), v.transpose(0, 1).contiguous()  # [G, n, D]
 
         for queries, heads, g, parts in chunks:
-            x = _with_none(q[queries, heads] * (scale * LOG2_E))  # [c + 1, r, D]
-            out = torch.zeros_like(x)
-            total = x.new_zeros(x.shape[:2])
-            shift = x.new_full(x.shape[:2], -torch.inf)
-
-            for part in parts:
-                rows = part.rows
-                p = _logits(x, k[g], part)
-                top = p.amax(-1)  # [m, r]
-                old = shift.index_select(0, rows)
-                rises = top > old + SLACK
-                if rises.any():
-                    new = torch.where(rises, top, old)
-                    factor = (old - new).exp2_().nan_to_num_(1.0)
-                    shift.index_copy_(0, rows, new)
-                    total.index_copy_(0, rows, total.index_select(0, rows) * factor)
-                    out.index_copy_(0, rows, out.index_select(0, rows) * factor.unsqueeze(-1))
-                    old = new
-
-                _exp2_(_less(p, old))
-                total.index_add_(0, rows, p.sum(-1))
-                out.index_add_(0, rows, _rows_times(p, v[g, part.keys]))
-
-            o[queries, heads] = out.div_(total.masked_fill(total == 0, 1).unsqueeze(-1))[:-1]
-            lse[queries, heads] = (shift + total.log2()).div_(LOG2_E)[:-1]
+            out, total, shift = _sums(q[queries, heads] * (scale * LOG2_E), k[g], v[g], parts)
+            o[queries, heads] = out.div_(total.masked_fill(total == 0, 1).unsqueeze(-1))
+            lse[queries, heads] = shift + total.log2()
 
         ctx.save_for_backward(q, k, v, o, lse)
         ctx.scale, ctx.chunks = scale, chunks
+        lse = lse / LOG2_E
         ctx.mark_non_differentiable(lse)
         return o, lse
 
     @staticmethod
     @once_differentiable
     def backward(ctx, do, _):
-        """dv_j = Σ p_j do, dx_j = p_j (do·v_j - do·o), dq = scale Σ dx_j k_j, dk_j = scale Σ dx_j q."""
         q, k, v, o, lse = ctx.saved_tensors
         dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
 
         # autograd runs this under the autocast of the loss.
         with torch.autocast(q.device.type, enabled=False):
             for queries, heads, g, parts in ctx.chunks:
-                x = _with_none(q[queries, heads] * (ctx.scale * LOG2_E))
-                grad = _with_none(do[queries, heads])
-                own = (grad * _with_none(o[queries, heads])).sum(-1, keepdim=True)
-                shift = _with_none(lse[queries, heads].unsqueeze(-1)).squeeze(-1) * LOG2_E
-
-                out = torch.zeros_like(x)
-                for part in parts:
-                    rows, keys, _ = part
-                    p = _exp2_(_less(_logits(x, k[g], part), shift.index_select(0, rows)))
-                    grad_rows = grad.index_select(0, rows)
-                    dx = _rows_times(grad_rows, v[g, keys].T).sub_(own.index_select(0, rows)).mul_(p)
-                    out.index_add_(0, rows, _rows_times(dx, k[g, keys]))
-                    dk[g, keys].addmm_(dx.flatten(0, 1).T, x.index_select(0, rows).flatten(0, 1))
-                    dv[g, keys].addmm_(p.flatten(0, 1).T, grad_rows.flatten(0, 1))
-                dq[queries, heads] = out[:-1].mul_(ctx.scale)
+                x, grad = q[queries, heads] * (ctx.scale * LOG2_E), do[queries, heads]
+                own = (grad * o[queries, heads]).sum(-1)
+                dx = _sums_gradients(x, k[g], v[g], parts, lse[queries, heads], grad, own, dk[g], dv[g])
+                dq[queries, heads] = dx.mul_(ctx.scale)
             dk.div_(LOG2_E)
         return dq, dk.transpose(0, 1), dv.transpose(0, 1), None, None
 
 
+def _sums(x, k, v, parts: list[Part]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Σ 2^(y_j - shift) v_j [c, r, D], Σ 2^(y_j - shift) [c, r] and shift [c, r], over the keys j of all parts in which
+    a query is a row, for y_j = x·k_j + bias_j / log 2; x [c, r, D] is scaled by `LOG2_E`, too.
+
+    The shift of a row is the largest y_j of its first part. It rises where a part adds more than `MAX_SUM`.
+    """
+    x = _with_none(x)
+    out = torch.zeros_like(x)
+    total = x.new_zeros(x.shape[:2])
+    shift = x.new_full(x.shape[:2], -torch.inf)
+
+    for part in parts:
+        rows = part.rows
+        old = _take(shift, rows)
+        rises = old == -torch.inf
+        if part is not parts[0]:
+            p = _weights(_logits(x, k, part), old)
+            added = p.sum(-1)
+            # Infinite where a row has no shift yet.
+            rises = added > MAX_SUM
+        if rises.any():
+            p = _logits(x, k, part)
+            new = p.amax(-1).where(rises, old)
+            before = shift.clone()
+            _put(shift, rows, new)
+            # Of all queries: what a factor is rounded to depends on how many there are.
+            factor = (before - shift).exp2_().nan_to_num_(1.0)
+            total *= factor
+            out *= factor.unsqueeze(-1)
+            added = _weights(p, new).sum(-1)
+        _add(total, rows, added)
+        _add(out, rows, _times(p, v[part.keys], rows))
+    return out[:-1], total[:-1], shift[:-1]
+
+
+def _sums_gradients(x, k, v, parts: list[Part], shift, grad, own, dk, dv) -> torch.Tensor:
+    """Returns dq / scale [c, r, D] and adds to dk, times `LOG2_E`, and to dv, for p_j = 2^(y_j - shift).
+
+    Args:
+        grad: [c, r, D], the gradient of Σ p_j v_j.
+        own: [c, r], Σ p_j grad·v_j over all keys of the softmax, also those of no part.
+
+    dv_j = Σ p_j grad, dy_j = p_j (grad·v_j - own), dq = scale Σ dy_j k_j, dk_j = scale Σ dy_j q.
+    """
+    x, grad, own, shift = (_with_none(y) for y in (x, grad, own, shift))
+    dx = torch.zeros_like(x)
+    for part in parts:
+        rows, keys, _ = part
+        p = _weights(_logits(x, k, part), _take(shift, rows))
+        grad_rows = _take(grad, rows)
+        dy = _less(_times(grad_rows, v[keys].T, rows), _take(own, rows)).mul_(p)
+        _add(dx, rows, _times(dy, k[keys], rows))
+        dk[keys].addmm_(dy.flatten(0, 1).T, _take(x, rows).flatten(0, 1))
+        dv[keys].addmm_(p.flatten(0, 1).T, grad_rows.flatten(0, 1))
+    return dx[:-1]
+
+
 def _with_none(x) -> torch.Tensor:
-    """[c, r, D] -> [c + 1, r, D], with zeros for a row that stands for none."""
-    return pad(x, (0, 0, 0, 0, 0, 1))
+    """[c, ...] -> [c + 1, ...], with zeros for a row that stands for none."""
+    return torch.cat([x, x.new_zeros(1, *x.shape[1:])])
+
+
+def _take(x, rows) -> torch.Tensor:
+    """Some rows of x [c + 1, ...], or all but the last."""
+    return x[:-1] if rows is None else x.index_select(0, rows)
+
+
+def _put(x, rows, y) -> None:
+    x[:-1].copy_(y) if rows is None else x.index_copy_(0, rows, y)
+
+
+def _add(x, rows, y) -> None:
+    x[:-1].add_(y) if rows is None else x.index_add_(0, rows, y)
 
 
 def _logits(x, k, part: Part) -> torch.Tensor:
     """x [c + 1, r, D], scaled by `LOG2_E`, too, and k [n, D] -> [m, r, keys]"""
-    logits = _rows_times(x.index_select(0, part.rows), k[part.keys].T)
+    logits = _times(_take(x, part.rows), k[part.keys].T, part.rows)
     if part.bias is None:
         return logits
     bias = part.bias.unsqueeze(1)
     return logits.masked_fill_(~bias, -torch.inf) if bias.dtype == torch.bool else logits.add_(bias, alpha=LOG2_E)
+
+
+def _weights(logits, shift) -> torch.Tensor:
+    """2^(logits - shift), in place, in steps that at most two threads share, whole vectors each. What is left over of a
+    share would be rounded in another way, and which elements these are depends on how many rows there are."""
+    for step in _less(logits, shift).view(-1).split(2 * SHARE):
+        step.exp2_()
+    return logits
 
 
 def _less(logits, shift) -> torch.Tensor:
@@ -348,18 +382,10 @@ def _less(logits, shift) -> torch.Tensor:
     return logits.sub_(shift.clamp(min=torch.finfo(shift.dtype).min).unsqueeze(-1))
 
 
-def _exp2_(x) -> torch.Tensor:
-    """2^x in place, in steps that at most two threads share, whole vectors each. What is left over of a share would be
-    rounded in another way, and which elements these are depends on how many rows there are."""
-    for step in x.view(-1).split(2 * SHARE):
-        step.exp2_()
-    return x
-
-
-def _rows_times(x, y) -> torch.Tensor:
-    """x [m, r, a], y [a, b] -> [m, r, b]; in products of whole tiles, if m is a multiple of them."""
+def _times(x, y, rows=None) -> torch.Tensor:
+    """x [m, r, a], y [a, b] -> [m, r, b]; in products of whole tiles if only some rows are given."""
     m, r, _ = x.shape
-    if m % TILE:
+    if rows is None:
         return (x.flatten(0, 1) @ y).unflatten(0, (m, r))
     return torch.bmm(x.view(m // TILE, TILE * r, -1), y.expand(m // TILE, -1, -1)).view(m, r, -1)
 
@@ -377,132 +403,165 @@ def mixture(q, k, v, means, gates, chosen, block_size: int, window_size: int, sc
         gates: [C, H, 3].
         chosen: Blocks of the selection, bool [G, C, blocks], or None for all.
     """
-    groups, dtype = k.shape[1], k.dtype
-    index = stream_index(q, len(k) - len(q))
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    first, groups = len(k) - len(q), k.shape[1]
+    index = stream_index(q, first)
+    block = torch.arange((len(k) - 1) // block_size + 1, device=q.device)
+    # Fewer queries at a time if the window is very large.
+    step = max(1, min(NEAR, MAX_SCORES * groups // (q.shape[1] * (window_size + NEAR))))
+    # Keys near a query begin with the block where the window of the first of its `step` queries does.
+    starts = (index - (index - first) % step - window_size + 1).clamp(min=0) // block_size * block_size  # [C]
 
-    # No tensor that has a gradient: backward calls this, and autograd does not know.
-    def see(g: int, rows: slice) -> list[tuple[slice, torch.Tensor]]:
-        """For each branch the slice that these queries see, and a bias of all or the last of it, -inf where hidden."""
+    few = slices(len(q), step)
+    gather = chosen is not None and is_cheaper_by_parts(chosen, index, block_size, q.dtype)
+    turns = [(slice(0, len(q)), few)] if gather else [(rows, [rows]) for rows in few]
+
+    # No tensor that has a gradient in these: backward calls them, and autograd does not know.
+    def see_far(g: int, rows: slice) -> list[Part]:
+        """The selection's parts before the keys near these queries."""
+        if gather:
+            return block_parts(chosen[g] & (block * block_size < starts[:, None]), index, block_size)
+        keys = slices(int(starts[rows.start]), max(FAR, block_size))
+        if chosen is None:
+            return [Part(None, x) for x in keys]
+        visible = chosen[g, rows].repeat_interleave(block_size, -1)
+        return [Part(None, x, visible[:, x]) for x in keys]
+
+    def see_near(g: int, rows: slice) -> tuple:
+        """The blocks whose means these queries see, and which each does; the keys near them, and which of these the
+        selection and the window do: (slice, bool [c, blocks]), (slice, bool [c, keys], bool [c, keys])."""
         i = index[rows, None]
         n = int(i[-1]) + 1
-        start = max(0, int(i[0]) - window_size + 1)
-        key = torch.arange(n, device=index.device)
-        block = key[: n // block_size]
-        seen = key <= i
-        near = (seen & (key > i - window_size))[:, start:]
-        if chosen is None:
-            seen = seen[:, int(i[0]) + 1 :]
-        else:
-            seen = seen & chosen[g, rows].repeat_interleave(block_size, -1)[:, :n]
-        masks = block < (i + 1) // block_size, seen, near
-        biases = [torch.zeros(x.shape, dtype=dtype, device=x.device).masked_fill_(~x, -torch.inf) for x in masks]
-        return list(zip((slice(0, len(block)), slice(0, n), slice(start, n)), biases, strict=True))
+        start = int(starts[rows.start])
+        key = torch.arange(start, n, device=q.device)
+        selected = key <= i
+        last = selected & (key > i - window_size)
+        if chosen is not None:
+            selected &= chosen[g, rows, start // block_size :].repeat_interleave(block_size, -1)[:, : n - start]
+        complete = block[: n // block_size] < (i + 1) // block_size
+        return (slice(0, n // block_size), complete), (slice(start, n), selected, last)
 
-    q, gates = (x.unflatten(1, (groups, -1)).permute(1, 2, 0, 3).to(dtype).contiguous() for x in (q, gates))
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     k, v, *means = (x.transpose(0, 1).contiguous() for x in (k, v, *means))
-    o = _Mixture.apply(q, k, v, *means, gates, scale, see)
-    return o.permute(2, 0, 1, 3).flatten(1, 2)
+    return _Mixture.apply(q.to(k.dtype), k, v, *means, gates.to(k.dtype), scale, turns, see_far, see_near)
 
 
 class _Mixture(torch.autograd.Function):
-    """o = Σ_b gate_b p_b v_b, with p_b = softmax(scale q·k_bᵀ + bias_b); branches are block means, keys, the last keys.
+    """o = Σ_b gate_b p_b v_b, with p_b = softmax(scale q·k_bᵀ) where seen; branches: means, chosen, last keys.
 
-    q [G, r, C, D], k and v [G, n, D], their means [G, blocks, D], gates [G, r, C, 3]; see(g, rows) as in `mixture`.
+    q [C, H, D], k and v [G, n, D], their means [G, blocks, D], gates [C, H, 3]. Turns are (queries, slices of them);
+    see_far(g, queries) and see_near(g, slice) as in `mixture`.
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, k_means, v_means, gates, scale, see):
-        o = torch.empty_like(q)
-        for g, rows, x, room in _few_queries(q, k, scale):
-            (blocks, _), (keys, _), (last, _) = seen = see(g, rows)
-            factors = gates[g, :, rows].unbind(-1)
-            compression, selection, window = _branch_weights(x, k[g], k_means[g], seen, factors, room[0])
+    def forward(ctx, q, k, v, k_means, v_means, gates, scale, turns, see_far, see_near):
+        o, tops, totals = torch.empty_like(q), q.new_empty(q.shape[:2]), q.new_empty(q.shape[:2])
+        # What the selection sees far from the queries, which the gradient needs.
+        far = torch.empty_like(q) if any(ctx.needs_input_grad) else None
 
-            # The last keys are among all keys.
-            selection[..., last].add_(window)
-            out = selection.flatten(0, 1) @ v[g, keys]
-            out.addmm_(compression.flatten(0, 1), v_means[g, blocks])
-            o[g, :, rows] = out.view_as(x)
+        for g, heads, queries, few in _heads_and_turns(len(k), q.shape[1], turns):
+            xs = q[queries, heads] * (scale * LOG2_E)
+            sums = _sums(xs, k[g], v[g], see_far(g, queries))
+            for rows, within in few:
+                out, total, shift = (y[within] for y in sums)
+                seen = see_near(g, rows)
+                (blocks, _), (keys, _, _) = seen
+                factors = gates[rows, heads].unsqueeze(-1).unbind(-2)  # 3 x [c, r, 1]
+                compression, selection, window = _near_logits(xs[within], k[g], k_means[g], seen)
 
-        ctx.save_for_backward(q, k, v, k_means, v_means, gates)
-        ctx.scale, ctx.see = scale, see
+                top = torch.maximum(selection.amax(-1), shift)
+                rest = (shift - top).exp2_()
+                total = _weights(selection, top).sum(-1).addcmul_(total, rest)
+                tops[rows, heads], totals[rows, heads] = top, total
+                out *= (rest / total).unsqueeze(-1)
+                if far is not None:
+                    far[rows, heads] = out
+
+                selection.mul_(factors[1] / total.unsqueeze(-1)).add_(_softmax(window, factors[2]))
+                out = (out * factors[1]).add_(_times(selection, v[g, keys]))
+                o[rows, heads] = out.add_(_times(_softmax(compression, factors[0]), v_means[g, blocks]))
+
+        ctx.save_for_backward(q, k, v, k_means, v_means, gates, far, tops, totals)
+        ctx.scale, ctx.turns, ctx.see_far, ctx.see_near = scale, turns, see_far, see_near
         return o
 
     @staticmethod
     @once_differentiable
     def backward(ctx, do):
         """With w_b = do·v_bᵀ: dgate_b = Σ p_b w_b, and the gradient of the logits is gate_b p_b (w_b - dgate_b)."""
-        q, k, v, k_means, v_means, gates = ctx.saved_tensors
+        q, k, v, k_means, v_means, gates, far, tops, totals = ctx.saved_tensors
         dq, dgates = torch.empty_like(q), torch.empty_like(gates)
         dk, dv, dk_means, dv_means = (torch.zeros_like(x) for x in (k, v, k_means, v_means))
 
         # autograd runs this under the autocast of the loss.
         with torch.autocast(q.device.type, enabled=False):
-            for g, rows, x, room in _few_queries(q, k, ctx.scale):
-                (blocks, _), (keys, _), (last, _) = seen = ctx.see(g, rows)
-                p = compression, selection, window = _branch_weights(x, k[g], k_means[g], seen, (1, 1, 1), room[0])
-                x, grad = x.flatten(0, 1), do[g, :, rows].flatten(0, 1)
+            for g, heads, queries, few in _heads_and_turns(len(k), q.shape[1], ctx.turns):
+                xs = q[queries, heads] * (ctx.scale * LOG2_E)
+                for rows, within in few:
+                    x, grad = xs[within], do[rows, heads]
+                    seen = ctx.see_near(g, rows)
+                    (blocks, _), (keys, _, _) = seen
+                    compression, selection, window = _near_logits(x, k[g], k_means[g], seen)
+                    _weights(selection, tops[rows, heads]).div_(totals[rows, heads].unsqueeze(-1))
+                    p = _softmax(compression), selection, _softmax(window)
 
-                of_keys = torch.mm(grad, v[g, keys].T, out=_first(room[1], len(x), keys.stop)).view_as(selection)
-                of_blocks = (grad @ v_means[g, blocks].T).view_as(compression)
-                w = of_blocks, of_keys, of_keys[..., last].clone()
-                for b in range(len(p)):
-                    gate = gates[g, :, rows, b, None]
-                    total = (p[b] * w[b]).sum(-1, keepdim=True)
-                    dgates[g, :, rows, b] = total.squeeze(-1)
-                    w[b].sub_(total).mul_(p[b].mul_(gate))
-                selection[..., last] += window
-                of_keys[..., last] += w[2]
+                    of_blocks, of_keys = _times(grad, v_means[g, blocks].T), _times(grad, v[g, keys].T)
+                    w = of_blocks, of_keys, of_keys.clone()
+                    dgate = torch.stack([(x * y).sum(-1) for x, y in zip(p, w, strict=True)], -1)
+                    dgate[..., 1] += (grad * far[rows, heads]).sum(-1)
+                    dgates[rows, heads] = dgate
+                    for b, gate in enumerate(gates[rows, heads].unsqueeze(-1).unbind(-2)):
+                        _less(w[b], dgate[..., b]).mul_(p[b].mul_(gate))
+                    selection += window
+                    of_keys += w[2]
 
-                out = torch.zeros_like(x)
-                for weights, dx, part, x_k, dx_k, dx_v in (
-                    (compression, of_blocks, blocks, k_means, dk_means, dv_means),
-                    (selection, of_keys, keys, k, dk, dv),
-                ):
-                    dx = dx.flatten(0, 1)
-                    out.addmm_(dx, x_k[g, part])
-                    dx_k[g, part].addmm_(dx.T, x)
-                    dx_v[g, part].addmm_(weights.flatten(0, 1).T, grad)
-                dq[g, :, rows] = out.mul_(ctx.scale).unflatten(0, selection.shape[:2])
+                    dx = torch.zeros_like(x)
+                    for weights, dy, part, x_k, dx_k, dx_v in (
+                        (compression, of_blocks, blocks, k_means, dk_means, dv_means),
+                        (selection, of_keys, keys, k, dk, dv),
+                    ):
+                        dx += _times(dy, x_k[g, part])
+                        dx_k[g, part].addmm_(dy.flatten(0, 1).T, x.flatten(0, 1))
+                        dx_v[g, part].addmm_(weights.flatten(0, 1).T, grad.flatten(0, 1))
+                    dq[rows, heads] = dx
+
+                # Weights relative to the largest logit: their log-sum-exp would round large ones.
+                factor = gates[queries, heads, 1] / totals[queries, heads]
+                grad, own = do[queries, heads] * factor.unsqueeze(-1), dgates[queries, heads, 1] * factor
+                parts, top = ctx.see_far(g, queries), tops[queries, heads]
+                dq[queries, heads] += _sums_gradients(xs, k[g], v[g], parts, top, grad, own, dk[g], dv[g])
+            dq.mul_(ctx.scale)
             dk.div_(LOG2_E)
             dk_means.div_(LOG2_E)
-        return dq, dk, dv, dk_means, dv_means, dgates, None, None
+        return dq, dk, dv, dk_means, dv_means, dgates, None, None, None, None
 
 
-def _few_queries(q, k, scale: float) -> Iterator[tuple]:
-    """KV head, slice of its queries, these scaled [r, c, D] (by `LOG2_E`, too), and room for two tensors of scores."""
-    groups, r, count, _ = q.shape
-    n = k.shape[1]
-    step = min(count, max(FEWEST, MIXED // (r * n)))
-    # Memory that is reused: new memory costs as much as a tenth of the products.
-    room = k.new_empty(2, r * step * n)
+def _heads_and_turns(groups: int, heads: int, turns) -> Iterator[tuple]:
+    """(KV head, its query heads, queries, a few of them at a time) for each KV head and turn; the few as a slice of all
+    queries, and one of these."""
+    r = heads // groups
     for g in range(groups):
-        for rows in slices(count, step):
-            yield g, rows, q[g, :, rows] * (scale * LOG2_E), room
+        for queries, slices_ in turns:
+            few = [(rows, slice(rows.start - queries.start, rows.stop - queries.start)) for rows in slices_]
+            yield g, slice(g * r, (g + 1) * r), queries, few
 
 
-def _first(room, rows: int, keys: int) -> torch.Tensor:
-    """The first scores of a room, [rows, keys]."""
-    return room[: rows * keys].view(rows, keys)
+def _near_logits(x, k, k_means, seen) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The logits of each branch [c, r, means or keys], near x [c, r, D]."""
+    (blocks, complete), (keys, selected, last) = seen
+    biases = [x.new_zeros(y.shape).masked_fill_(~y, -torch.inf).unsqueeze(1) for y in (complete, selected, last)]
+    compression = _times(x, k_means[blocks].T).add_(biases[0])
+    selection = _times(x, k[keys].T)
+    window = selection + biases[2]
+    return compression, selection.add_(biases[1]), window
 
 
-def _branch_weights(x, k, k_means, seen, factors, room) -> tuple[torch.Tensor, ...]:
-    """The softmax of each branch times its factor, [r, c, means or keys]; that of all keys lies in the room."""
-    (blocks, blocks_bias), (keys, keys_bias), (last, last_bias) = seen
-    rows = x.flatten(0, 1)
-    selection = torch.mm(rows, k[keys].T, out=_first(room, len(rows), keys.stop)).unflatten(0, x.shape[:2])
-    window = selection[..., last] + last_bias
-    selection[..., keys.stop - keys_bias.shape[-1] :] += keys_bias
-    compression = (rows @ k_means[blocks].T).unflatten(0, x.shape[:2]).add_(blocks_bias)
-
-    branches = compression, selection, window
-    for weights, factor in zip(branches, factors, strict=True):
-        # The first queries see no complete block. Elsewhere the largest weight is 1.
-        if weights.numel() > 0:
-            total = _less(weights, weights.amax(-1)).exp2_().sum(-1).clamp_(min=1)
-            weights.mul_((factor / total).unsqueeze(-1))
-    return branches
+def _softmax(logits, factor=1) -> torch.Tensor:
+    """The softmax times a factor [c, r, 1], in place; 0 where no key is seen."""
+    if logits.shape[-1] == 0:
+        return logits
+    # Where a key is seen, the largest weight is 1.
+    total = _weights(logits, logits.amax(-1)).sum(-1, keepdim=True).clamp_(min=1)
+    return logits.mul_(factor / total)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

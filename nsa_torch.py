@@ -29,7 +29,6 @@ from .nsa_softmax import (
     by_pieces,
     causal,
     chunks,
-    every_row,
     is_cheaper_at_once,
     is_cheaper_by_parts,
     masked,
@@ -83,7 +82,7 @@ def nsa_attention(
         chosen = None
         if len(k) > block_count * block_size:
             chosen = choose(q, k, block_size=block_size, block_count=block_count, scale=scale)
-        if is_cheaper_at_once(q, chosen, len(k), block_size):
+        if is_cheaper_at_once(q):
             return (mixture(q, k, v, means, gates, chosen, block_size, window_size, scale),)
 
         compression, selection, window = accumulate(gates).to(k.dtype).unsqueeze(-1).unbind(-2)  # 3 x [C, H, 1]
@@ -224,7 +223,7 @@ def window_attention(
             seen = slice(max(0, first + rows.start - window_size + 1), first + rows.stop)
             key = torch.arange(seen.start, seen.stop, device=q.device)
             i = index[rows, None]
-            return [Part(every_row(q, rows), seen, (key <= i) & (key > i - window_size))]
+            return [Part(None, seen, (key <= i) & (key > i - window_size))]
 
         return softmax_over(q, k, v, scale, parts, step=RUN)
 
@@ -243,7 +242,7 @@ def see_means(q, k, v, first, block_size, scale):
 
     def parts(rows, g):
         seen = slice(0, (first + rows.stop) // block_size)
-        return [Part(every_row(q, rows), seen, block[seen] < complete[rows])]
+        return [Part(None, seen, block[seen] < complete[rows])]
 
     return softmax_over(q, k, v, scale, parts, keys=len(k))
 
@@ -313,7 +312,7 @@ def _selected(q, k, v, chosen, block_size, scale, with_lse=True):
         if q.device.type != "cpu":
             # A GPU would wait for itself at every block.
             visible = visible_keys(chosen[g : g + 1, rows], index[rows], block_size)[0]
-            return [Part(every_row(q, rows), slice(0, visible.shape[-1]), visible)]
+            return [Part(None, slice(0, visible.shape[-1]), visible)]
         return block_parts(chosen[g, rows], index[rows], block_size)
 
     keys = len(k) if q.device.type != "cpu" else block_size * chosen.sum().item() / chosen.numel()

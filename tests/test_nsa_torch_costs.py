@@ -108,15 +108,22 @@ def whole(tensors, lengths):
 
 
 @pytest.mark.parametrize(
-    "below, faster, used", [(0.0, False, "mixture"), (0.0, True, "masked"), (2.0, True, "block_parts")]
+    "below, faster, module, used",
+    [
+        (0.0, False, nsa_torch, "mixture"),
+        (2.0, False, nsa_softmax, "block_parts"),
+        (0.0, True, nsa_torch, "masked"),
+        (2.0, True, nsa_torch, "block_parts"),
+    ],
 )
-def test_each_way_gives_the_sum_of_the_branches(below, faster, used, monkeypatch):
+def test_each_way_gives_the_sum_of_the_branches(below, faster, module, used, monkeypatch):
     monkeypatch.setattr(nsa_softmax, "GATHER_BELOW", below)
     monkeypatch.setattr(nsa_softmax, "GATHER_BELOW_AMX", below)
     monkeypatch.setattr(nsa_softmax, "has_amx", lambda dtype: faster)
     monkeypatch.setattr(nsa_softmax, "PIECE", 64)
-    monkeypatch.setattr(nsa_softmax, "MIXED", 50 * 2 * 64)
-    calls = count_calls(monkeypatch, used)
+    monkeypatch.setattr(nsa_softmax, "NEAR", 50)
+    monkeypatch.setattr(nsa_softmax, "FAR", 32)
+    calls = count_calls(monkeypatch, used, module)
     tensors, lengths, ends = make((300, 65), (280, 20), 4, 2)
     q, k, v, gates = tensors
     _, lse = nsa_torch.compressed_attention(q, k, v, **lengths, block_size=16)
@@ -140,6 +147,43 @@ def test_a_window_far_below_the_largest_logit_keeps_its_weights(monkeypatch):
     torch.testing.assert_close(whole((q, k, v, gates), lengths).double(), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("below", [0.0, 2.0])
+def test_logits_far_above_those_before_do_not_overflow(below, monkeypatch):
+    """With 300 at key 100 alone, and 1,000 at key 150, for all queries."""
+    monkeypatch.setattr(nsa_softmax, "GATHER_BELOW", below)
+    monkeypatch.setattr(nsa_softmax, "FAR", 32)
+    tensors, lengths, ends = make((300,), (300,), 4, 2, torch.float32)
+    q, k, v, gates = (x.detach() for x in tensors)
+    q[..., 0], k[..., 0] = 4, 0
+    k[100, :, 0], k[150, :, 0] = 300, 1000
+    inputs = [x.requires_grad_() for x in (q, k, v, gates)]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    out, expected = whole(inputs, lengths), whole(exact, lengths)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-4)
+    grads = (torch.autograd.grad(x.sum(), y) for x, y in ((out, inputs), (expected, exact)))
+    for grad, expected_grad in zip(*grads, strict=True):
+        torch.testing.assert_close(grad.double(), expected_grad, rtol=1e-3, atol=1e-3)
+
+
+def test_gradients_bear_a_constant_in_all_keys():
+    """It cancels, unless weights are rounded as much as logits of hundreds are."""
+    tensors, lengths, _ = make((300,), (300,), 4, 2, torch.float32)
+    q, k, v, gates = (x.detach() for x in tensors)
+    inputs = [x.requires_grad_() for x in (30 * q, k + 30, v, gates)]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    grads = (torch.autograd.grad(whole(x, lengths).square().sum(), x) for x in (inputs, exact))
+    for grad, expected in zip(*grads, strict=True):
+        assert (grad - expected).norm() < 3e-4 * expected.norm()
+
+
+def test_inputs_on_a_cpu_stay_there_whatever_the_default_device():
+    tensors, lengths, _ = make((200,), (200,), 4, 2)
+    expected = whole(tensors, lengths)
+    with torch.device("meta"):
+        out = whole(tensors, lengths)
+    assert torch.equal(out, expected)
+
+
 def test_nothing_is_chosen_where_there_is_no_choice(monkeypatch):
     calls = count_calls(monkeypatch, "choose")
     tensors, lengths, _ = make((64, 30), (64, 30), 4, 2)
@@ -151,6 +195,7 @@ def test_nothing_is_chosen_where_there_is_no_choice(monkeypatch):
 
 
 def test_compression_that_needs_no_lse_takes_one_fused_attention(monkeypatch):
+    monkeypatch.setattr(nsa_softmax, "has_amx", lambda dtype: True)
     calls = count_calls(monkeypatch, "see_means")
     tensors, lengths, _ = make((300, 30), (300, 10), 4, 2)
     whole(tensors, lengths)
@@ -187,20 +232,40 @@ def test_16_bit_inputs_are_close_whichever_way_is_taken(dtype, below, faster, mo
     assert error < 5e-3
 
 
-def count_calls(monkeypatch, name):
-    calls, original = [], getattr(nsa_torch, name)
-    monkeypatch.setattr(nsa_torch, name, lambda *x, **y: calls.append(name) or original(*x, **y))
+def count_calls(monkeypatch, name, module=nsa_torch):
+    calls, original = [], getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *x, **y: calls.append(name) or original(*x, **y))
     return calls
 
 
+@pytest.mark.parametrize("factor", [-2, 200])  # 200: logits of later queries exceed `MAX_SUM`
 @pytest.mark.parametrize("below", [0.0, 0.7])
-def test_however_many_later_queries_choose_a_block_earlier_results_keep_their_bits(below, monkeypatch):
+def test_however_many_later_queries_choose_a_block_earlier_results_keep_their_bits(below, factor, monkeypatch):
     monkeypatch.setattr(nsa_softmax, "GATHER_BELOW", below)
+    monkeypatch.setattr(nsa_softmax, "FAR", 64)
     tensors, lengths, _ = make((500,), (500,), 14, 2, torch.float32)
     q, k, v, gates = (x.detach() for x in tensors)
     before = whole((q, k, v, gates), lengths)
     for j in (100, 255, 303, 499):
         changed = [x.clone() for x in (q, k, v)]
         for x in changed:
-            x[j:] = -2 * x[j:]
+            x[j:] = factor * x[j:]
         assert torch.equal(whole((*changed, gates), lengths)[:j], before[:j])
+
+
+def test_sums_that_are_scaled_again_keep_their_bits_beside_other_rows(monkeypatch):
+    """8 rows stand for the 16 of a tile, which AVX-512 rounds as a rest: exp2 takes 32 floats there, 16 with AVX2."""
+    monkeypatch.setattr(nsa_softmax, "TILE", 8)
+    generator = torch.Generator().manual_seed(0)
+
+    def sums(n, x, k, v):
+        others = [nsa_softmax.Part(torch.arange(n), slice(start, start + 16)) for start in (16, 32)]
+        return nsa_softmax._sums(x, k, v, [nsa_softmax.Part(None, slice(0, 16)), *others])
+
+    for _ in range(100):
+        x, k, v = (0.2 * torch.randn(n, *shape, generator=generator) for n, *shape in ((16, 1, 16), (48, 16), (48, 16)))
+        x[..., 0] = 1
+        # The second 16 keys leave the shift where it is, the last raise it to little more than the log of the sum.
+        k[:, 0] = torch.tensor([0.0, 59.0, 64.0]).repeat_interleave(16)
+        for few, all_ in zip(sums(8, x, k, v), sums(16, x, k, v), strict=True):
+            assert torch.equal(few[:8], all_[:8])
