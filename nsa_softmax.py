@@ -193,7 +193,7 @@ def block_parts(chosen: torch.Tensor, index: torch.Tensor, block_size: int, star
 
 
 def visible_keys(chosen: torch.Tensor, index: torch.Tensor, block_size: int) -> torch.Tensor:
-    """Chosen blocks bool [G, c, blocks] -> bool [G, c, keys up to the last query], False after each query."""
+    """Chosen blocks bool [..., c, blocks] -> bool [..., c, keys up to the last query], False after each query."""
     key = torch.arange(int(index[-1]) + 1, device=chosen.device)
     return chosen.repeat_interleave(block_size, -1)[..., : len(key)] & (key <= index[:, None])
 
@@ -413,7 +413,8 @@ def mixture(q, k, v, means, gates, chosen, block_size: int, window_size: int, sc
 
     few = slices(len(q), step)
     gather = chosen is not None and is_cheaper_by_parts(chosen, index, block_size, q.dtype)
-    turns = [(slice(0, len(q)), few)] if gather else [(rows, [rows]) for rows in few]
+    every = slice(None)
+    turns = [(every, [(rows, rows) for rows in few])] if gather else [(rows, [(rows, every)]) for rows in few]
 
     # No tensor that has a gradient in these: backward calls them, and autograd does not know.
     def see_far(g: int, rows: slice) -> list[Part]:
@@ -436,7 +437,7 @@ def mixture(q, k, v, means, gates, chosen, block_size: int, window_size: int, sc
         selected = key <= i
         last = selected & (key > i - window_size)
         if chosen is not None:
-            selected &= chosen[g, rows, start // block_size :].repeat_interleave(block_size, -1)[:, : n - start]
+            selected = visible_keys(chosen[g, rows, start // block_size :], index[rows] - start, block_size)
         complete = block[: n // block_size] < (i + 1) // block_size
         return (slice(0, n // block_size), complete), (slice(start, n), selected, last)
 
@@ -448,8 +449,9 @@ def mixture(q, k, v, means, gates, chosen, block_size: int, window_size: int, sc
 class _Mixture(torch.autograd.Function):
     """o = Σ_b gate_b p_b v_b, with p_b = softmax(scale q·k_bᵀ) where seen; branches: means, chosen, last keys.
 
-    q [C, H, D], k and v [G, n, D], their means [G, blocks, D], gates [C, H, 3]. Turns are (queries, slices of them);
-    see_far(g, queries) and see_near(g, slice) as in `mixture`.
+    q [C, H, D], k and v [G, n, D], their means [G, blocks, D], gates [C, H, 3]. Turns are (queries that take far keys
+    together, few of them at a time); the few are a slice of all queries, and of those of the turn. see_far(g, queries)
+    and see_near(g, few) as in `mixture`.
     """
 
     @staticmethod
@@ -536,12 +538,10 @@ class _Mixture(torch.autograd.Function):
 
 
 def _heads_and_turns(groups: int, heads: int, turns) -> Iterator[tuple]:
-    """(KV head, its query heads, queries, a few of them at a time) for each KV head and turn; the few as a slice of all
-    queries, and one of these."""
+    """(KV head, its query heads, queries, few of them at a time) for each KV head and turn."""
     r = heads // groups
     for g in range(groups):
-        for queries, slices_ in turns:
-            few = [(rows, slice(rows.start - queries.start, rows.stop - queries.start)) for rows in slices_]
+        for queries, few in turns:
             yield g, slice(g * r, (g + 1) * r), queries, few
 
 

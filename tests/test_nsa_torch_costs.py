@@ -152,7 +152,7 @@ def test_logits_far_above_those_before_do_not_overflow(below, monkeypatch):
     """With 300 at key 100 alone, and 1,000 at key 150, for all queries."""
     monkeypatch.setattr(nsa_softmax, "GATHER_BELOW", below)
     monkeypatch.setattr(nsa_softmax, "FAR", 32)
-    tensors, lengths, ends = make((300,), (300,), 4, 2, torch.float32)
+    tensors, lengths, _ = make((300,), (300,), 4, 2, torch.float32)
     q, k, v, gates = (x.detach() for x in tensors)
     q[..., 0], k[..., 0] = 4, 0
     k[100, :, 0], k[150, :, 0] = 300, 1000
@@ -212,6 +212,16 @@ def test_only_chosen_blocks_are_multiplied(monkeypatch):
     blocks = nsa_torch.select_blocks(q, k, torch.zeros(1024, 2), **lengths, **SIZES)
     nsa_torch.selected_attention(q, k, v, blocks, **lengths, block_size=16)
     assert sum(x.numel() for x in made) <= 1024 * 2 * 4 * 16 * 1.1  # tiles are not all full
+
+
+def test_a_large_window_is_multiplied_with_fewer_queries_at_a_time(monkeypatch):
+    made = []
+    original = nsa_softmax._near_logits
+    monkeypatch.setattr(nsa_softmax, "_near_logits", lambda *x: made.append(original(*x)) or made[-1])
+    monkeypatch.setattr(nsa_softmax, "MAX_SCORES", 2**13)
+    tensors, lengths, _ = make((500,), (500,), 4, 2)
+    nsa_torch.nsa_attention(*(x.detach() for x in tensors), **lengths, **SIZES, window_size=200)
+    assert max(x.numel() for logits in made for x in logits) <= 2**13
 
 
 def test_a_gpu_without_kernels_gets_no_loop_over_blocks():
