@@ -280,13 +280,13 @@ def selected_dkv_kernel(
 
 @jit
 def collect_kernel(
-    WINDOW_DK, WINDOW_DV, MEANS_DK, MEANS_DV, LIST_DK, LIST_DV, FIRST_PIECE, DK, DV, splits, n_means, g0, CU_Q, CU_K, B,
+    TOKENS_DK, TOKENS_DV, MEANS_DK, MEANS_DV, LIST_DK, LIST_DV, FIRST_PIECE, DK, DV, splits, n_means, g0, CU_Q, CU_K, B,
     G: tl.constexpr, D: tl.constexpr, D_P2: tl.constexpr, B_P2: tl.constexpr, S: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """dk and dv [M, G, D] of BN keys of a block: the sum of its partial sums, each branch's in order.
 
-    WINDOW_ [1, M, G, D] are those of the window, MEANS_ [splits, n_means, G, D] of the block's means, LIST_ [pieces, S,
-    D] of the selection; None if there is no such branch.
+    TOKENS_ [1, M, G, D] are those of bands of tokens, MEANS_ [splits, n_means, G, D] of the block's means, LIST_
+    [pieces, S, D] of lists of queries; None if there is no such branch.
     """
     block = tl.program_id(0)
     g = g0 + tl.program_id(1)
@@ -299,8 +299,8 @@ def collect_kernel(
         list_ = tl.program_id(1) * tl.num_programs(0) + block
         for which in tl.static_range(2):
             total = tl.zeros((BN, D_P2), tl.float32)
-            if WINDOW_DK is not None:
-                total += load(WINDOW_DV if which else WINDOW_DK, where, there, D, D_P2, True)
+            if TOKENS_DK is not None:
+                total += load(TOKENS_DV if which else TOKENS_DK, where, there, D, D_P2, True)
             if LIST_DK is not None:
                 for piece in range(tl.load(FIRST_PIECE + list_), tl.load(FIRST_PIECE + list_ + 1)):
                     at = (tl.cast(piece, tl.int64) * S + j) * D

@@ -5,6 +5,7 @@ Forward; `nsa_kernels.py` has the kernels, and says what tiles, bands and unions
   choice       importance of the blocks for a chunk of tiles; the top ones     `importance_kernel`, `top_kernel`
                if by means and variances, first what it is a share of                        `estimate_kernel`
   selection    the union of a tile's blocks; flash attention over it              `union_kernel`, `selected_kernel`
+               if `chooses_all`, flash attention of a tile over all keys                           `band_kernel`
   window       flash attention of a tile over a band of keys                                       `band_kernel`
 Each branch adds its gated share to the output.
 
@@ -72,8 +73,16 @@ class _Band:
         return name if self.skipped is None else name.replace("band", "remainder")
 
 
+def chooses_all(n_keys: int, block_size: int, block_count: int) -> bool:
+    """Whether no query has more blocks than it may choose: then the selection is dense causal attention."""
+    return n_keys <= block_size * block_count
+
+
 class Launches:
-    """Kernel launches over one set of inputs: q [N, H, D]; k, v [M, G, D]; others as in `nsa_triton._attend`."""
+    """Kernel launches over one set of inputs: q [N, H, D]; k, v [M, G, D]; others as in `nsa_triton._attend`.
+
+    Without blocks, the selection is of all keys up to the query.
+    """
 
     def __init__(
         self, q, k, v, cu_seqlens, cu_seqlens_k, *,
@@ -149,8 +158,14 @@ class Launches:
             num_warps=4,
         )
 
+    def is_by_blocks(self, name):
+        """Whether a branch sees blocks of its choice; others see a band."""
+        return name == "selected" and self.blocks is not None
+
     def band(self, name):
-        """The keys of a branch other than the selection."""
+        """The keys of a branch that sees a band."""
+        if name == "selected":
+            return _Band(self.k, self.v, 1, self.n_keys)
         if name == "window":
             return _Band(self.k, self.v, 1, min(self.window_size, self.n_keys))
         if name == "prefix":
@@ -178,7 +193,7 @@ class Launches:
         number have written to `out`, and write o to `kept` if that is given.
         """
         results = {"OUT": out, "LSE": lse, "GATES": gates, "BRANCH": branch, "KEPT": kept}
-        if name == "selected":
+        if self.is_by_blocks(name):
             config = self.selected_config("selected")
             grid = (self.tiles(config["BQ"]), self.groups)
             union = self.union(config["BQ"])
@@ -191,9 +206,10 @@ class Launches:
             self.launch(band_kernel, grid, Q=self.q, **band.arguments, **results, **config)
 
     def attend_gated(self, gates, out, outputs, lse):
-        """Write the blocks chosen to `self.blocks`, the gated sum of BRANCHES to `out`; outputs and lse, by branch."""
+        """Write the choice to `self.blocks`, if there is one, the gated sum of BRANCHES to `out`; outputs and lse, by
+        branch."""
         for branch, name in enumerate(BRANCHES):
-            if name == "selected":
+            if self.is_by_blocks(name):
                 self.choose(lse[0], self.blocks)
             self.attend(name, out, lse[branch], gates, branch, outputs[branch])
 
@@ -201,7 +217,7 @@ class Launches:
         """Write the choice into blocks [G, N, count], from the importance of a chunk of tiles at a time."""
         count = blocks.shape[2]
         n_blocks = (self.n_keys - 1) // self.block_size + 1  # of any sample, at most
-        everything = n_blocks <= count  # then there is nothing to compare
+        everything = chooses_all(self.n_keys, self.block_size, count)
         config = _config("estimate" if spread else "importance", self.q)
         tiles = self.tiles(config["BM"])
 
@@ -306,7 +322,7 @@ class Gradients(Launches):
         """Each branch adds to what those before it have written."""
         for index, name in enumerate(self.branches):
             results = {"DQ": dq, "ADD": index > 0, **self.terms[name]}
-            if name == "selected":
+            if self.is_by_blocks(name):
                 config = self.selected_config("selected_dq")
                 grid = (self.tiles(config["BQ"]), self.groups)
                 union = self.union(config["BQ"])
@@ -320,32 +336,36 @@ class Gradients(Launches):
 
     def key_gradients(self, dk, dv):
         """Partial sums of every branch in fp32, then all of them added up."""
-        window = means = selected = (None, None)
+        tokens = means = selected = (None, None)
         for name in self.branches:
             if name in ("pooled", "prefix"):  # those of k and v themselves, of no other branch
                 for gradient, partial in zip((dk, dv), self.band_partial(name), strict=True):
                     gradient.copy_(partial.sum(0))
                 return
             if name == "window":
-                window = self.band_partial(name)
+                partial = self.band_partial(name)
+                tokens = partial if tokens[0] is None else partial + tokens
             elif name != "selected":
                 means = self.band_partial(name)
+            elif not self.is_by_blocks(name):
+                tokens = self.band_partial(name).sum(1, keepdim=True)
         splits, n_means = (0, 0) if means[0] is None else means[0].shape[:2]
         collected = {
-            "WINDOW_DK": window[0], "WINDOW_DV": window[1], "MEANS_DK": means[0], "MEANS_DV": means[1],
+            "TOKENS_DK": tokens[0], "TOKENS_DV": tokens[1], "MEANS_DK": means[0], "MEANS_DV": means[1],
             "splits": splits, "n_means": n_means, "DK": dk, "DV": dv, "S": self.block_size,
         }  # fmt: skip
 
         # The selection's are as large as all lists: some KV heads at a time.
         first_piece = None
         step = self.groups
-        if "selected" in self.branches:
+        has_lists = any(map(self.is_by_blocks, self.branches))
+        if has_lists:
             pieces = self.n * self.blocks.shape[2] // MAX_LIST + self.all_blocks  # for a KV head, at most
             step = max(1, MAX_PARTIAL // (2 * pieces * self.block_size * dk.shape[2]))
         rows = min(self.block_size, 64)
         for g in range(0, self.groups, step):
             count = min(step, self.groups - g)
-            if "selected" in self.branches:
+            if has_lists:
                 selected, first_piece = self.selected_partial(g, count, count * pieces)
             grid = (self.all_blocks, count, self.block_size // rows)
             lists = {"LIST_DK": selected[0], "LIST_DV": selected[1], "FIRST_PIECE": first_piece, "g0": g}

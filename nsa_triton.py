@@ -13,7 +13,7 @@ import re
 import torch
 
 from .nsa_checks import check_arguments, check_block_count, check_prefix
-from .nsa_launches import BRANCHES, Gradients, Launches, capability, triton
+from .nsa_launches import BRANCHES, Gradients, Launches, capability, chooses_all, triton
 
 
 def available(q: torch.Tensor) -> bool:
@@ -240,11 +240,13 @@ def _(q, *rest, **settings):
 )
 def _attend_gated(q, k, v, gates, cu_seqlens, cu_seqlens_k, *, block_count, save, **settings):
     """The gated sum [N, H, D] of BRANCHES, and what its backward pass needs: their outputs [3, N, H, D], lse [3, N, H]
-    and the chosen blocks [G, N, block_count]. Without `save`, all but lse are empty."""
+    and the chosen blocks [G, N, block_count], not written if `chooses_all`. Without `save`, all but lse are empty."""
     out, outputs, lse, chosen = _gated_results(q, k, block_count, save)
     if out.numel():
         with torch.cuda.device_of(q):
-            blocks = chosen if save else chosen.new_empty(k.shape[1], q.shape[0], block_count)
+            blocks = None
+            if not chooses_all(k.shape[0], settings["block_size"], block_count):
+                blocks = chosen if save else chosen.new_empty(k.shape[1], q.shape[0], block_count)
             launches = Launches(q, k, v, cu_seqlens, cu_seqlens_k, blocks=blocks, **settings)
             launches.attend_gated(gates.contiguous(), out, outputs if save else (None,) * len(BRANCHES), lse)
     return out, outputs, lse, chosen
@@ -280,11 +282,14 @@ def _attend_backward(
     """Gradients of q, k and v, empty if not needed, and of gates, fp32 [N, H, branches], from the branches' outputs
     [branches, N, H, D] and lse [branches, N, H].
 
-    Without gates, there is one branch, and d_lse [N, H] may be given, too.
+    Without gates, there is one branch, and d_lse [N, H] may be given, too. With gates, blocks are those that
+    `_attend_gated` chose.
     """
     dq, dk, dv, d_gates = _gradients(d_out, outputs, q, k, need_q, need_kv)
     if d_out.numel() == 0:
         return dq, dk.zero_(), dv.zero_(), d_gates
+    if gates is not None and chooses_all(k.shape[0], settings["block_size"], blocks.shape[2]):
+        blocks = None
     with torch.cuda.device_of(q):
         launches = Gradients(q, k, v, cu_seqlens, cu_seqlens_k, blocks=blocks, seen=seen, **settings)
         launches.run(branches, d_out.contiguous(), d_lse, gates, outputs, lse, dq, dk, dv, d_gates)

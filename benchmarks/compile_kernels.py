@@ -34,7 +34,8 @@ CASES = {
 }
 SHARED_MEMORY = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}  # bytes per program
 LENGTH = 131072  # tokens; their memory is reserved, not touched
-TRAINED = 1024  # tokens of a call with a gradient, whose launches do not depend on the length
+TRAINED = 4096  # tokens of a call with a gradient, whose launches do not depend on the length
+SHORT = 1024  # tokens of a call where all blocks are chosen
 
 
 def main() -> None:
@@ -106,9 +107,10 @@ def compile_all(capability: int, names, sass_folder: Path | None = None) -> list
     for name in names:
         dtype, dim, heads, groups, block_size, block_count = CASES[name]
         compiled.clear()
-        for length in (LENGTH, TRAINED) if name == "7B bf16" else (TRAINED,):  # once is enough
-            q = torch.zeros(length, heads, dim, dtype=dtype, requires_grad=length == TRAINED)
-            k = torch.zeros(length, groups, dim, dtype=dtype, requires_grad=length == TRAINED)
+        for length in (LENGTH, TRAINED, SHORT) if name == "7B bf16" else (TRAINED,):  # once is enough
+            trained = length != LENGTH
+            q = torch.zeros(length, heads, dim, dtype=dtype, requires_grad=trained)
+            k = torch.zeros(length, groups, dim, dtype=dtype, requires_grad=trained)
             gates = torch.zeros(length, heads, 3, dtype=dtype)
             cu_seqlens = torch.tensor([0, length], dtype=torch.int32)
             sizes = {"block_size": block_size, "block_count": block_count}
@@ -118,13 +120,14 @@ def compile_all(capability: int, names, sass_folder: Path | None = None) -> list
                 out = nsa_released.released_attention(q, k, k.clone(), gates[10:], stream, triton=True, **sizes)
             else:
                 out = nsa_triton.nsa_attention(q, k, k.clone(), gates, cu_seqlens, **sizes)
-            if out.requires_grad:
+            if length == TRAINED:
                 # Of fewer blocks than there are, so that there is a choice.
                 lse, few = torch.zeros(length, heads), {"block_size": block_size, "block_count": 3}
                 nsa_triton.select_blocks(q.detach(), k.detach(), lse, cu_seqlens, **few, spread=True)
+            if trained:
                 out.backward(torch.zeros_like(out))
-                if name == "7B bf16":
-                    compile_merged(nsa_merged, q, k, cu_seqlens, sizes)
+            if length == TRAINED and name == "7B bf16":
+                compile_merged(nsa_merged, q, k, cu_seqlens, sizes)
         for (kernel, _), (binary, tile) in compiled.items():
             rows.append({"case": name, "kernel": kernel, **tile, **read(binary, capability, sass_folder)})
     return rows
@@ -350,6 +353,7 @@ class Agent:
 
 # An H200, and the mean number of blocks of 16 adjacent queries whose neighbours' overlap 0.9.
 SMS, GHZ, UNION = 132, 1.7, 43
+ALL = 32 * 64  # tokens up to which all blocks are chosen
 BUSY = 0.9  # the share of the time in which all SMs have work
 START = 2500  # cycles of a program before and after its loops
 # ms at 64K of what has no loop of matrix products, lowest and highest, and the power of the length that it grows with:
@@ -363,16 +367,22 @@ OTHERS = {
         "collect_kernel": (0.7, 0.7, 1),
     },
 }
+LEAST = 0.003  # ms of any launch, however short
+# ms per token of a decoder layer: its other matrix products at 650 TFLOP/s, and the gate network.
+PRODUCTS, GATES = 23.5 / 32768, 1.3 / 32768
+FLASH = 47 / 65536**2  # ms per token squared of dense attention, by FlashAttention-3 at 650 TFLOP/s
 SHARES = 0.5  # ms at 64K that the gated sum adds to the forward pass: the output is written three times and read twice
 
 
 def predict(rows: list[dict]) -> list[dict]:
-    """Lowest and highest ms of each kernel, of what attention.py calls parts, and of both passes, in the shape of the
-    7B (28 query heads, 4 KV heads, 32 blocks of 64, a window of 256) at an overlap of 0.9."""
+    """Lowest and highest ms of each kernel, of what attention.py calls parts, of both passes, and of a decoder layer.
+
+    In the shape of the 7B (28 query heads, 4 KV heads, 32 blocks of 64, a window of 256), at an overlap of 0.9.
+    """
     kernels = {}
     for row in rows:
         kernels.setdefault((row["kernel"], row.get("S", 64)), row)  # the first is that of `nsa_attention`
-    times, passes = [], {"forward": (8, 32, 36, 64, 128), "backward": (36, 64)}
+    times, passes = [], {"forward": (1, 2, 4, 8, 32, 36, 64, 128), "backward": (36, 64)}
     for name, tokens in [(name, n * 1024) for name, lengths in passes.items() for n in lengths]:
         parts = {}
         for part, (kernel, size), programs, turns in work(kernels, tokens, name):
@@ -380,18 +390,23 @@ def predict(rows: list[dict]) -> list[dict]:
             total = []
             for memory in range(2):
                 cycles = sum(n * loop["cycles"][memory] for n, loop in zip(turns, row["loops"], strict=True))
-                total.append(programs * (cycles + START) / row["programs"] / SMS / BUSY / GHZ / 1e6)
+                time = programs * (cycles + START) / row["programs"] / SMS / BUSY / GHZ / 1e6
+                total.append(max(time, LEAST))
             parts[f"{kernel}, {part}"] = total
         for other, (low, high, power) in OTHERS[name].items():
-            parts[other] = [x * (tokens / 65536) ** power for x in (low, high)]
+            if tokens > ALL or other not in ("top_kernel", "union_kernel"):
+                parts[other] = [max(x * (tokens / 65536) ** power, LEAST) for x in (low, high)]
         if name == "forward":
             parts["gated sum"] = [SHARES * tokens / 65536] * 2
         parts["whole"] = [sum(x[i] for x in parts.values()) for i in range(2)]
-        if name == "forward":
+        if name == "forward" and tokens > ALL:
             both = (parts["selected_kernel, selected"], parts["union_kernel"])
             parts["selected"] = [sum(x[i] for x in both) for i in range(2)]
+        if name == "forward":
+            parts["decoder layer"] = [x + (PRODUCTS + GATES) * tokens for x in parts["whole"]]
+            parts["decoder layer, dense"] = [PRODUCTS * tokens + FLASH * tokens**2] * 2
         for part, (low, high) in parts.items():
-            figures = {"ms_low": round(low, 2), "ms_high": round(high, 2)}
+            figures = {"ms_low": float(f"{low:.3g}"), "ms_high": float(f"{high:.3g}")}
             times.append({"tokens": tokens, "pass": name, "part": part, **figures})
     return times
 
@@ -408,6 +423,9 @@ def work(kernels: dict, tokens: int, name: str):
     yield "compressed", (band, 64), 28 * tokens / rows, [turns + 1] if one_loop else [turns, 1]
     turns = (rows + 256) / keys
     yield "window", (band, 1), 28 * tokens / rows, [turns] if one_loop else [0, turns]
+    if tokens <= ALL:
+        yield "selected", (band, 1), 28 * tokens / rows, [tokens / 2 / keys - 1, rows / keys]
+        return
     queries = kernels[selected, 64]["BQ"]
     yield "selected", (selected, 64), 4 * tokens / queries, [min(UNION + (queries - 16) / 4, blocks / 2) - 1, 1.25]
     if name == "forward":

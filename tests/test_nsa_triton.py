@@ -32,7 +32,7 @@ from videonsa import nsa_launches, nsa_released, nsa_torch, nsa_triton
 pytest.importorskip("triton")
 pytestmark = pytest.mark.usefixtures("larger_tiles", "poison")
 
-TINY = ([30, 5], 2, 1, 16, 16, 3, 9, torch.float32)  # where one case is enough
+TINY = ([30, 25], 2, 1, 16, 16, 3, 9, torch.float32)  # where one case is enough
 
 
 @pytest.fixture
@@ -124,9 +124,10 @@ def test_thousands_of_blocks_before_a_few_queries(monkeypatch):
     assert_gradients_close(o, (q,), expected, doubles[:1])
 
 
-@pytest.mark.parametrize(("tokens", "number"), [(8192, 7), (131072, 39)])
+@pytest.mark.parametrize(("tokens", "number"), [(2048, 4), (2049, 7), (8192, 7), (131072, 39)])
 def test_launches_of_a_forward_pass_are_few(tokens, number, monkeypatch):
-    """Means, compression, union, selection, window; importance and choice, for each chunk of tiles."""
+    """Means, compression, selection, window; the union and, for each chunk of tiles, importance and choice, if there
+    are more blocks than a query chooses."""
     names = []
     monkeypatch.setattr(nsa_launches.Launches, "launch", lambda self, kernel, *_, **__: names.append(kernel))
     q, k = (torch.empty(tokens, heads, 128, dtype=torch.bfloat16, device="meta") for heads in (28, 4))
@@ -218,7 +219,7 @@ def test_two_runs_are_bit_identical_and_inputs_need_not_be_contiguous():
 
 @pytest.mark.backend
 def test_one_tensor_can_be_query_key_and_value():
-    tensors, cu, _, options = inputs([40], 2, 2, 16, 16, 3, 9, torch.float32)
+    tensors, cu, _, options = inputs([60], 2, 2, 16, 16, 3, 9, torch.float32)
     x, gates = tensors[0], tensors[3]
     doubles = [y.detach().double().requires_grad_() for y in (x, gates)]
     out = backend.nsa_attention(x, x, x, gates, cu, **options)
@@ -226,14 +227,18 @@ def test_one_tensor_can_be_query_key_and_value():
     assert_gradients_close(out, (x, gates), reference, doubles)
 
 
-DQ = {"dots_kernel", "means_kernel", "union_kernel", "band_dq_kernel", "selected_dq_kernel"}
-DKV = {"dots_kernel", "means_kernel", "band_dkv_kernel", "selected_dkv_kernel", "collect_kernel"}
+DQ = {"dots_kernel", "means_kernel", "band_dq_kernel"}
+DKV = {"dots_kernel", "means_kernel", "band_dkv_kernel", "collect_kernel"}
 
 
-def test_what_is_frozen_costs_nothing(launches):
-    tensors, cu, _, options = inputs([40], 2, 1, 16, 16, 3, 9, torch.float32)
+@pytest.mark.parametrize("tokens", [48, 49])
+def test_what_is_frozen_costs_nothing(launches, tokens):
+    """Nor does the choice of blocks, where all are chosen."""
+    tensors, cu, _, options = inputs([tokens], 2, 1, 16, 16, 3, 9, torch.float32)
     expected = gradients(nsa_triton.nsa_attention(*tensors, cu, **options), tensors)
-    for wanted, kernels in enumerate((DQ, DKV, DKV, {"dots_kernel"})):
+    dq = DQ | ({"union_kernel", "selected_dq_kernel"} if tokens > 48 else set())
+    dkv = DKV | ({"selected_dkv_kernel"} if tokens > 48 else set())
+    for wanted, kernels in enumerate((dq, dkv, dkv, {"dots_kernel"})):
         for i, x in enumerate(tensors):
             x.requires_grad_(i == wanted)
         out = nsa_triton.nsa_attention(*tensors, cu, **options)
@@ -270,7 +275,7 @@ def test_compiled_training_steps_equal_eager_ones_at_any_length():
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(attend, fullgraph=True, backend=counter)
-    for lengths in ([20, 13], [40], [7, 0, 23], [21, 20], [11, 12, 13]):
+    for lengths in ([40, 13], [40], [7, 0, 23], [31, 20], [11, 12, 13]):  # more than 48, and fewer
         tensors, cu, _, _ = inputs(lengths, *TINY[1:])
         out, expected = compiled(*tensors, cu), attend(*tensors, cu)
         assert torch.equal(out, expected)
@@ -317,7 +322,7 @@ def test_operators_are_what_torch_expects_of_them():
     sizes = {"block_size": 16, "window_size": 9, "scale": None}
     torch.library.opcheck(nsa_triton._attend_gated, (*tensors, cu, cu), {**sizes, "block_count": 3, "save": True})
     branch = {**sizes, "branch": "pooled", "reverse": True}
-    torch.library.opcheck(nsa_triton._attend, (q, k[:1], v[:1], None, None, cu, cu), branch)
+    torch.library.opcheck(nsa_triton._attend, (q, k[:2], v[:2], None, None, cu, cu), branch)
 
     out, outputs, lse, blocks = nsa_triton._attend_gated(*tensors, cu, cu, **sizes, block_count=3, save=True)
     tensors = [x.detach() for x in (out, outputs, lse, q, k, v, gates, blocks)]
