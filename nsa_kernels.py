@@ -3,9 +3,10 @@
 The kernels of the backward pass are in `nsa_kernels_backward.py`; `nsa_launches.py` launches them all.
 
 A *tile* is a run of adjacent queries of one sample. Compression and window attend to a *band* of keys, head by head:
-the rows of a matrix product are queries. The selection takes all heads of a KV head at once, since they share the
-chosen blocks: its rows are queries times heads, its columns the *union* of the blocks that the tile's queries chose. A
-block is read once for all of them; rows whose query did not choose it do not take part in that turn.
+the rows of a matrix product are queries. So does the selection if all blocks are chosen. Else it takes all heads of a
+KV head at once, since they share the chosen blocks: its rows are queries times heads, its columns the *union* of the
+blocks that the tile's queries chose. A block is read once for all of them; rows whose query did not choose it do not
+take part in that turn.
 
                           blocks of the union
                       0     3     8     9     15    16
@@ -58,8 +59,12 @@ INFINITY = tl.constexpr(0x7F800000)  # the bits of the fp32
 NO_KEY = tl.constexpr(0x7FFFFFFF)  # sorts last
 
 
+# Numbers that change from call to call. Triton would compile a kernel again where one is 1, or a multiple of 16.
+NUMBERS = ("B", "n", "n_rows", "n_keys", "n_means", "window", "splits", "tile0", "g0", "blocks")
+
+
 def jit(function):
-    return function if triton is None else triton.jit(function)
+    return function if triton is None else triton.jit(function, do_not_specialize=NUMBERS)
 
 
 @jit

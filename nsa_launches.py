@@ -46,7 +46,7 @@ BRANCHES = ("compressed", "selected", "window")  # of `nsa_attention`, in the or
 MAX_IMPORTANCE = 2**26  # importance values of a chunk of tiles: 256 MB in fp32
 MAX_PARTIAL = 2**26  # partial sums of dk and dv for a chunk of KV heads: 256 MB in fp32, or one head's if they are more
 MAX_LIST = 1024  # queries of a piece of a block's list
-MIN_PROGRAMS = 1024  # into which dk and dv of the compression are split, by queries, while these are enough
+MIN_PROGRAMS = 1024  # into which dk and dv of a band are split, by queries, while these are enough
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,8 @@ class _Band:
 
 
 def chooses_all(n_keys: int, block_size: int, block_count: int) -> bool:
-    """Whether no query has more blocks than it may choose: then the selection is dense causal attention."""
+    """Whether the keys of all samples are so few that no query has more blocks than it may choose: then the selection
+    is dense causal attention."""
     return n_keys <= block_size * block_count
 
 
@@ -179,7 +180,7 @@ class Launches:
     @functools.cached_property
     def chosen_bits(self):
         """The chosen blocks as int32 [N, G, words]: a bit for each."""
-        words = (self.n_keys - 1) // self.block_size // 32 + 1
+        words = triton.next_power_of_2((self.n_keys - 1) // self.block_size // 32 + 1)
         there = (self.blocks >= 0).int()
         blocks = self.blocks.clamp(0, 32 * words - 1)
         bits = torch.zeros(self.groups, self.n, words, dtype=torch.int32, device=blocks.device)
@@ -343,8 +344,7 @@ class Gradients(Launches):
                     gradient.copy_(partial.sum(0))
                 return
             if name == "window":
-                partial = self.band_partial(name)
-                tokens = partial if tokens[0] is None else partial + tokens
+                tokens = self.band_partial(name) if tokens[0] is None else tokens.add_(self.band_partial(name))
             elif name != "selected":
                 means = self.band_partial(name)
             elif not self.is_by_blocks(name):
@@ -378,7 +378,7 @@ class Gradients(Launches):
         config = _config(band.kernel("band_dkv"), self.q)
         tiles = triton.cdiv(len(band.k), config["BN"]) + self.samples
         splits = 1
-        if name != "window":  # few keys, each seen by many queries
+        if name != "window":  # there are few keys, each seen by many queries
             splits = max(1, min(MIN_PROGRAMS // (tiles * self.groups), triton.cdiv(self.n, 4 * config["BM"])))
         dk, dv = partial = torch.empty(2, splits, *band.k.shape, dtype=torch.float32, device=band.k.device)
         results = {"DK": dk, "DV": dv, "n_keys": len(band.k), **self.terms[name]}

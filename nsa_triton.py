@@ -240,12 +240,14 @@ def _(q, *rest, **settings):
 )
 def _attend_gated(q, k, v, gates, cu_seqlens, cu_seqlens_k, *, block_count, save, **settings):
     """The gated sum [N, H, D] of BRANCHES, and what its backward pass needs: their outputs [3, N, H, D], lse [3, N, H]
-    and the chosen blocks [G, N, block_count], not written if `chooses_all`. Without `save`, all but lse are empty."""
+    and the chosen blocks [G, N, block_count], -1 if `chooses_all`. Without `save`, all but lse are empty."""
     out, outputs, lse, chosen = _gated_results(q, k, block_count, save)
     if out.numel():
         with torch.cuda.device_of(q):
-            blocks = None
-            if not chooses_all(k.shape[0], settings["block_size"], block_count):
+            if chooses_all(k.shape[0], settings["block_size"], block_count):
+                chosen.fill_(-1)
+                blocks = None
+            else:
                 blocks = chosen if save else chosen.new_empty(k.shape[1], q.shape[0], block_count)
             launches = Launches(q, k, v, cu_seqlens, cu_seqlens_k, blocks=blocks, **settings)
             launches.attend_gated(gates.contiguous(), out, outputs if save else (None,) * len(BRANCHES), lse)

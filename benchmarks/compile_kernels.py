@@ -34,8 +34,8 @@ CASES = {
 }
 SHARED_MEMORY = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}  # bytes per program
 LENGTH = 131072  # tokens; their memory is reserved, not touched
-TRAINED = 4096  # tokens of a call with a gradient, whose launches do not depend on the length
-SHORT = 1024  # tokens of a call where all blocks are chosen
+TRAINED = 4096  # tokens of a call with a gradient; as of any number that leaves a choice of blocks
+SHORT = 64  # tokens of a call where all blocks are chosen
 
 
 def main() -> None:
@@ -107,8 +107,10 @@ def compile_all(capability: int, names, sass_folder: Path | None = None) -> list
     for name in names:
         dtype, dim, heads, groups, block_size, block_count = CASES[name]
         compiled.clear()
-        for length in (LENGTH, TRAINED, SHORT) if name == "7B bf16" else (TRAINED,):  # once is enough
-            trained = length != LENGTH
+        calls = [(TRAINED, True), (SHORT, False), (SHORT, True)]
+        if name == "7B bf16":  # once is enough
+            calls = [(LENGTH, False), *calls]
+        for length, trained in calls:
             q = torch.zeros(length, heads, dim, dtype=dtype, requires_grad=trained)
             k = torch.zeros(length, groups, dim, dtype=dtype, requires_grad=trained)
             gates = torch.zeros(length, heads, 3, dtype=dtype)
@@ -368,9 +370,9 @@ OTHERS = {
     },
 }
 LEAST = 0.003  # ms of any launch, however short
-# ms per token of a decoder layer: its other matrix products at 650 TFLOP/s, and the gate network.
-PRODUCTS, GATES = 23.5 / 32768, 1.3 / 32768
-FLASH = 47 / 65536**2  # ms per token squared of dense attention, by FlashAttention-3 at 650 TFLOP/s
+# ms of a decoder layer per token: other matrix products, at 650 TFLOP/s, and the gate network; and, per token squared,
+# FlashAttention-3 at 650 TFLOP/s.
+PRODUCTS, GATES, FLASH = 23.5 / 32768, 1.3 / 32768, 28 * 128 * 2 / 650e9
 SHARES = 0.5  # ms at 64K that the gated sum adds to the forward pass: the output is written three times and read twice
 
 

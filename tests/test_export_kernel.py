@@ -96,7 +96,7 @@ def test_outputs_and_gradients_are_ours(kernel, larger_tiles, monkeypatch):
     assert_all_equal(gradients(out, tensors), gradients(expected, tensors))
 
     monkeypatch.setattr(kernel.nsa_launches, "FP32", nsa_launches.FP32)  # the larger tiles
-    tensors, cu, _, options = inputs([20], 1, 1, 16, 16, 3, 9, torch.float32)
+    tensors, cu, _, options = inputs([60], 1, 1, 16, 16, 3, 9, torch.float32)
     doubles = [x.detach().double().requires_grad_() for x in tensors]
     out, expected = (
         kernel.nsa_triton.nsa_attention(*tensors, cu, **options),

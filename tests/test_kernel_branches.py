@@ -31,7 +31,7 @@ SMALL = {
     "group 1, dim 80, window 1, blocks of 32": ([64, 130], 2, 2, 80, 32, 3, 1, torch.float32),
     "group 16, dim 96, fewer queries than keys": ([5, 16], 16, 1, 96, 16, 4, 30, torch.float32, [150, 16]),
     "group 2, fp16, dim 64, one query of a long stream": ([1], 4, 2, 64, 16, 3, 7, torch.float16, [333]),
-    "group 4, blocks of 128, window beyond the sample": ([140], 4, 1, 32, 128, 3, 500, torch.bfloat16),
+    "group 4, blocks of 128, window beyond the sample": ([400], 4, 1, 32, 128, 3, 500, torch.bfloat16),
     "group 7, all blocks chosen, chunks": ([1, 30, 0, 33], 7, 1, 16, 16, 6, 20, torch.float32, [20, 43, 0, 33]),
     "group 2 of 3 KV heads": ([20, 36], 6, 3, 16, 16, 3, 9, torch.float32),
 }

@@ -56,9 +56,9 @@ def test_decoder_layers_compile_in_one_graph_each(training):
     pytest.importorskip("triton")
     torch.compiler.reset()  # what other tests compiled counts towards the limit of recompilations
     model = text_model("triton").train(training)
-    hidden = torch.randn(2, 30, 32, device=KERNEL_DEVICE)
-    vision = torch.zeros(2, 30, dtype=torch.bool, device=KERNEL_DEVICE)
-    vision[:, 3:24], vision[1, 3:9] = True, False
+    hidden = torch.randn(2, 40, 32, device=KERNEL_DEVICE)
+    vision = torch.zeros(2, 40, dtype=torch.bool, device=KERNEL_DEVICE)
+    vision[:, 3:34], vision[1, 3:9] = True, False
 
     def run():
         model.zero_grad()

@@ -28,6 +28,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 from videonsa import nsa_launches, nsa_released, nsa_torch, nsa_triton
+from videonsa.nsa_kernels import NUMBERS
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.usefixtures("larger_tiles", "poison")
@@ -136,6 +137,30 @@ def test_launches_of_a_forward_pass_are_few(tokens, number, monkeypatch):
     sizes = {"block_size": 64, "block_count": 32, "window_size": 256, "scale": None}
     nsa_triton._attend_gated._init_fn(q, k, k, gates, cu, cu, **sizes, save=False)
     assert len(names) == number
+
+
+def test_kernels_are_not_compiled_again_for_another_length(monkeypatch):
+    """Numbers are those that Triton does not specialise, or multiples of 16; what it does is the same at any length."""
+
+    def record(self, kernel, grid, **arguments):
+        values = {name: x for name, x in (self.common | arguments).items() if name in kernel.arg_names}
+        fixed = {name for name, kind in kernel.fn.__annotations__.items() if "constexpr" in str(kind)}
+        for name, x in values.items():
+            assert type(x) is not int or name in fixed or name in NUMBERS or (x > 0 and x % 16 == 0), name
+        kinds = {name: x if name in fixed else type(x) for name, x in values.items() if name not in NUMBERS}
+        found.setdefault(tokens, []).append((kernel.fn.__name__, kinds))
+
+    monkeypatch.setattr(nsa_launches.Launches, "launch", record)
+    found, sizes = {}, {"block_size": 64, "window_size": 256, "scale": None}
+    for tokens in (1025, 1040, 2000, 4097, 5008, 8000):
+        q, k, gates = (torch.empty(tokens, *size, device="meta") for size in ((28, 128), (4, 128), (28, 3)))
+        cu = torch.empty(2, dtype=torch.int32, device="meta")
+        results = nsa_triton._attend_gated._init_fn(q, k, k, gates, cu, cu, **sizes, block_count=32, save=True)
+        settings = {**sizes, "branches": [*nsa_launches.BRANCHES], "reverse": False, "need_q": True, "need_kv": True}
+        arguments = (results[0], None, *results[1:3], q, k, k, gates, results[3], None, cu, cu)
+        nsa_triton._attend_backward._init_fn(*arguments, **settings)
+    short, long = [found[n] for n in (1025, 1040, 2000)], [found[n] for n in (4097, 5008, 8000)]
+    assert all(x == short[0] for x in short) and all(x == long[0] for x in long)
 
 
 def test_importance_in_chunks_changes_nothing(monkeypatch):
@@ -315,14 +340,17 @@ def test_training_can_follow_inference_mode():
 
 # torch's own check reads it.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-def test_operators_are_what_torch_expects_of_them():
-    tensors, cu, _, _ = inputs(*TINY)
+@pytest.mark.parametrize("lengths", [[30, 5], [30, 25]])
+def test_operators_are_what_torch_expects_of_them(lengths):
+    """All blocks are chosen, or some."""
+    tensors, cu, _, _ = inputs(lengths, *TINY[1:])
     q, k, v, gates = tensors
     of_some = ("test_schema", "test_faketensor")  # others are for operators with a gradient
     sizes = {"block_size": 16, "window_size": 9, "scale": None}
     torch.library.opcheck(nsa_triton._attend_gated, (*tensors, cu, cu), {**sizes, "block_count": 3, "save": True})
     branch = {**sizes, "branch": "pooled", "reverse": True}
-    torch.library.opcheck(nsa_triton._attend, (q, k[:2], v[:2], None, None, cu, cu), branch)
+    means = sum(n // 16 for n in lengths)
+    torch.library.opcheck(nsa_triton._attend, (q, k[:means], v[:means], None, None, cu, cu), branch)
 
     out, outputs, lse, blocks = nsa_triton._attend_gated(*tensors, cu, cu, **sizes, block_count=3, save=True)
     tensors = [x.detach() for x in (out, outputs, lse, q, k, v, gates, blocks)]

@@ -127,11 +127,37 @@ def test_layers_on_kernels_wait_for_nothing(monkeypatch):
 
     monkeypatch.setattr(nsa_triton, "reads_lengths", lambda q: False)  # as on a GPU
     model = text_model("triton").eval()
-    hidden = torch.randn(1, 30, 32, device=model.device)
-    vision = (torch.arange(30, device=model.device) > 3) & (torch.arange(30, device=model.device) < 24)
+    hidden = torch.randn(1, 70, 32, device=model.device)
+    vision = (torch.arange(70, device=model.device) > 3) & (torch.arange(70, device=model.device) < 64)
     model(inputs_embeds=hidden, vision_mask=vision[None])
     ours = waits(lambda: model(inputs_embeds=hidden, vision_mask=vision[None])).ours
     assert sum(ours.values()) == 1 and "vision_layout.py" in next(iter(ours)), ours
+
+
+@pytest.mark.parametrize("tokens", [48, 49])
+def test_operators_of_kernels_wait_for_nothing(tokens, monkeypatch):
+    """Forward and backward, if all blocks are chosen, and if some are. Torch hides from `Waits` what an operator does,
+    so the functions are called that it runs."""
+    pytest.importorskip("triton")
+    from videonsa import nsa_launches, nsa_triton
+
+    monkeypatch.setattr(nsa_launches.Launches, "launch", lambda *_, **__: None)
+    q, k, gates, cu = (
+        torch.zeros(tokens, 2, 16),
+        torch.zeros(tokens, 1, 16),
+        torch.zeros(tokens, 2, 3),
+        torch.tensor([0, tokens]),
+    )
+    sizes = {"block_size": 16, "window_size": 8, "scale": None}
+    settings = {**sizes, "branches": [*nsa_launches.BRANCHES], "reverse": False, "need_q": True, "need_kv": True}
+
+    def call():
+        out, outputs, lse, blocks = nsa_triton._attend_gated._init_fn(
+            q, k, k, gates, cu, cu, **sizes, block_count=3, save=True
+        )
+        nsa_triton._attend_backward._init_fn(out, None, outputs, lse, q, k, k, gates, blocks, None, cu, cu, **settings)
+
+    assert not waits(call).ours
 
 
 @pytest.mark.parametrize("kind", ["generate", "forward"])
