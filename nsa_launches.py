@@ -246,16 +246,19 @@ class Launches:
             "COUNT_P2": triton.next_power_of_2(count),
             "BM": config["BM"],
             "EVERYTHING": everything,
-            **_top_config(n_blocks),
         }
         for start in range(0, tiles, step):
             number = min(step, tiles - start)
+            # Where these queries end in their stream at the latest: as if all were of one sample.
+            end = self.n_keys - self.n + (start + number) * config["BM"]
+            seen = min(triton.cdiv(end, self.block_size), n_blocks)
             chunk = {"tile0": start, "stride": stride}
             if not everything:
-                grid = (triton.cdiv(n_blocks, config["BN"]), number, self.groups)
+                grid = (triton.cdiv(seen, config["BN"]), number, self.groups)
                 self.launch(importance_kernel, grid, LSE=lse, IMPORTANCE=importance, **chunk, **scored)
-            grid = (number * config["BM"] // top["ROWS"], self.groups)
-            self.launch(top_kernel, grid, **chunk, **top)
+            rows = _top_config(seen)
+            grid = (number * config["BM"] // rows["ROWS"], self.groups)
+            self.launch(top_kernel, grid, **chunk, **top, **rows)
 
     def union(self, tile):
         """For tiles of that many queries, arguments by which kernels know their unions."""

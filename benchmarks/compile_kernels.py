@@ -370,6 +370,8 @@ OTHERS = {
     },
 }
 LEAST = 0.003  # ms of any launch, however short
+# Beyond so many tokens, blocks are chosen for some queries at a time, from rows two thirds as wide on average.
+ONE_CHUNK, NARROW = 32768, 2 / 3
 # ms of a decoder layer per token: other matrix products, at 650 TFLOP/s, and the gate network; and, per token squared,
 # FlashAttention-3 at 650 TFLOP/s.
 PRODUCTS, GATES, FLASH = 23.5 / 32768, 1.3 / 32768, 28 * 128 * 2 / 650e9
@@ -397,7 +399,8 @@ def predict(rows: list[dict]) -> list[dict]:
             parts[f"{kernel}, {part}"] = total
         for other, (low, high, power) in OTHERS[name].items():
             if tokens > ALL or other not in ("top_kernel", "union_kernel"):
-                parts[other] = [max(x * (tokens / 65536) ** power, LEAST) for x in (low, high)]
+                share = NARROW if other == "top_kernel" and tokens > ONE_CHUNK else 1
+                parts[other] = [max(x * share * (tokens / 65536) ** power, LEAST) for x in (low, high)]
         if name == "forward":
             parts["gated sum"] = [SHARES * tokens / 65536] * 2
         parts["whole"] = [sum(x[i] for x in parts.values()) for i in range(2)]

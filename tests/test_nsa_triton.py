@@ -164,11 +164,12 @@ def test_kernels_are_not_compiled_again_for_another_length(monkeypatch):
 
 
 def test_importance_in_chunks_changes_nothing(monkeypatch):
-    (q, k, v, _), cu, _, _ = inputs([100, 90], 2, 2, 16, 16, 3, 9, torch.float32)
-    _, lse = nsa_triton.compressed_attention(q, k, v, cu, block_size=16)
-    whole = nsa_triton.select_blocks(q, k, lse, cu, block_size=16, block_count=4)
+    (q, k, v, _), cu, cu_k, _ = inputs([200, 40], 2, 2, 16, 16, 3, 9, torch.float32, [200, 340])
+    options = {"cu_seqlens_k": cu_k, "block_size": 16}
+    _, lse = nsa_triton.compressed_attention(q, k, v, cu, **options)
+    whole = nsa_triton.select_blocks(q, k, lse, cu, **options, block_count=4)
     monkeypatch.setattr(nsa_launches, "MAX_IMPORTANCE", 1)
-    assert torch.equal(nsa_triton.select_blocks(q, k, lse, cu, block_size=16, block_count=4), whole)
+    assert torch.equal(nsa_triton.select_blocks(q, k, lse, cu, **options, block_count=4), whole)
 
 
 def test_how_sums_are_split_changes_gradients_by_rounding_alone(launches, monkeypatch):
