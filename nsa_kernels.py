@@ -61,10 +61,14 @@ NO_KEY = tl.constexpr(0x7FFFFFFF)  # sorts last
 
 # Numbers that change from call to call. Triton would compile a kernel again where one is 1, or a multiple of 16.
 NUMBERS = ("B", "n", "n_rows", "n_keys", "n_means", "window", "splits", "tile0", "g0", "blocks")
+# Views whose start is a multiple of 16 bytes at some lengths only.
+VIEWS = ("LSE", "OTHERS", "OWN", "BITS")
 
 
 def jit(function):
-    return function if triton is None else triton.jit(function, do_not_specialize=NUMBERS)
+    if triton is None:
+        return function
+    return triton.jit(function, do_not_specialize=NUMBERS, do_not_specialize_on_alignment=VIEWS)
 
 
 @jit

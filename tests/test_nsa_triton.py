@@ -28,7 +28,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 from videonsa import nsa_launches, nsa_released, nsa_torch, nsa_triton
-from videonsa.nsa_kernels import NUMBERS
+from videonsa.nsa_kernels import NUMBERS, VIEWS
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.usefixtures("larger_tiles", "poison")
@@ -144,6 +144,8 @@ def test_kernels_are_not_compiled_again_for_another_length(monkeypatch):
 
     def record(self, kernel, grid, **arguments):
         values = {name: x for name, x in (self.common | arguments).items() if name in kernel.arg_names}
+        told = kernel.kwargs if DEVICE == "cpu" else vars(kernel)
+        assert told["do_not_specialize"] == NUMBERS and told["do_not_specialize_on_alignment"] == VIEWS
         fixed = {name for name, kind in kernel.fn.__annotations__.items() if "constexpr" in str(kind)}
         for name, x in values.items():
             assert type(x) is not int or name in fixed or name in NUMBERS or (x > 0 and x % 16 == 0), name
@@ -163,13 +165,16 @@ def test_kernels_are_not_compiled_again_for_another_length(monkeypatch):
     assert all(x == short[0] for x in short) and all(x == long[0] for x in long)
 
 
-def test_importance_in_chunks_changes_nothing(monkeypatch):
+def test_importance_in_chunks_changes_nothing(launches, monkeypatch):
     (q, k, v, _), cu, cu_k, _ = inputs([200, 40], 2, 2, 16, 16, 3, 9, torch.float32, [200, 340])
     options = {"cu_seqlens_k": cu_k, "block_size": 16}
     _, lse = nsa_triton.compressed_attention(q, k, v, cu, **options)
     whole = nsa_triton.select_blocks(q, k, lse, cu, **options, block_count=4)
-    monkeypatch.setattr(nsa_launches, "MAX_IMPORTANCE", 1)
-    assert torch.equal(nsa_triton.select_blocks(q, k, lse, cu, **options, block_count=4), whole)
+    for tiles in (1, 3):
+        monkeypatch.setattr(nsa_launches, "MAX_IMPORTANCE", tiles * 2 * 32 * 48)  # KV heads, queries, blocks
+        launches.clear()
+        assert torch.equal(nsa_triton.select_blocks(q, k, lse, cu, **options, block_count=4), whole)
+        assert len(launches) == 1 + 2 * -(-9 // tiles)  # 9 tiles
 
 
 def test_how_sums_are_split_changes_gradients_by_rounding_alone(launches, monkeypatch):
