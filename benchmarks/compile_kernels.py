@@ -404,10 +404,10 @@ def predict(rows: list[dict]) -> list[dict]:
         if name == "forward":
             parts["gated sum"] = [SHARES * tokens / 65536] * 2
         parts["whole"] = [sum(x[i] for x in parts.values()) for i in range(2)]
-        if name == "forward" and tokens > ALL:
-            both = (parts["selected_kernel, selected"], parts["union_kernel"])
-            parts["selected"] = [sum(x[i] for x in both) for i in range(2)]
         if name == "forward":
+            if tokens > ALL:
+                both = (parts["selected_kernel, selected"], parts["union_kernel"])
+                parts["selected"] = [sum(x[i] for x in both) for i in range(2)]
             parts["decoder layer"] = [x + (PRODUCTS + GATES) * tokens for x in parts["whole"]]
             parts["decoder layer, dense"] = [PRODUCTS * tokens + FLASH * tokens**2] * 2
         for part, (low, high) in parts.items():

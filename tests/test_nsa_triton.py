@@ -359,6 +359,7 @@ def test_operators_are_what_torch_expects_of_them(lengths):
     torch.library.opcheck(nsa_triton._attend, (q, k[:means], v[:means], None, None, cu, cu), branch)
 
     out, outputs, lse, blocks = nsa_triton._attend_gated(*tensors, cu, cu, **sizes, block_count=3, save=True)
+    assert bool((blocks == -1).all()) == (sum(lengths) <= 48)
     tensors = [x.detach() for x in (out, outputs, lse, q, k, v, gates, blocks)]
     settings = {**sizes, "branches": [*nsa_launches.BRANCHES], "reverse": False, "need_q": True, "need_kv": True}
     arguments = (tensors[0], None, *tensors[1:], None, cu, cu)
